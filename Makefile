@@ -1,0 +1,39 @@
+# make demo    train on packed documents and compare with padding    make test      the tests that need no GPU
+# make lint    ruff and mypy                                         make check     lint and test
+# make test-gpu  the tests marked `gpu`                              make clean     remove what make made
+# PYTHON picks the interpreter of the environment, VENV its place.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_WORKERS ?= 2
+
+RUN = $(VENV)/bin/python
+READY = $(VENV)/.ready
+
+.PHONY: demo test test-gpu lint check clean
+
+# Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
+demo: $(READY)
+	OMP_WAIT_POLICY=passive $(RUN) examples/sft_packed.py
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+
+test-gpu: $(READY)
+	$(RUN) -m pytest -m gpu
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+check: lint test
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "hf-flashmask needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,297 @@
+"""Fine-tune a language model on packed documents, and check it against the same training with padding.
+
+Two runs see the same documents in the same batches and the same order, from the same initial weights:
+
+  packed   every batch is one row without padding; attn_implementation="flashmask" keeps its documents apart
+  padded   one document per row, padded to the longest of its batch; Transformers' own "eager" attention
+
+Both compute the same loss, so the curves must agree step by step; when they do not, the script says so and fails.
+Nothing is downloaded: the documents are the documentation strings and licence texts of this Python installation, the
+tokenizer is a byte-level BPE trained on them, the model a small Llama. --model and --dataset take others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
+
+FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# The largest difference between the two losses of a step that rounding explains.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--attn", default="flashmask", help="attention implementation of the packed run (default: %(default)s)")
+    add("--model", help="a causal language model on the Hub or in a folder (default: a small Llama from scratch)")
+    add("--dataset", help="a dataset on the Hub, a folder or a file (default: the texts of this Python installation)")
+    add("--subset", help="which configuration of the dataset")
+    add("--split", default="train", help="which split of the dataset (default: %(default)s)")
+    add("--text-column", help="the column with the text (default: `text`, or the only one with strings)")
+    add("--steps", type=int, default=120, help="training steps of each run (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="documents per step (default: %(default)s)")
+    add("--max-length", type=int, default=512, help="cut documents to this many tokens (default: %(default)s)")
+    add("--hidden-size", type=int, default=128, help="of the small Llama, a multiple of 64 (default: %(default)s)")
+    add("--layers", type=int, default=2, help="of the small Llama (default: %(default)s)")
+    add("--learning-rate", type=float, default=2e-3, help="decays linearly to 0 (default: %(default)s)")
+    add("--dtype", choices=TOLERANCE, help="of matrix products (default: bfloat16 on a GPU that has it, else float32)")
+    add("--seed", type=int, default=0, help="of the weights and of the documents' order (default: %(default)s)")
+    add("--output", type=Path, default=Path("runs/sft_packed"), help="folder for the pictures (default: %(default)s)")
+    args = parser.parse_args()
+    if args.dtype is None:
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if has_bfloat16 else "float32"
+    if args.steps < 2:
+        parser.error(f"--steps must be at least 2, got {args.steps}: the first one is not timed")
+    if args.hidden_size % 64:
+        parser.error(f"--hidden-size must be a multiple of 64, got {args.hidden_size}")
+    return args
+
+
+def python_texts() -> Iterator[str]:
+    """Documentation strings of the standard library, and the licences of all that is installed."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(library).parts):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield ast.get_docstring(node) or ""
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            path = Path(str(file.locate()))
+            if path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE")) and path.is_file():
+                yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def load_texts(args: argparse.Namespace) -> Dataset:
+    """As many documents as the run needs, in a random order, in the column `text`."""
+    if args.dataset is None:
+        dataset = Dataset.from_dict({"text": sorted({text for text in python_texts() if len(text) >= 40})})
+    elif Path(args.dataset).is_file():
+        suffix = Path(args.dataset).suffix
+        if suffix not in FILE_FORMATS:
+            sys.exit(f"--dataset: cannot read {args.dataset}, only files ending in {', '.join(FILE_FORMATS)}")
+        dataset = load_dataset(FILE_FORMATS[suffix], data_files=args.dataset, split="train")
+    else:
+        dataset = load_dataset(args.dataset, args.subset, split=args.split)
+
+    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", "").endswith("string")]
+    column = args.text_column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+    if column not in strings:
+        sys.exit(f"--dataset: cannot tell which column holds the text, pass --text-column with one of {strings}")
+    dataset = dataset.shuffle(seed=args.seed).select(range(min(len(dataset), args.steps * args.batch_size)))
+    return Dataset.from_dict({"text": dataset[column]})
+
+
+def train_tokenizer(texts: Dataset) -> PreTrainedTokenizerFast:
+    end, pad, byte_level = "<|end|>", "<|pad|>", pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[end, pad], initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts["text"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=pad)
+
+
+def tokenize(texts: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Token ids and labels. Nothing comes before the first token of a document, so it is not a label."""
+
+    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = [[*ids[: max_length - 1], tokenizer.eos_token_id] for ids in tokenizer(rows["text"])["input_ids"]]
+        return {"input_ids": ids, "labels": [[-100, *row[1:]] for row in ids]}
+
+    return texts.map(encode, batched=True, remove_columns="text").filter(lambda row: len(row["input_ids"]) > 1)
+
+
+def build_model(args: argparse.Namespace, vocab_size: int, attention: str) -> Any:
+    """The same initial weights in every call, and no dropout: with it no two runs could be compared."""
+    set_seed(args.seed)
+    if args.model is None:
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=3 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden_size // 32,
+            num_key_value_heads=args.hidden_size // 64,
+            max_position_embeddings=args.max_length,
+        )
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    names = AutoConfig.from_pretrained(args.model).to_dict()
+    no_dropout = {name: 0.0 for name in names if name.endswith(("dropout", "dropout_prob", "pdrop"))}
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, attn_implementation=attention, dtype=torch.float32, **no_dropout
+    )
+
+
+class StepRecorder(ProgressCallback):
+    """Trainer's progress bar with the loss in it; keeps what the report needs of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss: list[float] = []
+        self.seconds: list[float] = []
+        self.positions: list[int] = []  # computed up to this step, padding included
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.loss.append(logs["loss"])
+            self.seconds.append(time.perf_counter())
+            self.positions.append(state.num_input_tokens_seen)
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")  # type: ignore[attr-defined]
+
+
+def train(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, attention: str, collator: Any) -> StepRecorder:
+    trainer = Trainer(
+        model=build_model(args, len(tokenizer), attention),
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            num_train_epochs=1,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            adam_epsilon=1e-5,  # a smaller one turns rounding errors of tiny gradients into different steps
+            seed=args.seed,
+            bf16=args.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            include_num_input_tokens_seen=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=dataset,
+        data_collator=collator,
+    )
+    recorder = StepRecorder()
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(recorder)
+    print(f"\nTraining with {attention}", flush=True)
+    trainer.train()
+    return recorder
+
+
+def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder) -> dict[str, Any]:
+    """Speed counts the tokens of documents only, and leaves out the first step, which warms up."""
+    tokens = packed.positions
+
+    def figures(name: str, run: StepRecorder) -> dict[str, Any]:
+        speed = (tokens[-1] - tokens[0]) / (run.seconds[-1] - run.seconds[0])
+        return {"name": name, "padding": run.positions[-1] - tokens[-1], "tokens_per_second": speed, "loss": run.loss}
+
+    return {
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads",
+        "dtype": args.dtype,
+        "tokens": tokens[-1],
+        "packed": figures(f"{args.attn}, packed", packed),
+        "padded": figures("eager, padded", padded),
+        "padding_saved": 1 - tokens[-1] / padded.positions[-1],
+        "speedup": (padded.seconds[-1] - padded.seconds[0]) / (packed.seconds[-1] - packed.seconds[0]),
+        "largest_difference": max(abs(a - b) for a, b in zip(packed.loss, padded.loss)),
+        "tolerance": TOLERANCE[args.dtype],
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    runs = report["packed"], report["padded"]
+    rows = {
+        f"{report['device']}, {report['dtype']}": [run["name"] for run in runs],
+        "tokens of documents": [f"{report['tokens']:,}" for _ in runs],
+        "tokens of padding": [f"{run['padding']:,}" for run in runs],
+        "tokens of documents per second": [f"{run['tokens_per_second']:,.0f}" for run in runs],
+        "loss of the first step": [f"{run['loss'][0]:.4f}" for run in runs],
+        "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
+    }
+    print()
+    for label, (packed, padded) in rows.items():
+        print(f"{label:<36}{packed:>18}{padded:>18}")
+    print(f"Padding saved: {report['padding_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
+
+
+def draw_loss(report: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for run, style in (
+        ("padded", {"color": "tab:orange", "linewidth": 5, "alpha": 0.5}),
+        ("packed", {"color": "tab:blue"}),
+    ):
+        loss, speed = report[run]["loss"], report[run]["tokens_per_second"]
+        axes.plot(range(1, len(loss) + 1), loss, label=f"{report[run]['name']}: {speed:,.0f} tokens/s", **style)
+    axes.set_title(f"The same loss, at most {report['largest_difference']:.1e} apart", loc="left")
+    axes.set_title(f"{report['padding_saved']:.0%} padding saved", loc="right", fontsize="small")
+    axes.set(xlabel="step", ylabel="loss per token (nats)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_mask(batch: dict[str, torch.Tensor], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(5.5, 5.5), layout="constrained")
+    bounds = hf_flashmask.bounds.from_position_ids(batch["position_ids"])
+    hf_flashmask.visualization.plot(bounds, ax=axes, title="The mask of one packed row")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    # One process, one GPU: given several, Trainer would cut the packed row into pieces (DataParallel).
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    args = parse_arguments()
+    texts = load_texts(args)
+    tokenizer = train_tokenizer(texts) if args.model is None else AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    dataset = tokenize(texts, tokenizer, args.max_length)
+    lengths = sorted(map(len, dataset["input_ids"]))
+    median = lengths[len(lengths) // 2]
+    print(f"{len(lengths):,} documents of {lengths[0]} to {lengths[-1]:,} tokens, median {median}", flush=True)
+
+    flattening = DataCollatorWithFlattening()
+    packed = train(args, tokenizer, dataset, args.attn, flattening)
+    padded = train(args, tokenizer, dataset, "eager", DataCollatorForSeq2Seq(tokenizer))
+
+    report = compare(args, packed, padded)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw_loss(report, args.output / "loss.png")
+    draw_mask(flattening([dataset[i] for i in range(min(args.batch_size, len(dataset)))]), args.output / "mask.png")
+    print_table(report)
+    print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
+    verdict = f"the losses differ by at most {report['largest_difference']:.1e}, allowed is {report['tolerance']:.0e}"
+    if not report["largest_difference"] <= report["tolerance"]:  # written so that nan fails
+        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
+    print(f"The two runs agree: {verdict}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""The `flashmask` attention implementation of Transformers: registration, mask function, attention function.
+
+How a mask travels, once per forward pass:
+
+1. Transformers calls `flashmask_mask` with a mask function, cache offsets and 2-D padding. It returns None for what the
+   attention function can rebuild alone, and bounds for everything else.
+2. Every attention layer calls `flashmask_attention_forward`, which adds the packed documents: the mask function is not
+   told about `cu_seq_lens_q`, and learns of `position_ids` only in some models and only without cache and padding.
+
+Bounds that documents may still be added to carry a mark: 2C + 3 planes instead of C, a number that bounds cannot have.
+Bounds without the mark are final: they came from the user, or belong to a step with a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+from weakref import ref
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
+
+from flashmask_kernels import flashmask_attention
+
+from . import bounds as _bounds
+from .conversion import from_mask_function
+
+__all__ = ["NAME", "flashmask_attention_forward", "flashmask_mask", "register"]
+
+NAME = "flashmask"
+"""The value of `attn_implementation`."""
+
+logger = logging.get_logger(__name__)
+
+
+# Mask function
+
+
+def flashmask_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Bounds for a Transformers mask function and a 2-D mask, or None for plain causal or bidirectional attention.
+
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. `attention_mask` `[B, S]` is bool, False for
+    padding, whose keys are hidden and whose rows are not; or the integers of `_encode_documents`.
+
+    Returns:
+        None, bounds `[B or 1, 1, C, kv_length]`, or, where queries and keys are the same tokens, bounds with the mark.
+
+    Raises:
+        NotImplementedError: when `mask_function` is not understood; the message names it.
+    """
+    is_square = _is_square(q_length, kv_length, q_offset, kv_offset)
+    document_ids, padding_mask = None, _mask_of_keys(attention_mask, kv_length, kv_offset)
+    if padding_mask is not None and padding_mask.dtype != torch.bool:
+        document_ids, padding_mask = padding_mask // 2, padding_mask % 2 == 1
+    if is_square and document_ids is None:
+        if padding_mask is not None and not is_tracing(padding_mask) and bool(padding_mask.all()):
+            padding_mask = None
+        can_rebuild = (mask_function is masking_utils.causal_mask_function and allow_is_causal_skip) or (
+            mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
+        )
+        if padding_mask is None and can_rebuild:
+            return None
+    bounds = from_mask_function(
+        mask_function,
+        document_ids=document_ids,
+        batch_size=batch_size,
+        q_len=q_length,
+        kv_len=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        device=device,
+        has_user_functions=use_vmap,
+    )
+    if padding_mask is not None:
+        bounds = _bounds.hide_keys(bounds, ~padding_mask)
+    return _mark(bounds, padding_mask) if is_square else bounds
+
+
+def _is_square(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
+    """Whether queries and keys are the same tokens. The offset of a static cache is on the device: it is not read."""
+    return q_length == kv_length and isinstance(q_offset, int) and q_offset == kv_offset == 0
+
+
+def _mask_of_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The part of the 2-D mask that belongs to the keys, `[B, kv_length]`; slots not yet filled are padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"`attention_mask` must be 2-D [B, S] or bounds [B or 1, H or 1, C, S_k], got {list(attention_mask.shape)}"
+        )
+    missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+    return nn.functional.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
+
+
+def _number_documents(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+    """The packed documents counted from 0, `[B, S]`: one starts wherever the position does not increase.
+
+    Padding, where bool `is_token` `[B, S]` is False, belongs to the document before it: what a row of padding computes
+    after the last document, such as the first token that `generate` adds to a right-padded row, depends on that.
+    """
+    if is_token is None:
+        starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    else:
+        position_ids, is_token = torch.broadcast_tensors(position_ids, is_token)
+        index = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last_token = torch.where(is_token, index, -1).cummax(-1).values[:, :-1]
+        previous = position_ids.gather(1, last_token.clamp(min=0))
+        starts = is_token[:, 1:] & ((position_ids[:, 1:] <= previous) | (last_token < 0))
+    return nn.functional.pad(starts.cumsum(-1), (1, 0))
+
+
+def _encode_documents(document_ids: Tensor, is_token: Tensor | None) -> Tensor:
+    """Documents and padding as one 2-D mask, `2 * (document + 1) + is_token`.
+
+    No sum of these is 0, so that Transformers counts no left padding (`create_chunked_causal_mask`): chunks start with
+    their document.
+    """
+    return 2 * (document_ids + 1) + (1 if is_token is None else is_token.to(document_ids.dtype))
+
+
+_MARKED_PLANES = frozenset(2 * num_planes + 3 for num_planes in (1, *range(2, 2 * _bounds.MAX_INTERVALS + 1, 2)))
+
+
+def _mark(bounds: Tensor, is_token: Tensor | None) -> Tensor:
+    """Bounds to which `_build_bounds` may add documents. The planes of the mark say which keys are no padding."""
+    num_planes = bounds.shape[2]
+    if is_token is None:
+        return nn.functional.pad(bounds, (0, 0, 0, num_planes + 3), value=1)
+    mark = is_token.to(torch.int32)[:, None, None, :].expand(-1, bounds.shape[1], num_planes + 3, -1)
+    return torch.cat([bounds, mark], dim=2)
+
+
+def _is_marked(bounds: Tensor) -> bool:
+    return bounds.dtype == torch.int32 and bounds.ndim == 4 and bounds.shape[2] in _MARKED_PLANES
+
+
+def _unmark(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds, and bool `[B or 1, S]`, which keys are no padding."""
+    num_planes = (bounds.shape[2] - 3) // 2
+    return bounds[:, :, :num_planes], bounds[:, 0, num_planes] == 1
+
+
+# Attention function
+
+
+def flashmask_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as Transformers' attention interface calls it.
+
+    Args:
+        module: the attention layer.
+        query: `[B, H, S_q, D]`.
+        key: `[B, H_kv, S_k, D]`.
+        value: `[B, H_kv, S_k, D_v]`.
+        attention_mask: None, or int32 bounds `[B or 1, H or 1, C, S_k]`: those of `flashmask_mask`, or the user's own.
+            The user's are final: nothing is added to them, neither documents nor the layer's sliding window.
+        dropout: must be 0.
+        scaling: factor of the scores, by default `D ** -0.5`.
+        is_causal: by default `module.is_causal`, or True without it. Used when `attention_mask` is None.
+        sliding_window: a query sees keys at most `sliding_window - 1` away, None and 0 mean no window. Used when
+            `attention_mask` is None.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        s_aux: `[H]`, the attention sinks.
+        position_ids: `[B or 1, S]`; in self-attention a document starts wherever they do not increase.
+        cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, cumulative lengths of one packed row. They go before
+            `position_ids`.
+
+    Returns:
+        output `[B, S_q, H, D_v]`, and None for the attention weights, which are never computed.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
+    """
+    _refuse_unsupported_arguments(module, dropout, kwargs)
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    bounds = attention_mask
+    if bounds is None or _is_marked(bounds):
+        documents: tuple[Tensor, ...] = ()
+        if query.shape[2] == key.shape[2] and not _is_cross_attention(module, is_causal, kwargs):
+            documents = _document_tensors(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        layer = _Layer(query.shape[2], key.shape[2], is_causal, sliding_window or None, cu_seq_lens_q is not None)
+        bounds = _bounds_of_layer(bounds, documents, layer, query.device)
+    else:
+        _check_final_bounds(bounds, query, key)
+
+    target_dtype = _target_dtype(module, query)
+    if target_dtype != query.dtype:
+        query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
+    few_rows = query.shape[2] < key.shape[2] and query.shape[2] <= _FEW_ROWS and not torch.is_grad_enabled()
+    if few_rows and bounds is not None and bounds.shape[1] == 1 and softcap is None and s_aux is None:
+        output = _attend_few_rows(query, key, value, bounds, scaling)
+    else:
+        output = flashmask_attention(
+            query,
+            key,
+            value,
+            bounds,
+            is_causal=bounds is None and is_causal,
+            scale=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            deterministic=bool(kwargs.get("deterministic")),
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+_FEW_ROWS = 16
+"""Up to this many queries against a cache, a dense mask is small, and SDPA splits the keys among processors."""
+
+
+def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
+    """A decoding step, `[B, H, S_q, D_v]`. Query heads that share a key head become rows, so that no key is copied."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    visible = _bounds.to_dense(bounds, query.shape[2])
+    rows = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    output = nn.functional.scaled_dot_product_attention(
+        rows, key, value, attn_mask=visible.repeat(1, 1, group, 1), scale=scaling
+    )
+    output = output.unflatten(2, (group, query.shape[2])).flatten(1, 2)
+    # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
+    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+class _Layer(NamedTuple):
+    """What the bounds of a layer depend on besides tensors."""
+
+    q_len: int
+    kv_len: int
+    is_causal: bool
+    sliding_window: int | None
+    has_cu_seq_lens: bool
+
+
+class _Built(NamedTuple):
+    """Bounds, and the state of the tensors that they were built from."""
+
+    bounds: Tensor | None
+    sources: tuple[ref[Tensor], ...]
+    versions: tuple[int, ...]
+
+
+_built_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""First source tensor -> layer -> the last bounds built for it; it goes when that tensor goes."""
+
+
+def _bounds_of_layer(
+    mask: Tensor | None, documents: tuple[Tensor, ...], layer: _Layer, device: torch.device
+) -> Tensor | None:
+    """`_build_bounds`, once per forward pass: the layers share one tensor, and with it one schedule of tiles."""
+    sources = documents if mask is None else (mask, *documents)
+    # The compiler removes common subexpressions itself; an inference tensor does not tell whether it was changed.
+    if not sources or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+        return _build_bounds(mask, documents, layer, device)
+    versions = tuple(source._version for source in sources)
+    built = _built_bounds.setdefault(sources[0], {})
+    last: _Built | None = built.get(layer)
+    if (
+        last is None
+        or last.versions != versions
+        or len(last.sources) != len(sources)
+        or any(known() is not source for known, source in zip(last.sources, sources))
+    ):
+        bounds = _build_bounds(mask, documents, layer, device)
+        last = built[layer] = _Built(bounds, tuple(ref(source) for source in sources), versions)
+    return last.bounds
+
+
+def _build_bounds(
+    mask: Tensor | None, documents: tuple[Tensor, ...], layer: _Layer, device: torch.device
+) -> Tensor | None:
+    """Bounds of the mask function, or else of `is_causal` and the sliding window, with the documents kept apart."""
+    is_causal, parts = layer.is_causal, []
+    is_token: Tensor | None = None
+    if mask is not None:
+        mask, is_token = _unmark(mask)
+        parts.append(mask)
+        is_causal = mask.shape[2] == 1
+    elif layer.sliding_window is not None:
+        window = layer.sliding_window if is_causal else layer.sliding_window - 1
+        parts.append(_bounds.sliding_window(window, layer.q_len, layer.kv_len, is_causal=is_causal, device=device))
+    if documents and layer.has_cu_seq_lens:
+        rows, keys = documents[0], documents[1] if len(documents) > 1 else None
+        parts.append(_bounds.from_cu_seqlens(rows, layer.q_len, cu_seqlens_k=keys, is_causal=is_causal))
+    elif documents:
+        document_ids = _number_documents(documents[0], is_token)
+        parts.append(_bounds.from_document_ids(document_ids, is_causal=is_causal))
+    if not parts:
+        return None
+    return (parts[0] if len(parts) == 1 else _bounds.intersect(*parts, q_len=layer.q_len)).contiguous()
+
+
+def _document_tensors(
+    query: Tensor, position_ids: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors that tell the packed documents of this call apart, if any."""
+    batch, _, q_len, _ = query.shape
+    if cu_seq_lens_q is not None:
+        if batch != 1:
+            raise ValueError(
+                f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {batch} rows; "
+                "pass `position_ids` that restart with every document instead"
+            )
+        differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
+        return (cu_seq_lens_q, cu_seq_lens_k) if differ else (cu_seq_lens_q,)  # type: ignore[return-value]
+    # Multimodal models have positions in several dimensions, which do not count tokens.
+    if position_ids is None or position_ids.ndim != 2 or position_ids.is_floating_point():
+        return ()
+    return (position_ids,) if position_ids.shape[0] in (1, batch) and position_ids.shape[1] == q_len else ()
+
+
+def _is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether keys come from elsewhere. `position_ids` then describe the queries only, even if the lengths agree."""
+    return (
+        kwargs.get("encoder_hidden_states") is not None
+        or bool(getattr(module, "is_cross_attention", False))
+        or "CrossAttention" in type(module).__name__
+        or (bool(getattr(module, "is_decoder", False)) and not is_causal)
+    )
+
+
+def _target_dtype(module: nn.Module, query: Tensor) -> torch.dtype:
+    """float32 queries are cast as Transformers casts them for FlashAttention.
+
+    Under autocast to its dtype; otherwise to that of the layer's weights, which differs where norms stay in float32.
+    """
+    if query.dtype != torch.float32:
+        return query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    if hasattr(getattr(module, "config", None), "_is_quantized"):
+        return cast(torch.dtype, cast(Any, module).config.dtype)
+    weights = (weight.dtype for weight in module.parameters() if weight.ndim == 2 and weight.is_floating_point())
+    return next(weights, query.dtype)
+
+
+# What is refused
+
+
+_UNSUPPORTED_ARGUMENTS = {
+    "position_bias": "a bias added to the scores",
+    "indices": "keys selected for each query",
+    "block_indices": "blocks of keys selected for each query",
+    "sinks": "attention sinks in a form of the model's own",
+    "cache": "the paged cache of continuous batching",
+}
+
+
+def _refuse_unsupported_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    for argument, meaning in _UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(argument) is not None:
+            raise NotImplementedError(
+                f'attn_implementation="flashmask" does not support `{argument}` ({meaning}), which '
+                f"{type(module).__name__} passes; use another implementation for this model."
+            )
+    if dropout > 0:
+        raise NotImplementedError(
+            f'attn_implementation="flashmask" does not support attention dropout, {type(module).__name__} asks for '
+            f"{dropout}; set {_dropout_setting(module, dropout)} = 0 before the model is created, or use "
+            'attn_implementation="sdpa".'
+        )
+    if kwargs.get("output_attentions"):
+        logger.warning_once(
+            'attn_implementation="flashmask" never computes the attention weights: `output_attentions=True` returns '
+            'None for them. Use attn_implementation="eager" to get them.'
+        )
+
+
+def _dropout_setting(module: nn.Module, dropout: float) -> str:
+    """How the model's configuration calls its attention dropout."""
+    settings = getattr(getattr(module, "config", None), "__dict__", {})
+    names = [name for name, value in settings.items() if "drop" in name and "att" in name and value == dropout]
+    return " and ".join(f"config.{name}" for name in names) or "the attention dropout of its config"
+
+
+def _check_final_bounds(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    if attention_mask.dtype != torch.int32:
+        dense = "mask" if attention_mask.dtype == torch.bool else "mask == 0"
+        raise TypeError(
+            f"`attention_mask` of an attention layer must be None or int32 bounds [B or 1, H or 1, C, S_k], got "
+            f"{attention_mask.dtype} {list(attention_mask.shape)}. A dense mask of visible and hidden keys becomes "
+            f'bounds with hf_flashmask.bounds.from_dense({dense}); for a bias use attn_implementation="sdpa".'
+        )
+    _bounds.check_bounds(
+        attention_mask,
+        name="attention_mask",
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_len=key.shape[2],
+        device=query.device,
+    )
+
+
+_KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Layer types that see less than everything -> the setting that says how many keys."""
+
+
+def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
+    """One tensor of final bounds for full and windowed layers alike would silently widen the windows."""
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    limits = [getattr(config, limit, None) for name, limit in _KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
+    if len(layer_types) > 1 and any(limit is not None and limit < bounds.shape[-1] for limit in limits):
+        raise ValueError(
+            "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
+            f"with bounds for each of its layer types, {sorted(layer_types)}"
+        )
+
+
+@functools.cache
+def _reason_against(model_class: type) -> str | None:
+    """Why a model class cannot use the attention interface, read off the source of its modeling file."""
+    for base in model_class.__mro__:
+        if base is PreTrainedModel or not issubclass(base, PreTrainedModel):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[base.__module__])
+        except (KeyError, OSError, TypeError):  # a class from a notebook: its bases are still looked at
+            continue
+        if re.search(r"ATTENTION_CLASSES\[\s*(config\.)?_?attn_implementation\s*\]", source):
+            return "it picks its attention layer from a fixed list of implementations"
+        if re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE):
+            if "ALL_ATTENTION_FUNCTIONS" not in source:
+                return "it computes attention itself, not through the attention interface"
+            return None
+    return None
+
+
+# Registration
+
+
+def register() -> None:
+    """Make `attn_implementation="flashmask"` known to Transformers. Importing hf_flashmask does it; again is harmless.
+
+    Besides the two public registries, three private functions are wrapped, because Transformers takes every name that
+    contains "flash" for FlashAttention. The wrappers pass everything on unless the name is exactly "flashmask".
+
+    Raises:
+        ImportError: when this Transformers does not have what is wrapped; the message names its version.
+    """
+    AttentionInterface.register(NAME, flashmask_attention_forward)
+    AttentionMaskInterface.register(NAME, flashmask_mask)
+    for owner, name, wrap in _WRAPPERS:
+        original = getattr(owner, name, None)
+        if not callable(original):
+            raise ImportError(
+                f"hf_flashmask needs transformers >= 5.4; version {transformers.__version__} has no "
+                f"`{owner.__name__}.{name}`. Please report it with this version number."
+            )
+        if not hasattr(original, _OURS):
+            wrapper = functools.wraps(original)(wrap(original))
+            setattr(wrapper, _OURS, True)
+            setattr(owner, name, wrapper)
+
+
+def _wrap_check(original: Callable) -> Callable:
+    """FlashAttention's checks would import a package called flashmask, or swap the name for another implementation."""
+
+    def check_and_adjust(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation == NAME:
+            return self.get_correct_attn_implementation(NAME)
+        return original(self, attn_implementation, *args, **kwargs)
+
+    return check_and_adjust
+
+
+def _wrap_dispatch(original: Callable) -> Callable:
+    """Transformers asks no model whether it supports a custom implementation."""
+
+    def get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
+        reason = _reason_against(type(self)) if requested_attention == NAME else None  # type: ignore[arg-type]
+        if reason is not None:
+            raise ValueError(
+                f'{type(self).__name__} does not work with attn_implementation="flashmask": {reason}. Use "sdpa" or '
+                '"eager" for it; in a composite model the other parts can still use flashmask, as in '
+                'attn_implementation={"": "eager", "text_config": "flashmask"}.'
+            )
+        return original(self, requested_attention, *args, **kwargs)
+
+    return get_correct
+
+
+def _wrap_is_flash(original: Callable) -> Callable:
+    """`masking_utils` refuses chunked masks (Llama 4) for FlashAttention; bounds hold them."""
+
+    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if config is not None and config._attn_implementation == NAME:
+            return False
+        return original(config, *args, **kwargs)
+
+    return is_flash_attention_requested
+
+
+def _wrap_preprocess(original: Callable) -> Callable:
+    """Here, and nowhere else, one sees that the user gave one mask for all layers, and `position_ids` beside a cache.
+
+    Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
+    always found, and take the place of the 2-D mask on the way to `flashmask_mask`.
+    """
+
+    def preprocess_mask_arguments(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        arguments = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        if config._attn_implementation != NAME:
+            return arguments
+        early_exit, mask, document_ids, *sizes = arguments
+        if early_exit and mask is not None and not _is_marked(mask):
+            _refuse_bounds_shared_by_layer_types(config, mask)
+        if not early_exit and position_ids is not None and position_ids.ndim == 2 and _is_square(*sizes):
+            if document_ids is None:
+                document_ids = _number_documents(position_ids, mask)
+                is_one = not is_tracing(document_ids) and not bool(document_ids.any())
+                document_ids = None if is_one else document_ids
+            if document_ids is not None:
+                mask = _encode_documents(document_ids.expand(inputs_embeds.shape[0], -1), mask)
+        return early_exit, mask, None, *sizes
+
+    return preprocess_mask_arguments
+
+
+_OURS = "_knows_flashmask"
+_WRAPPERS = (
+    (PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check),
+    (PreTrainedModel, "get_correct_attn_implementation", _wrap_dispatch),
+    (masking_utils, "is_flash_attention_requested", _wrap_is_flash),
+    (masking_utils, "_preprocess_mask_arguments", _wrap_preprocess),
+)

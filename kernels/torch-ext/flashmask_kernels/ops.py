@@ -1,0 +1,426 @@
+"""`flashmask_attention`, its operators in ``torch.ops.flashmask_kernels``, and the choice of an implementation.
+
+Eager calls go through an autograd.Function, which costs a third of an operator's dispatch and can reuse the schedule
+of a bounds tensor from layer to layer. Under `torch.compile`, `torch.export`, fake tensors and dispatch modes the
+same steps are operators of a graph, where equal schedules are common subexpressions.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .tiled import tiled_backward, tiled_forward
+
+if TYPE_CHECKING:
+    from .portable.configs import Configs
+
+MAX_INTERVALS = 16
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def flashmask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None = None,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def flashmask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None = None,
+    *,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    deterministic: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def flashmask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention under a mask given as bounds (FlashMask, arXiv 2410.01359), with gradients.
+
+    Args:
+        query: ``[B, H, S_q, D]``; float16, bfloat16 or float32 (float64 off the GPU). Any strides; the last dimension
+            is best contiguous.
+        key: ``[B, H_kv, S_k, D]``, H a multiple of H_kv.
+        value: ``[B, H_kv, S_k, D_v]``.
+        bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, the rows hidden from each key: C = 1 (LTS, with the causal
+            triangle aligned at the bottom right), 2 (LTS, UTE) or 2n (n intervals of start, end; up to 16). None:
+            causal or full attention.
+        is_causal: only without ``bounds``, which hold the whole mask: causal, aligned at the bottom right.
+        scale: factor of the scores, by default ``D ** -0.5``.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: ``[H]``, a logit per head that takes part in the softmax and has no value.
+        dropout_p: must be 0.
+        deterministic: bitwise repeatable gradients. Every implementation here gives them anyway.
+        return_lse: also return the log-sum-exp of each row.
+
+    Returns:
+        output ``[B, H, S_q, D_v]`` in the query's dtype, laid out as ``[B, S_q, H, D_v]``; with ``return_lse`` also
+        float32 ``[B, H, S_q]`` (natural logarithm). A row that sees nothing has output 0, log-sum-exp -inf (the sink,
+        if there is one) and gradients 0.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, device, shape or combination; named with what came and what is accepted.
+        NotImplementedError: ``dropout_p`` other than 0.
+    """
+    _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = None if softcap is None else float(softcap)
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    if _runs_as_operator(query):
+        make_bounds, build, attend = _OPERATORS
+    else:
+        make_bounds, build, attend = _EAGER
+    if bounds is None:
+        bounds = make_bounds(query.shape[2], key.shape[2], is_causal, query.device)
+    bounds = bounds.contiguous()
+    schedule = _schedule("forward", bounds, query, value, build)
+    out, lse = attend(query, key, value, bounds, sinks, schedule, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"`{name}` must be 4-D [B, heads, S, D], got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"`{name}` must be float16, bfloat16, float32 or (not on a GPU) float64, got {tensor.dtype}"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise TypeError(
+                f"`{name}` must have the query's dtype and device, {query.dtype} on {query.device}; "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        if not MIN_HEAD_DIM <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"`{name}` must have a head size from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {tensor.shape[-1]}"
+            )
+    batch_size, num_heads, _, dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    if key.shape[0] != batch_size or key.shape[-1] != dim:
+        raise ValueError(
+            f"`key` must be [B, H_kv, S_k, D] with the query's B = {batch_size} and D = {dim}, got {tuple(key.shape)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"`value` must be [B, H_kv, S_k, D_v] like the key, {tuple(key.shape[:3])}, got {tuple(value.shape)}"
+        )
+    if kv_heads == 0 or num_heads % kv_heads:
+        raise ValueError(f"`query` must have a multiple of the key's {kv_heads} heads, got {num_heads}")
+    if bounds is not None:
+        _check_bounds(bounds, query, batch_size, num_heads, kv_heads, kv_len, is_causal)
+    if scale is not None and not scale >= 0:
+        raise ValueError(f"`scale` must be at least 0, got {scale}; put a sign into the query")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`softcap` must be greater than 0, got {softcap}; None turns it off")
+    if sinks is not None and (sinks.shape != (num_heads,) or sinks.device != query.device):
+        raise ValueError(
+            f"`sinks` must be one logit per query head, [{num_heads}] on {query.device}, "
+            f"got {tuple(sinks.shape)} on {sinks.device}"
+        )
+    if dropout_p:
+        raise NotImplementedError(f"`dropout_p` must be 0, got {dropout_p}: attention dropout is not implemented")
+
+
+def _check_bounds(
+    bounds: Tensor, query: Tensor, batch_size: int, num_heads: int, kv_heads: int, kv_len: int, is_causal: bool
+) -> None:
+    if bounds.dtype != torch.int32 or bounds.device != query.device:
+        raise TypeError(f"`bounds` must be int32 on {query.device}, got {bounds.dtype} on {bounds.device}")
+    if bounds.ndim != 4 or bounds.shape[3] != kv_len:
+        raise ValueError(
+            f"`bounds` must be [B or 1, H or 1, C, S_k] with the key length {kv_len} last, got {tuple(bounds.shape)}"
+        )
+    if bounds.shape[0] not in (1, batch_size) or bounds.shape[1] not in (1, kv_heads, num_heads):
+        raise ValueError(
+            f"`bounds` must have batch 1 or {batch_size} and heads 1, {kv_heads} or {num_heads}, "
+            f"got {tuple(bounds.shape)}"
+        )
+    num_planes = bounds.shape[2]
+    if num_planes != 1 and (num_planes % 2 or not 2 <= num_planes <= 2 * MAX_INTERVALS):
+        raise ValueError(
+            "`bounds` must have 1 plane (LTS), 2 (LTS, UTE) or n pairs of start and end with "
+            f"n <= {MAX_INTERVALS}, got {num_planes}"
+        )
+    if is_causal and num_planes != 1:
+        raise ValueError(
+            "`is_causal` is only for `bounds=None`: bounds hold the whole mask. Hide the causal triangle in them (UTE)"
+        )
+
+
+def _plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
+    """Causal or full attention as bounds."""
+    lower_start = torch.full((1, 1, 1, kv_len), q_len, dtype=torch.int32, device=device)
+    return lower_start if is_causal else torch.cat([lower_start, torch.zeros_like(lower_start)], dim=2)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
+    # Autograd must be able to save it later, which it refuses for a tensor made in inference mode.
+    with torch.inference_mode(False):
+        return _plain_bounds(q_len, kv_len, is_causal, device)
+
+
+def _runs_as_operator(query: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(query) not in (Tensor, torch.nn.Parameter)
+        or _get_current_dispatch_mode() is not None
+    )
+
+
+# Implementations
+
+
+def _configs(query: Tensor, value: Tensor) -> Configs | None:
+    """Tile sizes of the Triton kernels for these inputs, or None where `tiled` computes them."""
+    if query.device.type not in ("cuda", "xpu") or query.dtype == torch.float64:
+        return None
+    head_dim = max(query.shape[-1], value.shape[-1])
+    try:
+        from .portable.configs import select_configs
+    except ImportError as error:
+        configs, reason = None, f"Triton does not import ({error})"
+    else:
+        configs = select_configs(query.device, query.dtype, head_dim)
+        reason = f"there is no kernel for head size {head_dim}"
+    if configs is None:
+        warnings.warn(f"flashmask_kernels computes in plain torch, exactly but slowly: {reason}", stacklevel=2)
+    return configs
+
+
+def _schedule(kernel: str, bounds: Tensor, query: Tensor, value: Tensor, build: Callable[..., Tensor]) -> Tensor | None:
+    """What the kernel of that name in `Configs` visits; None where `tiled` computes."""
+    configs = _configs(query, value)
+    if configs is None:
+        return None
+    config = getattr(configs, kernel)
+    return build(bounds, query.shape[2], config.block_m, config.block_n, kernel == "key_value_gradient")
+
+
+def _build_schedule(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> Tensor:
+    from .schedule import build_schedule
+
+    with torch.cuda.device_of(bounds):
+        return build_schedule(bounds, q_len, block_m, block_n, by_column)
+
+
+# The layers of one forward pass share their bounds tensor, and so its schedules: {bounds: {arguments: (version,
+# schedule)}}.
+_schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _cached_schedule(bounds: Tensor, *arguments: Any) -> Tensor:
+    schedules = _schedules.setdefault(bounds, {})
+    version = 0 if bounds.is_inference() else bounds._version
+    if arguments not in schedules or schedules[arguments][0] != version:
+        schedules[arguments] = version, _build_schedule(bounds, *arguments)
+    return schedules[arguments][1]
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    schedule: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if query.numel() == 0 or key.numel() == 0:
+        out, lse = _new_outputs(query, value)
+        lse.fill_(-torch.inf)
+        return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
+    if schedule is None:
+        return tiled_forward(query, key, value, bounds, sinks, scale, softcap)
+    from .portable import attention_forward
+
+    with torch.cuda.device_of(query):
+        configs = _configs(query, value)
+        assert configs is not None, "there is a schedule only where there are kernels"
+        return attention_forward(query, key, value, bounds, sinks, schedule, scale, softcap, configs.forward)
+
+
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    by_column: Tensor | None,
+    by_row: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if query.numel() == 0 or key.numel() == 0:
+        d_query, d_key, d_value = (_new_gradient(tensor).zero_() for tensor in (query, key, value))
+        return d_query, d_key, d_value, torch.zeros_like(lse)
+    if by_column is None or by_row is None:
+        return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, scale, softcap)
+    from .portable import attention_backward
+
+    with torch.cuda.device_of(query):
+        configs = _configs(query, value)
+        assert configs is not None, "there is a schedule only where there are kernels"
+        return attention_backward(
+            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, scale, softcap, configs
+        )
+
+
+def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch_size, num_heads, q_len, _ = query.shape
+    out = query.new_empty(batch_size, q_len, num_heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch_size, num_heads, q_len, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _new_gradient(tensor: Tensor) -> Tensor:
+    batch_size, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch_size, length, heads, dim).transpose(1, 2)
+
+
+# Autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bounds, sinks, _, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(query, key, value, bounds, sinks, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, build: Callable[..., Tensor], backward: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    query, key, value, bounds, sinks, out, lse = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    by_column = _schedule("key_value_gradient", bounds, query, value, build)
+    by_row = _schedule("query_gradient", bounds, query, value, build)
+    d_query, d_key, d_value, delta = backward(
+        d_out if d_out.stride(-1) == 1 else d_out.contiguous(),
+        None if d_lse is None else d_lse.contiguous(),
+        query, key, value, bounds, out, lse, by_column, by_row, ctx.scale, ctx.softcap,
+    )  # fmt: skip
+    d_sinks = None
+    if sinks is not None:
+        # The sink's probability exp(sink - lse) times its score gradient 0 - delta, summed over the rows of its head.
+        probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+        d_sinks = -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
+    return d_query, d_key, d_value, None, d_sinks, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, d_out, d_lse, _cached_schedule, _backward)
+
+
+# Operators
+
+
+_schedule_operator = torch.library.custom_op("flashmask_kernels::schedule", _build_schedule, mutates_args=())
+_forward_operator = torch.library.custom_op("flashmask_kernels::forward", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op("flashmask_kernels::backward", _backward, mutates_args=())
+
+
+@_schedule_operator.register_fake
+def _(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> Tensor:
+    from .schedule import schedule_shape
+
+    num_masks, kv_len = bounds.shape[0] * bounds.shape[1], bounds.shape[3]
+    return bounds.new_empty(schedule_shape(num_masks, q_len, kv_len, block_m, block_n, by_column))
+
+
+@_forward_operator.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    schedule: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    return _new_outputs(query, value)
+
+
+@_backward_operator.register_fake
+def _(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    by_column: Tensor | None,
+    by_row: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_gradient(query), _new_gradient(key), _new_gradient(value), torch.empty_like(lse)
+
+
+_forward_operator.register_autograd(
+    lambda ctx, d_out, d_lse: _gradients(ctx, d_out, d_lse, _schedule_operator, _backward_operator),
+    setup_context=_setup_context,
+)
+
+
+# How to make plain bounds and schedules and how to attend, eagerly and in a graph.
+_EAGER: tuple[Callable[..., Any], ...] = (_cached_plain_bounds, _cached_schedule, _Attention.apply)
+_OPERATORS: tuple[Callable[..., Any], ...] = (_plain_bounds, _schedule_operator, _forward_operator)

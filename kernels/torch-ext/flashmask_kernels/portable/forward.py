@@ -1,0 +1,266 @@
+"""FlashMask's forward pass (arXiv 2410.01359, algorithm 1): FlashAttention-2 over the tiles of the schedule.
+
+One program owns BLOCK_M query rows of one head. It visits first the cut tiles of its row of the schedule, where
+`hidden_elements` masks single scores, then the full tiles, whose loop carries no mask. Hidden tiles are in neither
+list.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..schedule import mask_strides
+from .configs import Config
+from .tiles import (
+    LN_2,
+    LOG2_E,
+    descriptors_can_address,
+    hidden_elements,
+    load_rows,
+    soft_capped,
+    store_rows,
+    tile_source,
+)
+
+
+@triton.jit
+def _attend_tile(
+    output,
+    row_sum,
+    row_max,
+    q_tile,
+    k,
+    v,
+    bounds,
+    batch,
+    kv_head,
+    rows,
+    start_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    scale,
+    softcap,
+    q_len,
+    kv_len,
+    NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_CUT: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+):
+    """One step of the online softmax. Scores, row_max are in base 2."""
+    k_tile = load_rows(
+        k, batch, kv_head, start_n, kv_len, k_stride_b, k_stride_h, k_stride_s,
+        DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS,
+    )  # fmt: skip
+    scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+    if HAS_SOFTCAP:
+        scores = soft_capped(scores * scale, softcap)
+        factor = LOG2_E
+    else:
+        factor = scale * LOG2_E
+    if IS_CUT:
+        columns = start_n + tl.arange(0, BLOCK_N)
+        hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
+        scores = tl.where(hidden, float("-inf"), scores * factor)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        probabilities = tl.exp2(scores - shift[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+        shift = new_max
+        probabilities = tl.exp2(scores * factor - shift[:, None])
+    correction = tl.exp2(row_max - shift)
+    row_sum = row_sum * correction + tl.sum(probabilities, 1)
+    v_tile = load_rows(
+        v, batch, kv_head, start_n, kv_len, v_stride_b, v_stride_h, v_stride_s,
+        DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS,
+    )  # fmt: skip
+    output = output * correction[:, None]
+    output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
+    return output, row_sum, new_max
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b"])
+def attention_forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    bounds,
+    schedule,
+    sinks,
+    q_stride_b,
+    q_stride_h,
+    q_stride_s,
+    k_stride_b,
+    k_stride_h,
+    k_stride_s,
+    v_stride_b,
+    v_stride_h,
+    v_stride_s,
+    out_stride_b,
+    out_stride_h,
+    out_stride_s,
+    scale,
+    softcap,
+    q_len,
+    kv_len,
+    mask_stride_b,
+    NUM_HEADS: tl.constexpr,
+    HEADS_PER_KV_HEAD: tl.constexpr,
+    HEADS_PER_MASK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+):
+    num_row_tiles = tl.cdiv(q_len, BLOCK_M)
+    num_column_tiles = tl.cdiv(kv_len, BLOCK_N)
+    # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the
+    # most work: first.
+    row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
+    batch_head = tl.program_id(0) // num_row_tiles
+    batch = batch_head // NUM_HEADS
+    head = batch_head % NUM_HEADS
+    kv_head = head // HEADS_PER_KV_HEAD
+    mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
+    bounds += mask * NUM_PLANES * kv_len
+    schedule += (mask * num_row_tiles + row_tile) * (num_column_tiles + 2)
+    num_cut = tl.load(schedule)
+    num_full = tl.load(schedule + 1)
+    cut_tiles = schedule + 2
+    full_tiles = cut_tiles + num_column_tiles - num_full
+
+    start_m = row_tile * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(
+        q, batch, head, start_m, q_len, q_stride_b, q_stride_h, q_stride_s,
+        DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS,
+    )  # fmt: skip
+    output = tl.zeros([BLOCK_M, BLOCK_DIM_V], dtype=tl.float32)
+    if HAS_SINKS:
+        # A sink is a score that every row has seen before its first key.
+        row_max = tl.full([BLOCK_M], 1.0, dtype=tl.float32) * (tl.load(sinks + head).to(tl.float32) * LOG2_E)
+        row_sum = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    else:
+        row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    for position in range(num_cut):
+        start_n = tl.load(cut_tiles + position) * BLOCK_N
+        output, row_sum, row_max = _attend_tile(
+            output, row_sum, row_max, q_tile, k, v, bounds, batch, kv_head, rows, start_n,
+            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
+            NUM_PLANES, HAS_SOFTCAP, True, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
+        )  # fmt: skip
+    for position in range(num_full):
+        start_n = tl.load(full_tiles + position) * BLOCK_N
+        output, row_sum, row_max = _attend_tile(
+            output, row_sum, row_max, q_tile, k, v, bounds, batch, kv_head, rows, start_n,
+            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
+            NUM_PLANES, HAS_SOFTCAP, False, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
+        )  # fmt: skip
+
+    # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    output = output / row_sum[:, None]
+    store_rows(
+        out, output, batch, head, start_m, q_len, out_stride_b, out_stride_h, out_stride_s, DIM_V, BLOCK_M, BLOCK_DIM_V
+    )
+    lse += batch_head.to(tl.int64) * q_len
+    tl.store(lse + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < q_len)
+
+
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    sinks: torch.Tensor | None,
+    schedule: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        query, key, value: ``[B, H, S_q, D]``, ``[B, H_kv, S_k, D]``, ``[B, H_kv, S_k, D_v]``, last dimension
+            contiguous.
+        bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, contiguous.
+        schedule: the schedule by rows of ``bounds`` for the tile sizes of ``config``.
+
+    Returns:
+        output ``[B, H, S_q, D_v]`` in the query's dtype, laid out like a model's ``[B, S_q, H, D_v]``; log-sum-exp
+        ``[B, H, S_q]`` in float32.
+    """
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    out = query.new_empty(batch_size, q_len, num_heads, dim_v).transpose(1, 2)
+    lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
+    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+    use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
+    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+    grid = (triton.cdiv(q_len, config.block_m) * batch_size * num_heads,)
+    attention_forward_kernel[grid](
+        tile_source(query, config.block_m, block_dim, use_descriptors),
+        tile_source(key, config.block_n, block_dim, use_descriptors),
+        tile_source(value, config.block_n, block_dim_v, use_descriptors),
+        out,
+        lse,
+        bounds,
+        schedule,
+        sinks,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *out.stride()[:3],
+        scale,
+        0.0 if softcap is None else softcap,
+        q_len,
+        kv_len,
+        mask_stride_b,
+        NUM_HEADS=num_heads,
+        HEADS_PER_KV_HEAD=num_heads // kv_heads,
+        HEADS_PER_MASK=heads_per_mask,
+        NUM_PLANES=bounds.shape[2],
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        DIM=dim,
+        DIM_V=dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_DIM=block_dim,
+        BLOCK_DIM_V=block_dim_v,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        USE_DESCRIPTORS=use_descriptors,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse
+
+
+def head_dim_blocks(dim: int, dim_v: int) -> tuple[int, int]:
+    """Tile widths for the head sizes: the next power of two, at least the 16 that `tl.dot` needs."""
+    return max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim_v))

@@ -1,0 +1,119 @@
+"""What the forward and the backward kernels share: loading a tile of rows and masking a cut tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def tile_source(tensor: torch.Tensor, block_rows: int, block_dim: int, use_descriptors: bool) -> Any:
+    """The kernel argument from which `load_rows` reads ``tensor`` ``[B, H, S, D]``: a TMA descriptor or the tensor."""
+    if not use_descriptors:
+        return tensor
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, block_rows, block_dim])
+
+
+def descriptors_can_address(*tensors: torch.Tensor) -> bool:
+    """TMA wants a 16-byte aligned base, 16-byte strides, and at least one element."""
+    return all(
+        tensor.numel() > 0
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+@triton.jit
+def load_rows(
+    source,
+    batch,
+    head,
+    start,
+    length,
+    stride_b,
+    stride_h,
+    stride_s,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+):
+    """Rows [start, start + BLOCK_ROWS) of one head as [BLOCK_ROWS, BLOCK_DIM]; what lies outside reads as 0."""
+    if USE_DESCRIPTORS:
+        return source.load([batch, head, start, 0]).reshape([BLOCK_ROWS, BLOCK_DIM])
+    else:
+        # Only offsets inside the tile are 32-bit: a head may span more than 2^31 elements.
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start.to(tl.int64) * stride_s
+        rows = tl.arange(0, BLOCK_ROWS)
+        dims = tl.arange(0, BLOCK_DIM)
+        pointers = base + rows[:, None] * stride_s + dims[None, :]
+        if CHECK_ROWS and BLOCK_DIM != DIM:
+            return tl.load(pointers, mask=(start + rows < length)[:, None] & (dims < DIM)[None, :], other=0.0)
+        elif CHECK_ROWS:
+            return tl.load(pointers, mask=(start + rows < length)[:, None], other=0.0)
+        elif BLOCK_DIM != DIM:
+            return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    target,
+    tile,
+    batch,
+    head,
+    start,
+    length,
+    stride_b,
+    stride_h,
+    stride_s,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """Write ``tile`` [BLOCK_ROWS, BLOCK_DIM] to the rows of one head that exist."""
+    base = target + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start.to(tl.int64) * stride_s
+    rows = tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = (start + rows < length)[:, None] & (dims < DIM)[None, :]
+    tl.store(base + rows[:, None] * stride_s + dims[None, :], tile.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constexpr):
+    """True where row and column do not see each other. ``rows`` and ``columns`` broadcast to the tile, either way
+    around.
+
+    ``bounds`` points at the planes of one mask, [NUM_PLANES, kv_len]. Columns past the last key are hidden.
+    """
+    exists = columns < kv_len
+    if NUM_PLANES == 1:
+        lower_start = tl.load(bounds + columns, mask=exists, other=0)
+        return (rows >= lower_start) | (columns - (kv_len - q_len) > rows)
+    elif NUM_PLANES == 2:
+        lower_start = tl.load(bounds + columns, mask=exists, other=0)
+        upper_end = tl.load(bounds + kv_len + columns, mask=exists, other=0)
+        return (rows >= lower_start) | (rows < upper_end)
+    else:
+        hidden = (columns >= kv_len) & (rows >= 0)
+        for interval in tl.static_range(NUM_PLANES // 2):
+            plane = bounds + 2 * interval * kv_len.to(tl.int64)
+            start = tl.load(plane + columns, mask=exists, other=0)
+            end = tl.load(plane + kv_len + columns, mask=exists, other=0)
+            hidden |= (rows >= start) & (rows < end)
+        return hidden
+
+
+@triton.jit
+def soft_capped(scores, softcap):
+    """softcap * tanh(scores / softcap), by a tanh that every backend has."""
+    return softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)

@@ -1,0 +1,105 @@
+"""Inputs, masks and the acceptance criterion that the kernel tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashmask_kernels import reference_attention
+
+
+def model_tensor(batch: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Random ``[B, heads, S, D]`` with the strides that models pass: a transposed view of ``[B, S, heads, D]``."""
+    return torch.randn(batch, length, heads, dim, dtype=dtype, device=device).transpose(1, 2)
+
+
+def random_documents(length: int, count: int) -> tuple[Tensor, Tensor]:
+    """First row and end row of the document of every position, for ``count`` documents of uneven lengths."""
+    cuts = torch.randperm(length - 1)[: count - 1].sort().values + 1
+    starts, ends = torch.cat([torch.zeros(1, dtype=torch.long), cuts]), torch.cat([cuts, torch.tensor([length])])
+    lengths = ends - starts
+    return starts.repeat_interleave(lengths), ends.repeat_interleave(lengths)
+
+
+def _bounds(*planes: Tensor) -> Tensor:
+    return torch.stack(planes).to(torch.int32)[None, None]
+
+
+def random_intervals(batch: int, heads: int, planes: int, q_len: int, kv_len: int) -> Tensor:
+    """Any int32 is legal: below 0, above S_q, empty, overlapping, the smallest and the largest."""
+    bounds = torch.randint(-q_len // 4 - 2, q_len + q_len // 4 + 3, (batch, heads, planes, kv_len), dtype=torch.int32)
+    extreme = torch.where(torch.rand(bounds.shape) < 0.5, torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
+    return torch.where(torch.rand(bounds.shape) < 0.05, extreme.to(torch.int32), bounds)
+
+
+def masks(q_len: int, kv_len: int) -> dict[str, Tensor]:
+    """Masks of every plane count that make hidden, cut and full tiles, and fully hidden rows and columns."""
+    column = torch.arange(kv_len)
+    start, end = random_documents(kv_len, 3)
+    shift = kv_len - q_len
+    window, everywhere, never = max(1, kv_len // 5), torch.full_like(column, q_len), torch.zeros_like(column)
+    return {
+        "full": _bounds(everywhere, never),
+        "causal": _bounds(everywhere),
+        "causal_document": _bounds(end - shift),
+        "document": _bounds(end - shift, start - shift),
+        "sliding_window": _bounds(column - shift + window),
+        "prefix_lm": _bounds(everywhere, torch.where(column < kv_len // 3, 0, column - shift)),
+        "global_sliding_window": _bounds(
+            torch.where(column < 4, q_len, column + window), everywhere, torch.where(column > 4 + window, 4, 0),
+            torch.where(column > 4 + window, column - window, 0),
+        ),
+        "three_intervals": _bounds(column + 3, column + 9, column - 20, column - 4, column + 30, everywhere),
+        "nothing": _bounds(never),
+        "random": random_intervals(1, 1, 2, q_len, kv_len),
+    }  # fmt: skip
+
+
+def assert_matches_reference(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """FlashMask's criterion for output and gradients, and the log-sum-exp besides.
+
+    An error may be twice that of the naive dense computation in the same dtype, plus the rounding that adding and
+    subtracting 0.3 does to the truth (dense, in the next wider dtype). In float32, where both errors are a few units
+    in the last place and a sum over many rows can favour either, an error up to 3e-6 of the largest element passes
+    too. ``attend`` returns output and log-sum-exp.
+    """
+    wide = torch.float64 if query.dtype == torch.float32 else torch.float32
+    leaves = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
+    d_out = torch.randn(*query.shape[:3], value.shape[-1], device=query.device).to(query.dtype)
+    d_lse = torch.randn(query.shape[:3], device=query.device)
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        out, lse = function(*inputs[:3], bounds, softcap=softcap, sinks=inputs[3] if sinks is not None else None)
+        sees = lse.detach() != -torch.inf
+        loss = (out.to(wide) * d_out).sum() + (torch.where(sees, lse, 0.0).to(wide) * d_lse).sum()
+        names = ("d_query", "d_key", "d_value", "d_sinks")
+        return {"out": out, "lse": lse, **dict(zip(names, torch.autograd.grad(loss, inputs)))}
+
+    truth = run(lambda *args, **options: reference_attention(*args, dtype=wide, **options), wide)
+    naive = run(lambda *args, **options: reference_attention(*args, dtype=query.dtype, **options), query.dtype)
+    result = run(attend, query.dtype)
+
+    assert torch.equal(result["lse"] == -torch.inf, truth["lse"] == -torch.inf)
+    lse_error = (result["lse"] - truth["lse"]).nan_to_num(0.0).abs().max()
+    assert lse_error <= (1e-5 if query.dtype == torch.float32 else 1e-3), f"lse: {lse_error:.2e}"
+    for name in truth.keys() - {"lse"}:
+        expected = truth[name].to(wide)
+        rounded = expected.to(query.dtype)
+        band = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().to(wide)
+        allowed = 2 * (naive[name].to(wide) - expected).abs().max() + band
+        if query.dtype == torch.float32:
+            allowed = max(allowed, 3e-6 * expected.abs().max())
+        error = (result[name].to(wide) - expected).abs().max()
+        assert result[name].dtype == query.dtype or name == "d_sinks"
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"

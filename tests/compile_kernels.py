@@ -1,0 +1,123 @@
+"""Compile the shipped kernel configurations for one GPU architecture, without that GPU, and print what each uses as
+JSON.
+
+    python tests/compile_kernels.py sm_90
+
+The launch code runs as it does on a GPU, on CPU tensors, with Triton's driver replaced by one that only knows the
+target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+
+from flashmask_kernels.portable import attention_backward, attention_forward, configs
+from flashmask_kernels.schedule import build_schedule
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# A head size for every row of the table, one of them not a power of two, and plane counts of every form of the mask.
+CASES = [
+    (torch.bfloat16, 64, 1),
+    (torch.bfloat16, 128, 1),
+    (torch.bfloat16, 192, 4),
+    (torch.float32, 64, 1),
+    (torch.float32, 128, 2),
+    (torch.float32, 256, 1),
+]
+
+
+class OfflineDriver:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int) -> list[Any]:
+    """Every kernel that a forward and a backward pass launch."""
+    kernels = []
+    compile_and_launch = triton.JITFunction.run
+
+    def compile_only(self: triton.JITFunction, *args: Any, **options: Any) -> Any:
+        kernels.append(compile_and_launch(self, *args, **(options | {"warmup": True})))
+        return kernels[-1]
+
+    length = 256
+    query, key, value, d_out = (
+        torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
+    )
+    bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
+    chosen = configs.select_configs(torch.device("cuda"), dtype, head_dim)
+    assert chosen is not None
+    with mock.patch.object(triton.JITFunction, "run", compile_only):
+        schedules = [
+            build_schedule(bounds, length, config.block_m, config.block_n, config is chosen.key_value_gradient)
+            for config in chosen
+        ]
+        out, lse = attention_forward(query, key, value, bounds, None, schedules[0], 0.1, None, chosen.forward)
+        attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, None, chosen)
+    return kernels
+
+
+def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
+    if target.backend == "hip":
+        found = {
+            name: int(re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"])[1])
+            for name in ("vgpr_count", "vgpr_spill_count")
+        }
+        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0}
+    ptxas = get_ptxas(target.arch)
+    suffix = "a" if target.arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        program, architecture = getattr(ptxas, "path", ptxas), f"sm_{target.arch}{suffix}"
+        command = [program, "-v", f"--gpu-name={architecture}", source, "-o", "/dev/null"]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        # ptxas says so when it must wait for every wgmma by itself.
+        "serialized": len(re.findall(r"serializ|C751[0-9]", report)),
+    }
+
+
+def report(architecture: str) -> dict[str, dict[str, int]]:
+    target = TARGETS[architecture]
+    driver.set_active(OfflineDriver(target))
+    result = {}
+    with mock.patch.object(configs, "architecture", return_value=architecture):
+        for dtype, head_dim, planes in CASES:
+            for kernel in compiled_kernels(dtype, head_dim, planes):
+                name = f"{kernel.metadata.name} {str(dtype).removeprefix('torch.')} D={head_dim} C={planes}"
+                result[name] = resources(kernel, target) | {"shared": kernel.metadata.shared}
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(sys.argv[1]), indent=1))

@@ -1,0 +1,37 @@
+"""What every test relies on. The environment must be set before anything imports torch, Triton or Transformers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# `python -m pytest` puts the working directory on the path. When Hugging Face's library `kernels` is not installed, the
+# folder of that name passes for it, and Transformers releases that do not expect this fail to import. So the tests see
+# the installed packages and nothing else of the repository.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# No test reaches the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch  # noqa: E402
+
+# Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("this test is marked `gpu` and torch finds no GPU", pytrace=False)

@@ -1,0 +1,655 @@
+"""Every constructor and set operation of bounds against a dense mask written down here, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_flashmask.bounds import (
+    MAX_INTERVALS,
+    bidirectional,
+    causal,
+    causal_with_blocks,
+    check_bounds,
+    chunked,
+    from_cu_seqlens,
+    from_dense,
+    from_document_ids,
+    from_padding_mask,
+    from_position_ids,
+    from_prefix_tree,
+    from_startend_row_indices,
+    hide_keys,
+    intersect,
+    prefix_lm,
+    simplify,
+    sliding_window,
+    tile_occupancy,
+    to_dense,
+    to_startend_row_indices,
+    union,
+    visible_pairs,
+)
+
+few = settings(max_examples=100, deadline=None)
+
+
+def dense(visible: Callable[[int, int], bool], queries: range, keys: range) -> np.ndarray:
+    """Dense mask from a statement about the positions of query and key."""
+    return np.array([[bool(visible(q, k)) for k in keys] for q in queries], dtype=bool).reshape(len(queries), len(keys))
+
+
+def dense_of_bounds(bounds: torch.Tensor, q_len: int) -> np.ndarray:
+    """The table of DESIGN in plain Python."""
+    batch, heads, planes, kv_len = bounds.shape
+    mask = np.ones((batch, heads, q_len, kv_len), dtype=bool)
+    for b, h, j in np.ndindex(batch, heads, kv_len):
+        column = bounds[b, h, :, j].tolist()
+        for i in range(q_len):
+            if planes == 1:
+                hidden = i >= column[0] or i < j - (kv_len - q_len)
+            elif planes == 2:
+                hidden = i >= column[0] or i < column[1]
+            else:
+                hidden = any(column[p] <= i < column[p + 1] for p in range(0, planes, 2))
+            mask[b, h, i, j] = not hidden
+    return mask
+
+
+def assert_mask(bounds: torch.Tensor, expected: np.ndarray, q_len: int) -> None:
+    check_bounds(bounds)
+    assert bounds.is_contiguous()
+    np.testing.assert_array_equal(
+        to_dense(bounds, q_len).numpy(), expected if expected.ndim == 4 else expected[None, None]
+    )
+
+
+lengths = st.integers(0, 13)
+
+
+def view(draw, tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, at times as a view that is not contiguous."""
+    if draw(st.booleans()):
+        return tensor
+    reverse = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(reverse).contiguous().permute(reverse)
+
+
+@st.composite
+def calls(draw):
+    """q_len, kv_len, offsets as the constructors take them, and the positions they mean."""
+    q_len, kv_len = draw(lengths), draw(lengths)
+    if draw(st.booleans()):
+        kv_len = max(q_len, kv_len)
+        q_start = kv_len - q_len
+        return q_len, kv_len, {}, range(q_start, kv_len), range(kv_len)
+    q_start, k_start = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    wrap = draw(st.sampled_from([int, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)]))
+    offsets = {"q_offset": wrap(q_start), "kv_offset": wrap(k_start)}
+    return q_len, kv_len, offsets, range(q_start, q_start + q_len), range(k_start, k_start + kv_len)
+
+
+@st.composite
+def sequences(draw, values):
+    """Values for B rows of S positions, and a call whose keys may begin late or reach past them, as caches do."""
+    batch, length = draw(st.integers(1, 2)), draw(lengths)
+    rows = [draw(st.lists(values, min_size=length, max_size=length)) for _ in range(batch)]
+    tensor = torch.tensor(rows, dtype=draw(st.sampled_from([torch.int32, torch.int64]))).reshape(batch, length)
+    tensor = view(draw, tensor)
+    if draw(st.booleans()):
+        return rows, tensor, {}, range(length), range(length)
+    q_len, kv_len = draw(st.integers(0, length)), draw(lengths)
+    q_start, k_start = draw(st.integers(0, length - q_len)), draw(st.integers(0, 3))
+    wrap = draw(st.sampled_from([int, torch.tensor]))
+    call = {"q_len": q_len, "kv_len": kv_len, "q_offset": wrap(q_start), "kv_offset": wrap(k_start)}
+    return rows, tensor, call, range(q_start, q_start + q_len), range(k_start, k_start + kv_len)
+
+
+@st.composite
+def any_bounds(draw, batch: int, heads: int, kv_len: int):
+    """Legal bounds of every form: negative, past the end, empty and overlapping intervals."""
+    planes = draw(st.sampled_from([1, 2, 4, 6, 8]))
+    shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), planes, kv_len)
+    extremes = [-(2**31), 2**31 - 1]
+    count = int(np.prod(shape))
+    values = draw(st.lists(st.one_of(st.integers(-3, 14), st.sampled_from(extremes)), min_size=count, max_size=count))
+    return view(draw, torch.tensor(values, dtype=torch.int32).reshape(shape))
+
+
+@st.composite
+def several_bounds(draw, count: int):
+    q_len, kv_len = draw(st.integers(0, 9)), draw(st.integers(0, 5))
+    return q_len, [draw(any_bounds(2, 3, kv_len)) for _ in range(count)]
+
+
+# Constructors
+
+
+@few
+@given(calls())
+def test_causal(call):
+    q_len, kv_len, offsets, queries, keys = call
+    result = causal(q_len, kv_len, **offsets)
+    assert_mask(result, dense(lambda q, k: k <= q, queries, keys), q_len)
+    if not offsets:
+        assert result.shape[2] == 1
+
+
+@pytest.mark.parametrize("lengths", [(7, 3), (3, 7), (1, 9), (5, 5)])
+def test_causal_triangle_ends_in_the_last_corner(lengths):
+    q_len, kv_len = lengths
+    expected = dense(lambda q, k: k <= q + kv_len - q_len, range(q_len), range(kv_len))
+    assert_mask(causal(q_len, kv_len), expected, q_len)
+
+
+@few
+@given(calls(), st.integers(0, 12), st.booleans())
+def test_sliding_window(call, window, is_causal):
+    q_len, kv_len, offsets, queries, keys = call
+    if is_causal:
+        window += 1
+        expected = dense(lambda q, k: q - window < k <= q, queries, keys)
+    else:
+        expected = dense(lambda q, k: abs(q - k) <= window, queries, keys)
+    assert_mask(sliding_window(window, q_len, kv_len, is_causal=is_causal, **offsets), expected, q_len)
+
+
+def test_a_window_longer_than_32_bits_is_no_window():
+    assert_mask(sliding_window(2**40, 6), dense(lambda q, k: k <= q, range(6), range(6)), 6)
+    assert_mask(sliding_window(2**31 - 1, 6, is_causal=False), np.ones((6, 6), dtype=bool), 6)
+    assert_mask(chunked(2**40, 6), dense(lambda q, k: k <= q, range(6), range(6)), 6)
+
+
+@few
+@given(calls(), st.integers(1, 6), st.booleans(), st.none() | st.lists(st.integers(0, 7), min_size=1, max_size=3))
+def test_chunked(call, chunk_size, is_causal, left_padding):
+    q_len, kv_len, offsets, queries, keys = call
+
+    def visible(padding):
+        return lambda q, k: (q - padding) // chunk_size == (k - padding) // chunk_size and (k <= q or not is_causal)
+
+    expected = np.stack([dense(visible(padding), queries, keys)[None] for padding in left_padding or [0]])
+    padding = None if left_padding is None else torch.tensor(left_padding)
+    result = chunked(chunk_size, q_len, kv_len, left_padding=padding, is_causal=is_causal, **offsets)
+    assert_mask(result, expected, q_len)
+
+
+@few
+@given(calls(), st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_prefix_lm(call, prefixes):
+    q_len, kv_len, offsets, queries, keys = call
+    rows = [prefixes] if isinstance(prefixes, int) else prefixes
+    expected = np.stack([dense(lambda q, k, p=p: k <= q or k < p, queries, keys)[None] for p in rows])
+    prefix_lengths = prefixes if isinstance(prefixes, int) else torch.tensor(prefixes)
+    assert_mask(prefix_lm(prefix_lengths, q_len, kv_len, **offsets), expected, q_len)
+
+
+@few
+@given(calls())
+def test_bidirectional(call):
+    q_len, kv_len = call[:2]
+    assert_mask(bidirectional(q_len, kv_len), np.ones((q_len, kv_len), dtype=bool), q_len)
+
+
+def runs_of(row: list[int], same: Callable[[int, int], bool]) -> list[int]:
+    """Number of the run of each position; `same(previous, this)` says whether a run goes on."""
+    return list(accumulate((0 if i == 0 or same(row[i - 1], x) else 1) for i, x in enumerate(row)))
+
+
+@few
+@given(sequences(st.integers(-1, 2)), st.booleans())
+def test_from_document_ids(drawn, is_causal):
+    rows, document_ids, call, queries, keys = drawn
+    expected = []
+    for row in rows:
+        run = runs_of(row, lambda before, this: before == this)
+
+        def visible(q, k, row=row, run=run):
+            return k < len(row) and row[k] >= 0 and run[q] == run[k] and (k <= q or not is_causal)
+
+        expected.append(dense(visible, queries, keys)[None])
+    result = from_document_ids(document_ids, is_causal=is_causal, **call)
+    assert_mask(result, np.stack(expected), len(queries))
+
+
+@few
+@given(sequences(st.integers(0, 4)), st.booleans())
+def test_from_position_ids(drawn, is_causal):
+    rows, position_ids, call, queries, keys = drawn
+    expected = []
+    for row in rows:
+        document = runs_of(row, lambda before, this: this > before)
+
+        def visible(q, k, row=row, document=document):
+            return k < len(row) and document[q] == document[k] and (k <= q or not is_causal)
+
+        expected.append(dense(visible, queries, keys)[None])
+    assert_mask(from_position_ids(position_ids, is_causal=is_causal, **call), np.stack(expected), len(queries))
+
+
+def test_position_ids_may_start_anywhere_have_gaps_and_be_constant_in_padding():
+    position_ids = torch.tensor([2, 3, 4, 2, 3, 9, 10, 0, 0, 0])
+    document = [0, 0, 0, 1, 1, 1, 1, 2, 3, 4]
+    expected = dense(lambda q, k: document[q] == document[k] and k <= q, range(10), range(10))
+    assert_mask(from_position_ids(position_ids), expected, 10)
+
+
+@few
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=5), st.booleans(), st.booleans(), lengths)
+def test_from_cu_seqlens(documents, is_causal, cross, padding):
+    q_lengths = [q for q, _ in documents]
+    k_lengths = [k if cross else q for q, k in documents]
+    cu_q, cu_k = [0, *accumulate(q_lengths)], [0, *accumulate(k_lengths)]
+    q_len, kv_len = cu_q[-1] + padding, cu_k[-1] + padding
+    expected = np.zeros((q_len, kv_len), dtype=bool)
+    for document, (queries, keys) in enumerate(zip(q_lengths, k_lengths)):
+        for i, j in np.ndindex(queries, keys):
+            visible = not is_causal or j - (keys - queries) <= i
+            expected[cu_q[document] + i, cu_k[document] + j] = visible
+    result = from_cu_seqlens(
+        torch.tensor(cu_q, dtype=torch.int32),
+        q_len,
+        cu_seqlens_k=torch.tensor(cu_k, dtype=torch.int32) if cross else None,
+        kv_len=kv_len if cross else None,
+        is_causal=is_causal,
+    )
+    assert_mask(result, expected, q_len)
+
+
+def test_cu_seqlens_and_a_static_cache_longer_than_the_documents():
+    expected = np.zeros((5, 9), dtype=bool)
+    expected[:3, :3] = np.tri(3)
+    expected[3:, 3:5] = np.tri(2)
+    assert_mask(from_cu_seqlens(torch.tensor([0, 3, 5]), 5, kv_len=9), expected, 5)
+
+
+@few
+@given(calls(), st.integers(1, 3), st.booleans(), st.randoms())
+def test_from_padding_mask(call, batch, is_causal, random):
+    q_len, kv_len, offsets, queries, keys = call
+    real = [[random.random() < 0.6 for _ in keys] for _ in range(batch)]
+    expected = np.stack(
+        [
+            dense(lambda q, k, row=row: row[k - keys.start] and (k <= q or not is_causal), queries, keys)[None]
+            for row in real
+        ]
+    )
+    for dtype in (torch.bool, torch.int64):
+        mask = torch.tensor(real, dtype=dtype).reshape(batch, kv_len)
+        assert_mask(from_padding_mask(mask, q_len=q_len, is_causal=is_causal, **offsets), expected, q_len)
+
+
+@few
+@given(sequences(st.integers(-1, 2)), st.none() | st.integers(1, 5))
+def test_causal_with_blocks(drawn, window):
+    rows, block_ids, call, queries, keys = drawn
+    expected = []
+    for row in rows:
+        run = runs_of(row, lambda before, this: before == this)
+
+        def visible(q, k, row=row, run=run):
+            in_block = k < len(row) and row[k] >= 0 and run[q] == run[k]
+            return in_block or (k <= q and (window is None or k > q - window))
+
+        expected.append(dense(visible, queries, keys)[None])
+    assert_mask(causal_with_blocks(block_ids, window=window, **call), np.stack(expected), len(queries))
+
+
+@st.composite
+def forests(draw):
+    """parents and lengths of a random forest in depth-first order."""
+    parents: list[int] = []
+    path: list[int] = []
+    for node in range(draw(st.integers(0, 7))):
+        depth = draw(st.integers(0, len(path)))
+        path = path[:depth]
+        parents.append(path[-1] if path else -1)
+        path.append(node)
+    return parents, [draw(st.integers(0, 3)) for _ in parents]
+
+
+def dense_of_tree(parents: list[int], lengths: list[int], size: int) -> np.ndarray:
+    node_of = [node for node, length in enumerate(lengths) for _ in range(length)]
+
+    def sees(node: int, other: int) -> bool:
+        while node != -1:
+            if node == other:
+                return True
+            node = parents[node]
+        return False
+
+    def visible(q: int, k: int) -> bool:
+        return max(q, k) < len(node_of) and k <= q and sees(node_of[q], node_of[k])
+
+    return dense(visible, range(size), range(size))
+
+
+@few
+@given(st.lists(forests(), min_size=1, max_size=3), st.integers(0, 3))
+def test_from_prefix_tree(trees, padding):
+    size = max(sum(lengths) for _, lengths in trees) + padding
+    expected = np.stack([dense_of_tree(parents, lengths, size)[None] for parents, lengths in trees])
+    result = from_prefix_tree([p for p, _ in trees], [n for _, n in trees], kv_len=size)
+    assert result.shape[2] == 1
+    assert_mask(result, expected, size)
+    assert_mask(from_prefix_tree(*trees[0], kv_len=size), expected[:1], size)
+
+
+def test_prefix_tree_takes_tensors():
+    expected = dense_of_tree([-1, 0, 0], [3, 2, 2], 7)
+    assert_mask(from_prefix_tree(torch.tensor([-1, 0, 0]), torch.tensor([3, 2, 2])), expected, 7)
+
+
+def test_a_million_tokens_take_linear_memory():
+    document_lengths = np.random.default_rng(0).integers(1, 5000, size=2**9)
+    position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in document_lengths]))
+    ends = np.repeat(np.cumsum(document_lengths), document_lengths)
+    packed = from_position_ids(position_ids)
+    np.testing.assert_array_equal(packed[0, 0, 0].numpy(), ends)
+    assert visible_pairs(packed).item() == sum(int(n) * (int(n) + 1) // 2 for n in document_lengths)
+    windowed = intersect(packed, sliding_window(1000, len(ends)))
+    expected = sum(sum(min(i + 1, 1000) for i in range(n)) for n in document_lengths)
+    assert visible_pairs(windowed).item() == expected
+
+
+# Set operations and views
+
+
+@few
+@given(several_bounds(1))
+def test_to_dense_and_visible_pairs(drawn):
+    q_len, (bounds,) = drawn
+    expected = dense_of_bounds(bounds, q_len)
+    np.testing.assert_array_equal(to_dense(bounds, q_len).numpy(), expected)
+    np.testing.assert_array_equal(visible_pairs(bounds, q_len).numpy(), expected.sum((2, 3)))
+
+
+@few
+@given(several_bounds(1), st.integers(1, 6))
+def test_tile_occupancy(drawn, tile_size):
+    q_len, (bounds,) = drawn
+    mask = dense_of_bounds(bounds, q_len)
+    result = tile_occupancy(bounds, q_len, tile_size=tile_size)
+    for b, h, row, column in np.ndindex(*result.shape):
+        tile = mask[b, h, row * tile_size : (row + 1) * tile_size, column * tile_size : (column + 1) * tile_size]
+        assert tile.size
+        assert result[b, h, row, column].item() == tile.mean()
+    assert result.shape == (*bounds.shape[:2], -(-q_len // tile_size), -(-bounds.shape[3] // tile_size))
+
+
+def test_one_hidden_pair_keeps_a_large_tile_from_being_full():
+    bounds = bidirectional(2**14)
+    bounds[0, 0, 0, 17] -= 1
+    assert 0 < 1 - tile_occupancy(bounds, tile_size=2**14).item() < 1e-8
+
+
+@few
+@given(several_bounds(3), st.integers(1, 3))
+def test_intersect(drawn, count):
+    q_len, masks = drawn
+    expected = np.logical_and.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
+    assert_mask(intersect(*masks[:count], q_len=q_len), expected, q_len)
+
+
+@few
+@given(several_bounds(3), st.integers(1, 3))
+def test_union(drawn, count):
+    q_len, masks = drawn
+    expected = np.logical_or.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
+    assert_mask(union(*masks[:count], q_len=q_len), expected, q_len)
+
+
+@pytest.mark.parametrize("operation", [intersect, union])
+def test_set_operations_keep_the_cheap_forms(operation):
+    documents = from_position_ids(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]))
+    assert operation(documents, sliding_window(2, 5)).shape == (2, 1, 1, 5)
+    assert intersect(documents, bidirectional(5), prefix_lm(2, 5)).shape == (2, 1, 2, 5)
+
+
+@few
+@given(several_bounds(1), st.randoms())
+def test_hide_keys(drawn, random):
+    q_len, (bounds,) = drawn
+    hidden = torch.tensor([random.random() < 0.5 for _ in range(2 * bounds.shape[3])], dtype=torch.bool)
+    hidden = hidden.reshape(2, bounds.shape[3])
+    expected = dense_of_bounds(bounds, q_len) & ~hidden.numpy()[:, None, None, :]
+    if bounds.shape[0] == 1:
+        assert_mask(hide_keys(bounds, hidden[:1]), expected[:1], q_len)
+    result = hide_keys(bounds, hidden)
+    assert result.shape[2] == bounds.shape[2]
+    assert_mask(result, expected, q_len)
+
+
+def fewest_planes(mask: np.ndarray) -> int:
+    """How many planes a dense mask [B, H, S_q, S_k] needs."""
+    batch, heads, q_len, kv_len = mask.shape
+    triangle_and_one_bound, two_bounds, most = True, True, 1
+    for b, h, j in np.ndindex(batch, heads, kv_len):
+        column = mask[b, h, :, j]
+        shown = np.flatnonzero(column)
+        hidden_runs = int(np.sum(~column & np.concatenate([[True], column[:-1]])))
+        most = max(most, hidden_runs)
+        if len(shown):
+            one_run = shown[-1] - shown[0] + 1 == len(shown)
+            two_bounds &= bool(one_run)
+            triangle_and_one_bound &= bool(one_run) and shown[0] == max(0, j - (kv_len - q_len))
+    return 1 if triangle_and_one_bound else 2 if two_bounds else 2 * max(most, 2)
+
+
+@few
+@given(several_bounds(1))
+def test_simplify_and_from_dense(drawn):
+    q_len, (bounds,) = drawn
+    expected = dense_of_bounds(bounds, q_len)
+    for result in (simplify(bounds, q_len), from_dense(torch.from_numpy(expected))):
+        assert_mask(result, expected, q_len)
+        assert result.shape[2] == fewest_planes(expected)
+        assert not result.numel() or (result.min() >= 0 and result.max() <= q_len)
+
+
+@few
+@given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**32 - 1))
+def test_from_dense_of_random_masks(q_len, kv_len, seed):
+    mask = np.random.default_rng(seed).random((2, 2, q_len, kv_len)) < 0.8
+    if fewest_planes(mask) > 2 * MAX_INTERVALS:
+        with pytest.raises(ValueError, match="hidden intervals"):
+            from_dense(torch.from_numpy(mask))
+    else:
+        assert_mask(from_dense(torch.from_numpy(mask)), mask, q_len)
+        assert_mask(from_dense(torch.from_numpy(mask[0, 0])), mask[0, 0], q_len)
+
+
+def test_simplify_finds_the_named_forms_again():
+    size = 23
+    documents = from_position_ids(torch.tensor([0, 1, 2, 3, 0, 1, 2, *range(16)]))
+    assert simplify(union(causal(size), documents)).shape[2] == 1
+    assert simplify(intersect(bidirectional(size), causal(size))).shape[2] == 1
+    assert simplify(intersect(bidirectional(size), documents)).shape[2] == 1
+    assert simplify(union(prefix_lm(4, size), documents)).shape[2] == 2
+
+
+def test_an_interval_below_the_diagonal_is_the_lower_one():
+    """Neighbouring columns agree on LT and UT, so that the minima and maxima over a tile stay tight."""
+    size, window, sinks = 40, 6, 3
+    mask = dense(lambda q, k: abs(q - k) <= window or k < sinks or q < sinks, range(size), range(size))
+    lts, lte, uts, ute = from_dense(torch.from_numpy(mask))[0, 0]
+    column = torch.arange(size)
+    assert ((lts > column) | (lts >= lte)).all()
+    assert ((ute <= column) | (uts >= ute)).all()
+
+
+def official_dense(indices: torch.Tensor, is_causal: bool, q_len: int) -> np.ndarray:
+    """FlashMask's own reference: what `startend_row_indices` [B, H, S_k, C] hides (values already within [0, S_q])."""
+    batch, heads, kv_len, channels = indices.shape
+    mask = np.ones((batch, heads, q_len, kv_len), dtype=bool)
+    has_end = (is_causal and channels == 2) or (not is_causal and channels == 4)
+    for b, h, j in np.ndindex(batch, heads, kv_len):
+        values = indices[b, h, j].tolist()
+        mask[b, h, values[0] : values[1] if has_end else q_len, j] = False
+        if is_causal:
+            mask[b, h, : max(0, j - (kv_len - q_len)), j] = False
+        elif has_end:
+            mask[b, h, values[2] : values[3], j] = False
+        else:
+            mask[b, h, : values[1], j] = False
+    return mask
+
+
+@few
+@given(st.sampled_from([(True, 1), (True, 2), (False, 2), (False, 4)]), lengths, lengths, st.integers(0, 2**32 - 1))
+def test_startend_row_indices_both_ways(form, q_len, kv_len, seed):
+    is_causal, channels = form
+    values = np.random.default_rng(seed).integers(0, q_len + 1, size=(2, 3, kv_len, channels))
+    indices = torch.from_numpy(values).to(torch.int32)
+    expected = official_dense(indices, is_causal, q_len)
+    bounds = from_startend_row_indices(indices, is_causal, q_len=q_len)
+    assert_mask(bounds, expected, q_len)
+    again, again_causal = to_startend_row_indices(bounds)
+    np.testing.assert_array_equal(official_dense(again, again_causal, q_len), expected)
+    if (is_causal, channels) != (True, 2):
+        assert torch.equal(again, indices)
+        assert again_causal == is_causal
+    for_heads = from_startend_row_indices(indices, is_causal, q_len=q_len, num_heads=6)
+    assert_mask(for_heads, np.repeat(expected, 2, axis=1), q_len)
+
+
+# Tracing
+
+
+def traceable(position_ids, document_ids, cu_seqlens, padding_mask, offset, left_padding):
+    """One call of everything that the forward pass of a model may use."""
+    size = position_ids.shape[1]
+    cached = {"q_offset": offset, "kv_offset": 0}
+    documents = from_position_ids(position_ids)
+    return [
+        causal(size),
+        causal(1, size, **cached),
+        bidirectional(size),
+        sliding_window(3, 2, size, **cached),
+        sliding_window(3, size, is_causal=False),
+        chunked(4, size, left_padding=left_padding),
+        chunked(4, 1, size, left_padding=left_padding, **cached),
+        prefix_lm(left_padding, 1, size, **cached),
+        documents,
+        from_position_ids(position_ids, q_len=2, kv_len=size + 3, is_causal=False, **cached),
+        from_document_ids(document_ids),
+        from_cu_seqlens(cu_seqlens, size),
+        from_cu_seqlens(cu_seqlens, size, is_causal=False),
+        from_padding_mask(padding_mask, q_len=1, is_causal=True, **cached),
+        causal_with_blocks(document_ids, window=3),
+        intersect(documents, sliding_window(3, size), from_padding_mask(padding_mask, is_causal=True)),
+        intersect(documents, from_padding_mask(padding_mask), chunked(4, size)),
+        union(documents, from_document_ids(document_ids, is_causal=False)),
+        hide_keys(union(causal(size), bidirectional(size)), padding_mask == 0),
+    ]
+
+
+def traceable_inputs(size):
+    generator = torch.Generator().manual_seed(size)
+    return (
+        torch.arange(size).remainder(5).expand(2, -1),
+        torch.randint(-1, 2, (2, size), generator=generator),
+        torch.tensor([0, 3, 3, size - 1], dtype=torch.int32),
+        torch.randint(0, 2, (2, size), generator=generator),
+        torch.tensor(4),
+        torch.tensor([0, 2]),
+    )
+
+
+def test_constructors_trace_in_one_graph_for_every_length():
+    counter = CompileCounter()
+    compiled = torch.compile(traceable, fullgraph=True, backend=counter, dynamic=True)
+    for size in (11, 17, 24):
+        inputs = traceable_inputs(size)
+        for got, expected in zip(compiled(*inputs), traceable(*inputs)):
+            assert got.shape == expected.shape
+            assert torch.equal(got, expected)
+    assert counter.frame_count == 1
+
+
+def test_constructors_read_nothing_back_to_the_host():
+    """Fake tensors have no values, so any read fails; the shapes must come out all the same."""
+    inputs = traceable_inputs(11)
+    expected = traceable(*inputs)
+    with FakeTensorMode() as mode:
+        results = traceable(*(mode.from_tensor(value) for value in inputs))
+    assert [tuple(result.shape) for result in results] == [tuple(result.shape) for result in expected]
+    assert {result.dtype for result in results} == {torch.int32}
+
+
+# Errors
+
+
+ids = torch.zeros(2, 5, dtype=torch.int64)
+nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: causal(-1), ValueError, "must not be negative, got -1"),
+        (lambda: sliding_window(0, 5), ValueError, "`window` must be at least 1 when is_causal=True, got 0"),
+        (lambda: sliding_window(-1, 5, is_causal=False), ValueError, "at least 0"),
+        (lambda: chunked(0, 5), ValueError, "`chunk_size` must be at least 1, got 0"),
+        (lambda: chunked(2, 5, left_padding=torch.zeros(2, 1).int()), ValueError, r"`left_padding` must be \[B\]"),
+        (lambda: prefix_lm(torch.tensor([1.0]), 5), TypeError, "`prefix_lengths` must be an integer tensor"),
+        (lambda: causal_with_blocks(ids, window=0), ValueError, "`window` must be at least 1, got 0"),
+        (lambda: from_position_ids(ids.float()), TypeError, "`position_ids` must be an integer tensor.*float32"),
+        (lambda: from_position_ids(ids[None]), ValueError, r"`position_ids` must be \[B, S\] or \[S\].*\[1, 2, 5\]"),
+        (lambda: from_document_ids([0, 1]), TypeError, "`document_ids` must be an integer tensor.*list"),
+        (lambda: from_padding_mask(ids.float()), TypeError, "`padding_mask` must be an integer tensor"),
+        (lambda: from_cu_seqlens(ids, 5), ValueError, r"`cu_seqlens_q` must be \[n \+ 1\], got shape \[2, 5\]"),
+        (lambda: from_cu_seqlens(ids[0, :0], 5), ValueError, "at least the leading 0"),
+        (lambda: from_cu_seqlens(ids[0], 5, cu_seqlens_k=ids[0, 1:]), ValueError, "same number of documents"),
+        (lambda: from_prefix_tree([-1, 0], [1]), ValueError, "as many nodes, got 2 and 1"),
+        (lambda: from_prefix_tree([[-1], [-1]], [[1]]), ValueError, "as many rows, got 2 and 1"),
+        (lambda: from_prefix_tree([-1, 0, 0, 1], [1, 1, 1, 1]), ValueError, "node 3 has parent 1"),
+        (lambda: from_prefix_tree([1, -1], [1, 1]), ValueError, "node 0 has parent 1"),
+        (lambda: from_prefix_tree([-1], [-2]), ValueError, "node 0 has -2"),
+        (lambda: from_prefix_tree([-1], [5], kv_len=4), ValueError, "`kv_len` is 4, but the longest row has 5 tokens"),
+        (lambda: from_dense(torch.zeros(3, 3)), TypeError, "bool tensor with True = visible.*pass `mask == 0`"),
+        (lambda: from_dense(torch.zeros(1, 3, 3).bool()), ValueError, r"got shape \[1, 3, 3\]"),
+        (lambda: intersect(), ValueError, "at least one mask"),
+        (lambda: intersect(causal(3), causal(4)), ValueError, r"one key length, got \[3, 4\]"),
+        (lambda: intersect(nine_intervals, nine_intervals), ValueError, "needs 18 hidden intervals.*simplify"),
+        (lambda: union(nine_intervals, nine_intervals), ValueError, "needs 17 hidden intervals.*simplify"),
+        (lambda: hide_keys(causal(3), torch.zeros(1, 4).bool()), ValueError, r"must be bool \[B or 1, 3\]"),
+        (lambda: to_startend_row_indices(nine_intervals), ValueError, "these bounds have 9"),
+        (lambda: from_startend_row_indices(ids[None, None].int(), True), ValueError, "1 .LTS. or 2 .LTS, LTE."),
+        (lambda: from_startend_row_indices(ids.int(), True), ValueError, r"must be \[B, H_m, S_k, C\]"),
+        (
+            lambda: from_startend_row_indices(torch.zeros(1, 3, 5, 1).int(), True, num_heads=4),
+            ValueError,
+            "`num_heads` .4. must be a multiple of the 3 heads",
+        ),
+        (lambda: tile_occupancy(causal(3), tile_size=0), ValueError, "`tile_size` must be at least 1, got 0"),
+        (lambda: check_bounds(causal(3).long()), TypeError, "`bounds` must be an int32 tensor.*int64"),
+        (lambda: check_bounds("flash"), TypeError, "int32 tensor.*got str"),
+        (lambda: check_bounds(causal(3)[0]), ValueError, r"must have shape .*got \[1, 1, 3\]"),
+        (lambda: check_bounds(torch.zeros(1, 1, 3, 4).int()), ValueError, r"even number up to 32, got \[1, 1, 3, 4\]"),
+        (lambda: check_bounds(torch.zeros(1, 1, 34, 4).int()), ValueError, "even number up to 32"),
+        (lambda: check_bounds(from_position_ids(ids), batch=3), ValueError, "dimension 0 must be 1 or the batch, 3"),
+        (lambda: check_bounds(nine_intervals.expand(1, 2, -1, -1), heads=4), ValueError, "number of query heads, 4"),
+        (lambda: check_bounds(causal(3), kv_len=4, name="attention_mask"), ValueError, "`attention_mask`.*length, 4"),
+        (lambda: check_bounds(causal(3), device=torch.device("meta")), ValueError, "on cpu.*queries are on meta"),
+    ],
+)
+def test_errors_name_the_argument_and_what_came(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_from_dense_names_the_first_column_that_needs_too_many_intervals():
+    mask = torch.ones(2, 1, 70, 5, dtype=torch.bool)
+    mask[1, 0, ::2, 3] = False
+    mask[1, 0, ::4, 4] = False
+    with pytest.raises(ValueError, match=r"key column 3 \(batch 1, head 0\) needs 35 hidden intervals.*at most 16"):
+        from_dense(mask)

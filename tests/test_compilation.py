@@ -1,0 +1,36 @@
+"""Every shipped configuration compiles for every architecture, fits its shared memory and spills within budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+# Bytes of shared memory per thread block (CUDA C++ programming guide, CDNA 3 ISA guide).
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+# Bytes per thread (gfx942: registers) of spills that were accepted when the configuration was chosen. All others must
+# have none.
+SPILL_BUDGETS = json.loads((FOLDER / "spill_budgets.json").read_text())
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_kernels_compile_within_their_budgets(architecture: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, FOLDER / "compile_kernels.py", architecture]
+    compilation = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert compilation.returncode == 0, compilation.stderr
+    kernels = json.loads(compilation.stdout)
+    assert len(kernels) > 20
+    too_much = {
+        name: used
+        for name, used in kernels.items()
+        if used["spills"] > SPILL_BUDGETS[architecture].get(name, 0)
+        or used["shared"] > SHARED_MEMORY[architecture]
+        or used["serialized"]
+    }
+    assert not too_much

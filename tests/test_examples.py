@@ -1,0 +1,100 @@
+"""The examples, run as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+SCRIPT = Path(__file__).parents[1] / "examples/sft_packed.py"
+SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "128", "--hidden-size", "64", "--layers", "1"]
+
+
+@pytest.fixture
+def sft_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs examples/sft_packed.py in this process; returns its report."""
+    spec = importlib.util.spec_from_file_location("sft_packed", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--output", str(tmp_path / "out"), *arguments])
+        module.main()
+        return json.loads((tmp_path / "out/report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A file of documents with two columns of text."""
+    words = ("the", "mask", "of", "a", "packed", "row", "keeps", "its", "documents", "apart", "from", "one", "another")
+    lengths = torch.randint(2, 60, (24,)).tolist()
+    rows = [{"title": f"{n}", "body": " ".join(words[(n * i) % len(words)] for i in range(n))} for n in lengths]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_sft_packed_trains_as_padded_eager_does(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *SMALL, "--output", "out"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "The two runs agree" in process.stdout
+
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    packed, padded = report["packed"], report["padded"]
+    assert packed["name"] == "flashmask, packed"
+    assert padded["name"] == "eager, padded"
+    assert len(packed["loss"]) == 6
+    assert packed["loss"] == pytest.approx(padded["loss"], abs=report["tolerance"])
+    assert report["largest_difference"] == max(abs(a - b) for a, b in zip(packed["loss"], padded["loss"]))
+    assert packed["loss"][0] == pytest.approx(math.log(1024), abs=0.5)  # an untrained model guesses
+    assert packed["loss"][-1] < packed["loss"][0] - 0.1
+    assert packed["padding"] == 0 < padded["padding"]
+    assert report["padding_saved"] == padded["padding"] / (padded["padding"] + report["tokens"])
+    for picture in ("loss.png", "mask.png"):
+        content = (tmp_path / "out" / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+    for figure in (report["tokens"], padded["padding"]):
+        assert f"{figure:,}" in process.stdout
+
+
+def test_sft_packed_reads_a_file(sft_packed: Callable[..., dict[str, Any]], documents: Path) -> None:
+    report = sft_packed("--dataset", str(documents), "--text-column", "body", "--attn", "sdpa")
+    assert report["packed"]["name"] == "sdpa, packed"
+    assert report["packed"]["loss"] == pytest.approx(report["padded"]["loss"], abs=1e-4)
+
+
+def test_sft_packed_does_not_guess_the_text_column(sft_packed: Callable[..., dict[str, Any]], documents: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--text-column with one of \['title', 'body'\]"):
+        sft_packed("--dataset", str(documents))
+
+
+def test_sft_packed_fails_when_documents_see_each_other(
+    sft_packed: Callable[..., dict[str, Any]], documents: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leaking_mask(mask_function: Any = None, **kwargs: Any) -> torch.Tensor | None:
+        return sdpa_mask(**kwargs)
+
+    AttentionInterface.register("leaking", AttentionInterface()["sdpa"])
+    AttentionMaskInterface.register("leaking", leaking_mask)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        sft_packed("--dataset", str(documents), "--text-column", "body", "--attn", "leaking")
+    assert "leaking, packed" in capsys.readouterr().out

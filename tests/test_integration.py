@@ -1,0 +1,503 @@
+"""Registration, the attention function by itself, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import subprocess
+import sys
+import types
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import build, config_of, eager_twin, packed, random_documents
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
+
+import hf_flashmask
+from hf_flashmask import bounds, integration
+from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
+
+# Every way to name the implementation
+
+
+def implementation_in_use(model: nn.Module) -> str:
+    """Asked of the layer that computes attention, not of what was requested."""
+    seen = []
+    layers = (module for module in model.modules() if type(module).__name__.endswith("Attention"))
+    layer = next(layer for layer in layers if hasattr(layer, "config"))
+    original = AttentionInterface._global_mapping[integration.NAME]
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append("flashmask")
+        return original(*args, **kwargs)
+
+    AttentionInterface.register(integration.NAME, spy)
+    try:
+        model(torch.ones(1, 5, dtype=torch.long))
+    finally:
+        AttentionInterface.register(integration.NAME, original)
+    return seen[0] if seen else layer.config._attn_implementation
+
+
+# Those with lists of compatible flash implementations would be swapped silently for one of them.
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "bert", "gpt2", "llama4"])
+def test_from_config_and_set_attn_implementation(name: str) -> None:
+    assert implementation_in_use(build(name)) == "flashmask"
+    model = build(name, "eager")
+    assert implementation_in_use(model) == "eager"
+    model.set_attn_implementation("flashmask")
+    assert implementation_in_use(model) == "flashmask"
+    model.set_attn_implementation("sdpa" if name != "gpt_oss" else "eager")
+    assert implementation_in_use(model) != "flashmask"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_from_pretrained(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path)
+    assert "flashmask" not in (tmp_path / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flashmask")
+    assert model.config._attn_implementation == "flashmask"
+    assert implementation_in_use(model) == "flashmask"
+    tokens = random_documents([11])[0]
+    torch.testing.assert_close(model(tokens).logits, eager_twin(model)(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def llava_config() -> transformers.LlavaConfig:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    return transformers.LlavaConfig(vision_config=vision, text_config=config_of("llama"), image_token_id=3)
+
+
+def test_parts_of_a_composite_model() -> None:
+    parts = {"text_config": "flashmask", "vision_config": "eager"}
+    model = transformers.LlavaForConditionalGeneration._from_config(llava_config(), attn_implementation=parts)
+    assert model.config.text_config._attn_implementation == "flashmask"
+    assert model.config.vision_config._attn_implementation == "eager"
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "flashmask"})
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "flashmask"
+    model.set_attn_implementation("flashmask")
+    inputs = {"input_ids": torch.tensor([[1, 3, 3, 3, 3, 9, 4]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    logits = model.eval()(**inputs).logits
+    torch.testing.assert_close(logits, eager_twin(model)(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_notebook_class_is_judged_by_its_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "notebook_cell", types.ModuleType("notebook_cell"))
+    subclass = type("Mine", (transformers.LlamaForCausalLM,), {"__module__": "notebook_cell"})
+    model = subclass._from_config(config_of("llama"), attn_implementation="flashmask")
+    assert implementation_in_use(model) == "flashmask"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.FalconConfig(), "fixed list"),
+        (transformers.GPTJConfig(), "fixed list"),
+        (transformers.GPTNeoConfig(), "fixed list"),
+        (transformers.GitConfig(), "fixed list"),
+        (transformers.BloomConfig(), "computes attention itself"),
+        (transformers.MptConfig(), "computes attention itself"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_models_that_would_be_silently_wrong_are_refused(config: transformers.PreTrainedConfig, reason: str) -> None:
+    with pytest.raises(ValueError, match=f'does not work with attn_implementation="flashmask".*{reason}.*eager'):
+        AutoModelForCausalLM.from_config(config, attn_implementation="flashmask")
+
+
+def test_bark_is_refused() -> None:
+    with pytest.raises(ValueError, match="fixed list"):
+        transformers.BarkCausalModel._from_config(
+            transformers.models.bark.configuration_bark.BarkSemanticConfig(), attn_implementation="flashmask"
+        )
+
+
+# Nothing else changes
+
+
+OTHER_IMPLEMENTATIONS = """
+import json, sys, torch, transformers
+from transformers import LlamaConfig, LlamaForCausalLM, GptOssConfig, GptOssForCausalLM, Llama4TextConfig
+from transformers import masking_utils
+
+def outcome(function):
+    try:
+        return function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def results():
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                 num_key_value_heads=2)
+    found = {}
+    tokens = torch.arange(12)[None]
+    for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_9", "flashmask2", "my_flash", "nonsense"):
+        def load(model_class, config):
+            torch.manual_seed(0)
+            model = model_class._from_config(config, attn_implementation=name).eval()
+            position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+            ones = torch.ones_like(tokens)
+            calls = [{}, {"position_ids": position_ids, "use_cache": False}, {"attention_mask": ones}]
+            return [model.config._attn_implementation, [model(tokens, **call).logits.tolist() for call in calls]]
+        found[name] = outcome(lambda: load(LlamaForCausalLM, LlamaConfig(**sizes)))
+        found[name + " gpt_oss"] = outcome(
+            lambda: load(GptOssForCausalLM, GptOssConfig(**sizes, head_dim=8, num_local_experts=2, sliding_window=4))
+        )
+        config = Llama4TextConfig(**sizes, attention_chunk_size=4)
+        config._attn_implementation = name
+        found[name + " chunked"] = outcome(
+            lambda: str(masking_utils.create_chunked_causal_mask(
+                config=config, inputs_embeds=torch.zeros(1, 8, 4), attention_mask=None, past_key_values=None
+            ))
+        )
+    return found
+
+results()  # some of it depends on what was loaded before
+before = results()
+import hf_flashmask
+after = results()
+assert before == after, [name for name in before if before[name] != after[name]]
+print(json.dumps({name: value if isinstance(value, str) else "loaded" for name, value in after.items()}))
+"""
+
+
+def test_other_implementations_are_untouched() -> None:
+    """Bitwise the same logits and word for word the same errors before and after the import, in one process."""
+    done = subprocess.run([sys.executable, "-c", OTHER_IMPLEMENTATIONS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert outcomes["eager"] == outcomes["sdpa"] == "loaded"
+    assert "flashmask2" in outcomes["flashmask2"]
+    assert "Error" in outcomes["my_flash"]
+    assert "Flash attention cannot handle chunked attention" in outcomes["flash_attention_2 chunked"]
+
+
+def test_registering_again_changes_nothing() -> None:
+    hooks = {(owner, name): getattr(owner, name) for owner, name, _ in integration._WRAPPERS}
+    hf_flashmask.register()
+    importlib.reload(hf_flashmask)
+    for (owner, name), hook in hooks.items():
+        assert getattr(owner, name) is hook
+        assert not hasattr(hook.__wrapped__, integration._OURS)
+    assert AttentionInterface()["flashmask"] is flashmask_attention_forward
+    assert AttentionMaskInterface()["flashmask"] is flashmask_mask
+
+
+@pytest.mark.parametrize("index", range(len(integration._WRAPPERS)))
+def test_a_transformers_without_the_hooks_is_named(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, _ = integration._WRAPPERS[index]
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError, match=rf"transformers >= 5.4; version {transformers.__version__} has no .*{name}"):
+        hf_flashmask.register()
+
+
+# The mask function
+
+
+def mask_for(**changes: Any) -> Tensor | None:
+    arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": masking_utils.causal_mask_function}
+    return flashmask_mask(**{**arguments, **changes})
+
+
+def test_none_is_only_for_what_can_be_rebuilt() -> None:
+    padded = torch.tensor([[True] * 6, [False] + [True] * 5])
+    assert mask_for() is None
+    assert mask_for(attention_mask=torch.ones(2, 6, dtype=torch.bool)) is None
+    both = masking_utils.bidirectional_mask_function
+    assert mask_for(mask_function=both, allow_is_bidirectional_skip=True) is None
+    for changes in (
+        {"attention_mask": padded},
+        {"allow_is_causal_skip": False},
+        {"mask_function": both},
+        {"mask_function": masking_utils.sliding_window_causal_mask_function(3)},
+        {"kv_length": 8, "q_offset": 2},
+        {"kv_length": 8},
+        {"q_offset": torch.tensor(0)},
+    ):
+        assert mask_for(**changes) is not None, changes
+
+
+def test_a_window_is_in_the_bounds_even_if_the_model_does_not_pass_it_on() -> None:
+    module = attention_module()
+    inputs = random_inputs(q_len=6)
+    mask = mask_for(mask_function=masking_utils.sliding_window_causal_mask_function(3))
+    out, _ = flashmask_attention_forward(module, *inputs, mask)
+    torch.testing.assert_close(out, dense_attention(*inputs, bounds.to_dense(bounds.sliding_window(3, 6))))
+
+
+# The attention function
+
+
+def attention_module(**attributes: Any) -> nn.Module:
+    module = nn.Module()
+    for name, value in {"is_causal": True, **attributes}.items():
+        setattr(module, name, value)
+    return module
+
+
+def random_inputs(q_len: int = 7, kv_len: int | None = None, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    kv_len = q_len if kv_len is None else kv_len
+    shapes = ((batch, q_len, 4, 8), (batch, kv_len, 2, 8), (batch, kv_len, 2, 12))
+    query, key, value = (torch.randn(shape).transpose(1, 2) for shape in shapes)
+    return query, key, value
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """`[B, S_q, H, D_v]`; float64 inside."""
+    key, value = (tensor.double().repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value).transpose(1, 2).to(query.dtype)
+
+
+def same_document(position_ids: Tensor) -> Tensor:
+    document = (position_ids == 0).cumsum(-1)
+    return (document[:, :, None] == document[:, None, :])[:, None]
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 3, 50])
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rebuilding_from_hints(is_causal: bool, has_documents: bool, window: int | None) -> None:
+    inputs = random_inputs()
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 0, 1]])
+    row, column = torch.arange(7)[:, None], torch.arange(7)
+    visible = (column <= row) if is_causal else torch.ones(7, 7, dtype=torch.bool)
+    if window:
+        visible = visible & ((row - column).abs() < window)
+    if has_documents:
+        visible = visible & same_document(position_ids)
+    out, weights = flashmask_attention_forward(
+        attention_module(is_causal=is_causal),
+        *inputs,
+        None,
+        sliding_window=window,
+        position_ids=position_ids if has_documents else None,
+    )
+    assert weights is None
+    assert out.shape == (2, 7, 4, 12)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, dense_attention(*inputs, visible))
+
+
+def test_is_causal_of_the_call_goes_before_that_of_the_module() -> None:
+    inputs = random_inputs()
+    everything, triangle = torch.ones(7, 7, dtype=torch.bool), torch.ones(7, 7, dtype=torch.bool).tril()
+    for module, is_causal, visible in (
+        (attention_module(), False, everything),
+        (attention_module(is_causal=False), True, triangle),
+        (nn.Module(), None, triangle),
+    ):
+        out, _ = flashmask_attention_forward(module, *inputs, None, is_causal=is_causal)
+        torch.testing.assert_close(out, dense_attention(*inputs, visible))
+
+
+def test_cu_seq_lens_of_queries_and_keys() -> None:
+    inputs = random_inputs(batch=1)
+    visible = torch.block_diag(torch.ones(3, 2), torch.ones(4, 5)).bool()
+    ends = {"cu_seq_lens_q": torch.tensor([0, 3, 7]), "cu_seq_lens_k": torch.tensor([0, 2, 7])}
+    out, _ = flashmask_attention_forward(attention_module(is_causal=False), *inputs, None, **ends)
+    torch.testing.assert_close(out, dense_attention(*inputs, visible))
+
+
+def test_positions_that_do_not_count_tokens_are_no_documents() -> None:
+    inputs = random_inputs()
+    triangle = torch.ones(7, 7, dtype=torch.bool).tril()
+    restarting = torch.tensor([0, 1, 2, 0, 1, 2, 3])
+    for position_ids in (restarting.expand(3, 2, 7), torch.tensor([[0, 0]]), restarting.expand(2, 7).float()):
+        out, _ = flashmask_attention_forward(attention_module(), *inputs, None, position_ids=position_ids)
+        torch.testing.assert_close(out, dense_attention(*inputs, triangle))
+
+
+def test_scaling_softcap_and_sinks() -> None:
+    query, key, value = random_inputs()
+    sinks = torch.randn(4, requires_grad=True)
+    out, _ = flashmask_attention_forward(
+        attention_module(), query, key, value, None, scaling=0.7, softcap=2.0, s_aux=sinks
+    )
+    reference_sinks = sinks.detach().double().requires_grad_()
+    keys, values = (tensor.double().repeat_interleave(2, 1) for tensor in (key, value))
+    scores = 2.0 * torch.tanh(query.double() @ keys.transpose(-1, -2) * 0.7 / 2.0)
+    scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf)
+    logits = torch.cat([scores, reference_sinks.view(1, 4, 1, 1).expand(2, 4, 7, 1)], -1)
+    expected = (logits.softmax(-1)[..., :-1] @ values).transpose(1, 2)
+    torch.testing.assert_close(out, expected.float())
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(sinks.grad, reference_sinks.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 16])
+@pytest.mark.parametrize("num_planes", [1, 2, 6])
+def test_a_few_rows_against_a_cache_give_the_same_without_gradients(q_len: int, num_planes: int) -> None:
+    """Steps of generation take a shorter path."""
+    inputs = random_inputs(q_len, kv_len=37)
+    mask = torch.randint(-2, q_len + 3, (2, 1, num_planes, 37), dtype=torch.int32)
+    mask[0, :, :2] = torch.tensor([0, 99])[:num_planes, None]
+    module = attention_module()
+    out, _ = flashmask_attention_forward(module, *inputs, mask, scaling=0.3)
+    with torch.no_grad():
+        decoded, _ = flashmask_attention_forward(module, *inputs, mask, scaling=0.3)
+    torch.testing.assert_close(decoded, out)
+    assert not decoded[0].any()
+    visible = bounds.to_dense(mask, q_len)
+    expected = dense_attention(inputs[0] * 0.3 * 8**0.5, *inputs[1:], visible).nan_to_num(0.0)
+    torch.testing.assert_close(decoded, expected)
+
+
+# Once per forward pass
+
+
+def spy_on_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    seen: list[Tensor | None] = []
+    kernel = integration.flashmask_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None = None, **kwargs: Any) -> Any:
+        seen.append(bounds)
+        return kernel(query, key, value, bounds, **kwargs)
+
+    monkeypatch.setattr(integration, "flashmask_attention", spy)
+    return seen
+
+
+@pytest.mark.parametrize("call", [{}, {"use_cache": False}, {"attention_mask": torch.tensor([[1] * 12 + [0]])}])
+def test_layers_share_one_tensor_of_bounds(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_kernel(monkeypatch)
+    model = build("llama", num_hidden_layers=4)
+    model(**packed(random_documents([5, 8])), **call)
+    assert len(seen) == 4
+    assert all(bounds is seen[0] for bounds in seen)
+    assert seen[0].shape == (1, 1, 1, 13)
+
+
+def test_layer_types_share_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_kernel(monkeypatch)
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    model = build("gemma2", num_hidden_layers=4, layer_types=layer_types)
+    model(**packed(random_documents([5, 8])))
+    assert seen[0] is seen[2]
+    assert seen[1] is seen[3]
+    assert seen[0] is not seen[1]
+
+
+def test_changed_positions_are_noticed() -> None:
+    inputs = random_inputs(batch=1)
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6]])
+    for restart in (None, 2, 5):
+        if restart is not None:
+            position_ids[0, restart:] = torch.arange(7 - restart)
+        visible = same_document(position_ids) & torch.ones(7, 7, dtype=torch.bool).tril()
+        for _ in range(2):
+            out, _ = flashmask_attention_forward(attention_module(), *inputs, None, position_ids=position_ids)
+            torch.testing.assert_close(out, dense_attention(*inputs, visible))
+
+
+def test_inference_tensors_are_never_stale() -> None:
+    with torch.inference_mode():
+        test_changed_positions_are_noticed()
+
+
+def test_bounds_do_not_outlive_the_positions() -> None:
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    flashmask_attention_forward(attention_module(), *random_inputs(batch=1), None, position_ids=position_ids)
+    (built,) = integration._built_bounds[position_ids].values()
+    alive = weakref.ref(built.bounds)
+    before = len(integration._built_bounds)
+    del position_ids, built
+    gc.collect()
+    assert alive() is None
+    assert len(integration._built_bounds) == before - 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "sinks", "cache"])
+def test_arguments_that_change_the_result_are_refused(argument: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"`{argument}`.*which Module passes"):
+        flashmask_attention_forward(attention_module(), *random_inputs(), None, **{argument: torch.ones(1)})
+    flashmask_attention_forward(attention_module(), *random_inputs(), None, **{argument: None})
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("llama", "attention_dropout"), ("bert", "attention_probs_dropout_prob"), ("gpt2", "attn_pdrop")],
+)
+def test_dropout_names_the_setting(name: str, setting: str) -> None:
+    model = build(name, **{setting: 0.25})
+    tokens = random_documents([6])[0]
+    model(tokens)
+    with pytest.raises(NotImplementedError, match=rf"asks for 0.25; set config\.{setting} = 0 before"):
+        model.train()(tokens)
+
+
+def test_output_attentions_warns(caplog: pytest.LogCaptureFixture) -> None:
+    integration.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    _, weights = flashmask_attention_forward(attention_module(), *random_inputs(), None, output_attentions=True)
+    assert weights is None
+    assert "never computes the attention weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.zeros(2, 1, 7, 7), TypeError, r"float32 \[2, 1, 7, 7\].*from_dense\(mask == 0\).*sdpa"),
+        (torch.ones(2, 1, 7, 7, dtype=torch.bool), TypeError, r"bool.*from_dense\(mask\)"),
+        (torch.ones(2, 1, 1, 7, dtype=torch.long), TypeError, r"int64"),
+        (torch.ones(2, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
+        (torch.ones(2, 1, 3, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
+        (torch.ones(2, 1, 34, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number up to 32"),
+        (torch.ones(2, 1, 1, 6, dtype=torch.int32), ValueError, r"last dimension must be the key length, 7"),
+        (torch.ones(3, 1, 1, 7, dtype=torch.int32), ValueError, r"must be 1 or the batch, 2"),
+        (torch.ones(2, 3, 1, 7, dtype=torch.int32), ValueError, r"must be 1 or the number of query heads, 4"),
+        (torch.ones(2, 1, 1, 7, dtype=torch.int32, device="meta"), ValueError, r"is on meta"),
+    ],
+)
+def test_masks_that_are_no_bounds_are_refused(mask: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        flashmask_attention_forward(attention_module(), *random_inputs(), mask)
+    assert "`attention_mask`" in str(raised.value)
+
+
+def test_cu_seq_lens_of_a_batch_are_refused() -> None:
+    ends = torch.tensor([0, 3, 7])
+    with pytest.raises(ValueError, match="batch has 2 rows; pass `position_ids`"):
+        flashmask_attention_forward(attention_module(), *random_inputs(), None, cu_seq_lens_q=ends)
+
+
+def test_mask_functions_of_the_users_own_are_named() -> None:
+    config = config_of("llama")
+    config._attn_implementation = "flashmask"
+
+    def no_even_keys(batch_idx: int, head_idx: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx % 2 == 1
+
+    with pytest.raises(NotImplementedError, match="no_even_keys"):
+        masking_utils.create_causal_mask(
+            config=config,
+            inputs_embeds=torch.zeros(1, 5, 32),
+            attention_mask=None,
+            past_key_values=None,
+            and_mask_function=no_even_keys,
+        )
+
+
+def test_environment_report() -> None:
+    command = [sys.executable, "-m", "hf_flashmask"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for expected in (hf_flashmask.__version__, torch.__version__, transformers.__version__, "is registered", "gpu"):
+        assert expected in printed
+
+
+def test_package_names() -> None:
+    assert isinstance(hf_flashmask.bounds, types.ModuleType)
+    assert hf_flashmask.__version__.count(".") == 2

@@ -1,0 +1,341 @@
+"""Whole models under flashmask against the same models under eager attention on each document alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import (
+    DECODERS,
+    MODELS,
+    VOCABULARY,
+    WINDOW,
+    build,
+    cumulative_lengths,
+    eager_twin,
+    logits_alone,
+    packed,
+    padded,
+    random_documents,
+)
+from torch import Tensor
+
+from hf_flashmask import bounds
+
+LENGTHS = [5, 1, 9, 7, 2]
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def additive(visible: Tensor) -> Tensor:
+    """The dense float mask that eager attention adds to its scores."""
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+
+WINDOWED = ["mistral", "gemma2", "gpt_oss", "afmoe", "llama4"]
+PACKED_CALLS = {
+    "training": {"use_cache": False},
+    "cache": {"use_cache": True},
+    "mask_of_ones": {"attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.long)},
+}
+
+
+@pytest.mark.parametrize("how", PACKED_CALLS)
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_logits_equal_each_document_alone(name: str, how: str) -> None:
+    model = build(name)
+    documents = random_documents(LENGTHS)
+    expected = logits_alone(eager_twin(model), documents)
+    torch.testing.assert_close(model(**packed(documents), **PACKED_CALLS[how]).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
+def test_documents_from_cu_seq_lens(name: str) -> None:
+    model = build(name)
+    documents = random_documents(LENGTHS)
+    ends = cumulative_lengths(documents)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 9, "max_length_k": 9}
+    expected = logits_alone(eager_twin(model), documents)
+    torch.testing.assert_close(model(**packed(documents), **lengths).logits, expected, **TOLERANCE)
+
+
+def test_cu_seq_lens_need_no_position_ids() -> None:
+    # GPT-2 learns its positions, so the row is made of documents whose positions are those of the row.
+    model = build("gpt2")
+    document = random_documents([13])[0]
+    twin = eager_twin(model)
+    ends = torch.tensor([0, 6, 13], dtype=torch.int32)
+    first, second = document[:, :6], document[:, 6:]
+    expected = torch.cat([twin(first).logits, twin(second, position_ids=torch.arange(6, 13)[None]).logits], dim=1)
+    torch.testing.assert_close(model(document, cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert"])
+def test_rows_of_a_batch_hold_different_documents(name: str) -> None:
+    model = build(name)
+    rows = [random_documents(lengths) for lengths in ([4, 8, 1], [13], [1, 1, 11])]
+    batch = {key: torch.cat([packed(row)[key] for row in rows]) for key in ("input_ids", "position_ids")}
+    expected = torch.cat([logits_alone(eager_twin(model), row) for row in rows])
+    torch.testing.assert_close(model(**batch).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "llama4", "bert"])
+def test_packed_row_with_padding_at_its_end(name: str) -> None:
+    model = build(name)
+    documents = random_documents(LENGTHS)
+    row = packed([*documents, *[torch.zeros(1, 1, dtype=torch.long)] * 3])
+    mask = torch.ones_like(row["input_ids"])
+    mask[:, -3:] = 0
+    expected = logits_alone(eager_twin(model), documents)
+    torch.testing.assert_close(model(**row, attention_mask=mask).logits[:, :-3], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_gradients_equal_each_document_alone(name: str, use_cache: bool) -> None:
+    model = build(name)
+    twin = eager_twin(model)
+    documents = random_documents(LENGTHS)
+    weights = torch.randn(1, sum(LENGTHS), VOCABULARY)
+    (model(**packed(documents), use_cache=use_cache).logits * weights).sum().backward()
+    (logits_alone(twin, documents) * weights).sum().backward()
+    expected = dict(twin.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in twin.parameters() if p.grad is not None)
+    assert any("sinks" in parameter for parameter in expected) == (name == "gpt_oss")
+    for parameter, value in model.named_parameters():
+        reference = expected[parameter].grad
+        if reference is None:
+            assert value.grad is None, parameter
+        else:
+            error = (value.grad - reference).abs().max() / reference.abs().max().clamp(min=1e-3 * largest)
+            assert error < 2e-5, f"{parameter}: {error}"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "afmoe"])
+def test_transformers_own_attention_leaks_where_ours_does_not(name: str) -> None:
+    """These models never tell their mask function about `position_ids`."""
+    model = build(name)
+    twin = eager_twin(model)
+    documents = random_documents(LENGTHS)
+    expected = logits_alone(twin, documents)
+    leaked = (twin(**packed(documents), use_cache=False).logits - expected).abs().max()
+    ours = (model(**packed(documents), use_cache=False).logits - expected).abs().max()
+    assert leaked > 0.1
+    assert ours < 1e-5
+
+
+@pytest.mark.parametrize("how", PACKED_CALLS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
+def test_changing_one_document_leaves_the_others_bitwise_unchanged(name: str, how: str) -> None:
+    model = build(name)
+    documents = random_documents(LENGTHS)
+    before = model(**packed(documents), **PACKED_CALLS[how]).logits
+    changed = [*documents]
+    changed[2] = (changed[2] + 13) % (VOCABULARY - 1) + 1
+    after = model(**packed(changed), **PACKED_CALLS[how]).logits
+    start, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
+    assert torch.equal(before[:, :start], after[:, :start])
+    assert torch.equal(before[:, end:], after[:, end:])
+    assert not torch.equal(before[:, start:end], after[:, start:end])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_logits_equal_each_document_alone(name: str, side: str) -> None:
+    model = build(name)
+    twin = eager_twin(model)
+    documents = random_documents([9, 5, 7, 1])
+    batch = padded(documents, side)
+    logits = model(**batch).logits
+    for row, document in enumerate(documents):
+        tokens = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, tokens], twin(document).logits[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
+    model = build(name)
+    # Far into the padding on its right a row of a windowed layer sees nothing, and eager attention averages all keys.
+    lengths = [10, 9, 10] if side == "right" and name in WINDOWED else [9, 3, 7]
+    batch = padded(random_documents(lengths), side)
+    arguments = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "max_new_tokens": 2 * WINDOW,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+    }
+    # Generating with a static cache compiles the model on a GPU, and a copy made afterwards would run that code.
+    twin = eager_twin(model)
+    assert torch.equal(model.generate(**arguments), twin.generate(**arguments))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_a_cache_is_continued_by_several_tokens_at_once(name: str) -> None:
+    model = build(name)
+    document = random_documents([17])[0]
+    expected = eager_twin(model)(document).logits
+    cache = transformers.DynamicCache(config=model.config)
+    pieces = [model(piece, past_key_values=cache).logits for piece in document.split([6, 1, 7, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3"])
+def test_bounds_of_a_prefix_tree_are_final(name: str) -> None:
+    """The positions of a tree restart at its branches; they must not be read as documents."""
+    model = build(name)
+    prompt, *answers = random_documents([6, 4, 5])
+    tree = bounds.from_prefix_tree([-1, 0, 0], [6, 4, 5])
+    positions = torch.cat([torch.arange(6), torch.arange(6, 10), torch.arange(6, 11)])[None]
+    row = {"input_ids": torch.cat([prompt, *answers], dim=1), "position_ids": positions}
+    logits = model(**row, attention_mask=tree, use_cache=False).logits
+    twin = eager_twin(model)
+    branches = [twin(torch.cat([prompt, answer], dim=1)).logits for answer in answers]
+    expected = torch.cat([branches[0], branches[1][:, 6:]], dim=1)
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    # Not even when the first tokens of the branches share one position with each other and the last of the prompt.
+    torch.testing.assert_close(twin(**row, attention_mask=additive(bounds.to_dense(tree))).logits, logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_bounds_for_each_layer_type(name: str) -> None:
+    model = build(name)
+    documents = random_documents([11, 8])
+    full = bounds.from_document_ids(torch.tensor([[0] * 11 + [1] * 8]))
+    masks = {"full_attention": full, "sliding_attention": bounds.intersect(full, bounds.sliding_window(WINDOW, 19))}
+    row = packed(documents)
+    logits = model(**row, attention_mask=masks).logits
+    torch.testing.assert_close(logits, logits_alone(eager_twin(model), documents), **TOLERANCE)
+    dense = {layer_type: additive(bounds.to_dense(mask)) for layer_type, mask in masks.items()}
+    torch.testing.assert_close(logits, eager_twin(model)(**row, attention_mask=dense).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama4"])
+def test_one_tensor_of_bounds_for_different_layers_is_refused(name: str) -> None:
+    model = build(name)
+    tokens = torch.cat(random_documents([2 * WINDOW]), dim=1)
+    with pytest.raises(ValueError, match=r"pass a dict .*layer types.*full_attention"):
+        model(tokens, attention_mask=bounds.causal(2 * WINDOW))
+    # Where the window reaches everything nothing is lost.
+    short = tokens[:, :WINDOW]
+    expected = eager_twin(model)(short).logits
+    torch.testing.assert_close(model(short, attention_mask=bounds.causal(WINDOW)).logits, expected, **TOLERANCE)
+
+
+def test_bounds_of_a_batch_and_of_heads() -> None:
+    model = build("llama")
+    tokens = torch.cat(random_documents([12] * 3))
+    visible = torch.rand(3, 4, 12, 12) < 0.4
+    # Few enough intervals for any column, and a row that sees nothing but itself.
+    visible |= torch.eye(12, dtype=torch.bool)
+    logits = model(tokens, attention_mask=bounds.from_dense(visible)).logits
+    torch.testing.assert_close(logits, eager_twin(model)(tokens, attention_mask=additive(visible)).logits, **TOLERANCE)
+
+
+def test_cross_attention_ignores_the_documents_of_the_decoder() -> None:
+    model = build("bert", is_decoder=True, add_cross_attention=True)
+    batch = padded(random_documents([9, 4]), "left")
+    tokens = batch["attention_mask"].bool()
+    for padding in (0, 3):
+        encoder_mask = torch.ones(2, 9, dtype=torch.long)
+        encoder_mask[0, 9 - padding :] = 0
+        encoder = {"encoder_hidden_states": torch.randn(2, 9, 32), "encoder_attention_mask": encoder_mask}
+        expected = eager_twin(model)(**batch, **encoder).logits
+        torch.testing.assert_close(model(**batch, **encoder).logits[tokens], expected[tokens], **TOLERANCE)
+
+
+def test_vision_tower_with_cu_seq_lens() -> None:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    config = Qwen2VLVisionConfig(depth=2, embed_dim=32, hidden_size=32, num_heads=4, mlp_ratio=2, patch_size=4)
+    tower = Qwen2VisionTransformerPretrainedModel._from_config(config, attn_implementation="flashmask").eval()
+    grids = torch.tensor([[1, 4, 6], [2, 2, 4]])
+    patches = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * 4 * 4)
+    output = tower(patches, grid_thw=grids)
+    expected = eager_twin(tower)(patches, grid_thw=grids)
+    torch.testing.assert_close(output.pooler_output, expected.pooler_output, **TOLERANCE)
+
+
+def test_float32_norms_in_a_bfloat16_model() -> None:
+    """Qwen3's norms of queries and keys are often kept in float32: attention runs in the dtype of its weights."""
+    documents = random_documents(LENGTHS)
+    model = build("qwen3").to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.float()
+        layer.self_attn.k_norm.float()
+    expected = logits_alone(eager_twin(build("qwen3")), documents)
+    logits = model(**packed(documents)).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.1)
+
+
+def test_autocast() -> None:
+    documents = random_documents(LENGTHS)
+    model = build("llama")
+    expected = logits_alone(eager_twin(model), documents)
+    seen = []
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**packed(documents)).logits
+    assert seen == [torch.bfloat16]
+    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+def test_compiled_without_graph_breaks(name: str) -> None:
+    model = build(name)
+    twin = eager_twin(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for lengths in (LENGTHS, [3, 8]):
+        documents = random_documents(lengths)
+        row = packed(documents)
+        expected = logits_alone(twin, documents)
+        ones = torch.ones_like(row["input_ids"])
+        torch.testing.assert_close(compiled(**row, use_cache=False).logits, expected, **TOLERANCE)
+        torch.testing.assert_close(compiled(**row, attention_mask=ones, use_cache=False).logits, expected, **TOLERANCE)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_generation_with_a_static_cache(name: str) -> None:
+    model = build(name)
+    batch = padded(random_documents([9, 3, 7]), "left")
+    arguments = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "max_new_tokens": 2 * WINDOW,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": "static",
+    }
+    expected = eager_twin(model).generate(**arguments)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert torch.equal(model.generate(**arguments), expected)
+    torch._dynamo.reset()
+
+
+def test_compiled_left_padding_in_a_chunked_model() -> None:
+    model = build("llama4")
+    documents = random_documents([9, 6])
+    batch = padded(documents, "left")
+    logits = torch.compile(model, fullgraph=True, backend="eager")(**batch, use_cache=False).logits
+    for row, document in enumerate(documents):
+        tokens = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(logits[row, tokens], eager_twin(model)(document).logits[0], **TOLERANCE)
+    torch._dynamo.reset()
+
+
+def test_compiled_gradients() -> None:
+    model = build("llama")
+    twin = eager_twin(model)
+    documents = random_documents(LENGTHS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**packed(documents), use_cache=False).logits.square().mean().backward()
+    logits_alone(twin, documents).square().mean().backward()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    torch._dynamo.reset()

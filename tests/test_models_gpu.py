@@ -1,0 +1,57 @@
+"""The tests of `test_models` that compute, on a GPU: there the Triton kernels are compiled, not interpreted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import test_models
+import torch
+from tiny_models import DECODERS, MODELS
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _everything_on_the_gpu() -> Iterator[None]:
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("how", ["training", "cache"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_logits_equal_each_document_alone(name: str, how: str) -> None:
+    test_models.test_packed_logits_equal_each_document_alone(name, how)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_gradients_equal_each_document_alone(name: str) -> None:
+    test_models.test_packed_gradients_equal_each_document_alone(name, use_cache=False)
+
+
+# Not gpt_oss: on a GPU its experts are computed in groups of tokens, whose rounding depends on all documents.
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_changing_one_document_leaves_the_others_bitwise_unchanged(name: str) -> None:
+    test_models.test_changing_one_document_leaves_the_others_bitwise_unchanged(name, "training")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_logits_equal_each_document_alone(name: str, side: str) -> None:
+    test_models.test_padded_logits_equal_each_document_alone(name, side)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
+    test_models.test_greedy_generation_equals_eager(name, side, cache)
+
+
+def test_bounds_of_a_prefix_tree_are_final() -> None:
+    test_models.test_bounds_of_a_prefix_tree_are_final("llama")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_without_graph_breaks(name: str) -> None:
+    test_models.test_compiled_without_graph_breaks(name)

@@ -1,0 +1,198 @@
+"""`flashmask_attention` as users call it: arguments, autograd, operators, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_checks import masks, model_tensor, random_intervals
+from torch.testing import assert_close
+
+from flashmask_kernels import flashmask_attention, ops, reference_attention
+
+
+def tensors(length: int = 37, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
+    return [model_tensor(2, length, count, dim, dtype, "cpu") for count in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(37, 37), (20, 37), (37, 20)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_without_bounds(q_len: int, kv_len: int, is_causal: bool) -> None:
+    query, key, value = tensors(q_len)[0], *tensors(kv_len)[1:]
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len if is_causal else kv_len)
+    repeated = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=visible).nan_to_num(0.0)
+    assert_close(flashmask_attention(query, key, value, is_causal=is_causal), expected)
+
+
+def test_scale_and_layout() -> None:
+    query, key, value = tensors()
+    bounds = random_intervals(2, 2, 2, 37, 37)
+    expected, expected_lse = reference_attention(query, key, value, bounds, scale=0.7)
+    out, lse = flashmask_attention(query, key, value, bounds, scale=0.7, return_lse=True)
+    assert_close(out, expected)
+    assert_close(lse, expected_lse)
+    assert out.transpose(1, 2).is_contiguous(), "a model reshapes [B, S, H, D] without a copy"
+
+
+def test_any_strides() -> None:
+    query, key, value = (tensor[..., ::2] for tensor in tensors(dim=32))
+    bounds = random_intervals(2, 4, 4, 74, 74)[..., ::2]
+    expected, _ = reference_attention(query, key, value, bounds)
+    assert_close(flashmask_attention(query, key, value, bounds), expected)
+
+
+def test_gradcheck() -> None:
+    inputs = [tensor.double().requires_grad_() for tensor in tensors(length=5, dim=8)]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    bounds = torch.tensor([5, 2, 5, 4, 5], dtype=torch.int32).view(1, 1, 1, 5)
+
+    def attend(query, key, value, sinks):
+        return flashmask_attention(query, key, value, bounds, softcap=3.0, sinks=sinks, return_lse=True)
+
+    assert torch.autograd.gradcheck(attend, (*inputs, sinks))
+
+
+@pytest.mark.parametrize("wants_gradient", ["out", "lse"])
+def test_one_output_alone(wants_gradient: str) -> None:
+    inputs = [tensor.requires_grad_() for tensor in tensors()]
+    bounds = masks(37, 37)["causal_document"]
+    results = []
+    for attend in (flashmask_attention, reference_attention):
+        options = {"return_lse": True} if attend is flashmask_attention else {}
+        outputs = dict(zip(("out", "lse"), attend(*inputs, bounds, **options)))
+        results.append(torch.autograd.grad(outputs[wants_gradient].square().sum(), inputs, allow_unused=True))
+    for ours, truth in zip(*results):
+        assert_close(ours, torch.zeros_like(ours) if truth is None else truth, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_bitwise_repeatable_and_survive_reuse_of_the_graph() -> None:
+    inputs = [tensor.requires_grad_() for tensor in tensors()]
+    loss = flashmask_attention(*inputs, random_intervals(1, 1, 2, 37, 37), deterministic=True).square().sum()
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second))
+
+
+def test_compiled_equals_eager() -> None:
+    bounds, sinks = random_intervals(2, 1, 2, 37, 37), torch.randn(4)
+
+    def step(query, key, value):
+        out, lse = flashmask_attention(query, key, value, bounds, sinks=sinks, return_lse=True)
+        return out.sum() + out.square().sum() + lse.nan_to_num(0.0, neginf=0.0).sum()
+
+    inputs = [tensor.requires_grad_() for tensor in tensors()]
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
+        assert_close(ours, truth)
+
+
+def test_operator_contract() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in tensors())
+    bounds = random_intervals(1, 1, 2, 37, 37)
+    torch.library.opcheck(ops._forward_operator, (query, key, value, bounds, torch.randn(4), None, 0.3, 5.0))
+
+
+def test_dispatch_modes_see_the_operator() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        flashmask_attention(*tensors(), is_causal=True)
+    assert any("flashmask_kernels.forward" in name for name in names)
+
+
+def test_empty_inputs() -> None:
+    query, key, value = tensors()
+    out, lse = flashmask_attention(query, key[:, :, :0], value[:, :, :0], return_lse=True)
+    assert out.eq(0).all()
+    assert lse.eq(-torch.inf).all()
+    assert flashmask_attention(query[:, :, :0], key, value).shape == (2, 4, 0, 16)
+    assert flashmask_attention(query[:0], key[:0], value[:0]).shape == (0, 4, 37, 16)
+    query.requires_grad_()
+    flashmask_attention(query, key[:, :, :0], value[:, :, :0]).sum().backward()
+    assert query.grad.eq(0).all()
+
+
+def test_inference_mode_then_training() -> None:
+    """Nothing that inference caches may reach autograd, which refuses inference tensors."""
+    query, key, value = tensors(length=29)
+    with torch.inference_mode():
+        expected = flashmask_attention(query, key, value, is_causal=True)
+    out = flashmask_attention(query.requires_grad_(), key, value, is_causal=True)
+    out.sum().backward()
+    assert torch.equal(out, expected)
+
+
+def test_schedules_are_cached_per_bounds_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = []
+    monkeypatch.setattr(ops, "_build_schedule", lambda *arguments: builds.append(arguments) or torch.zeros(1))
+    bounds = random_intervals(1, 1, 1, 37, 37)
+    for _ in range(3):
+        ops._cached_schedule(bounds, 37, 16, 16, False)
+    assert len(builds) == 1
+    ops._cached_schedule(bounds, 37, 16, 16, True)
+    ops._cached_schedule(bounds.clone(), 37, 16, 16, False)
+    assert len(builds) == 3
+    bounds += 1
+    ops._cached_schedule(bounds, 37, 16, 16, False)
+    assert len(builds) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(4, 37, 16)}, ValueError, r"`query` must be 4-D"),
+        ({"query": torch.zeros(2, 4, 37, 16).int()}, TypeError, r"`query` must be float16.*got torch.int32"),
+        ({"key": torch.zeros(2, 2, 37, 16).half()}, TypeError, r"`key` must have the query's dtype"),
+        ({"key": torch.zeros(2, 2, 37, 24)}, ValueError, r"`key` must be .* D = 16, got \(2, 2, 37, 24\)"),
+        ({"value": torch.zeros(2, 2, 36, 16)}, ValueError, r"`value` must be .* like the key"),
+        ({"value": torch.zeros(2, 2, 37, 4)}, ValueError, r"`value` must have a head size from 8 to 512, got 4"),
+        ({"query": torch.zeros(2, 3, 37, 16)}, ValueError, r"a multiple of the key's 2 heads, got 3"),
+        ({"bounds": torch.zeros(1, 1, 2, 37)}, TypeError, r"`bounds` must be int32 on cpu, got torch.float32"),
+        ({"bounds": torch.zeros(1, 1, 37, 2).int()}, ValueError, r"the key length 37 last"),
+        ({"bounds": torch.zeros(3, 1, 2, 37).int()}, ValueError, r"batch 1 or 2 and heads 1, 2 or 4"),
+        ({"bounds": torch.zeros(1, 3, 2, 37).int()}, ValueError, r"batch 1 or 2 and heads 1, 2 or 4"),
+        ({"bounds": torch.zeros(1, 1, 3, 37).int()}, ValueError, r"n pairs of start and end .* got 3"),
+        ({"bounds": torch.zeros(1, 1, 34, 37).int()}, ValueError, r"n <= 16, got 34"),
+        ({"bounds": torch.zeros(1, 1, 2, 37).int(), "is_causal": True}, ValueError, r"bounds hold the whole"),
+        ({"scale": -1.0}, ValueError, r"`scale` must be at least 0"),
+        ({"softcap": 0.0}, ValueError, r"`softcap` must be greater than 0"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"`sinks` must be one logit per query head, \[4\]"),
+        ({"dropout_p": 0.1}, NotImplementedError, r"`dropout_p` must be 0, got 0.1"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = dict(zip(("query", "key", "value"), tensors())) | change
+    with pytest.raises(error, match=message):
+        flashmask_attention(**arguments)
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor_equals_eager() -> None:
+    inputs = [model_tensor(1, 1000, heads, 64, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)]
+    bounds = masks(1000, 1000)["causal_document"].cuda()
+
+    def step(query, key, value):
+        for _ in range(3):
+            query = query + flashmask_attention(query, key, value, bounds)
+        return query.square().mean()
+
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    compiled = torch.compile(step, fullgraph=True)
+    for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
+        assert_close(ours, truth, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_head_sizes_without_a_kernel_take_the_torch_path() -> None:
+    query, key, value = (model_tensor(1, 100, heads, 320, torch.bfloat16, "cuda") for heads in (2, 1, 1))
+    bounds = masks(100, 100)["causal_document"].cuda()
+    with pytest.warns(UserWarning, match="no kernel for head size 320"):
+        out = flashmask_attention(query, key, value, bounds)
+    assert_close(out.float(), reference_attention(query, key, value, bounds)[0], rtol=1e-2, atol=1e-2)

@@ -1,0 +1,143 @@
+"""The distribution as users get it, and the import name `kernels`, which belongs to Hugging Face's library."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"hf_flashmask": ROOT / "hf_flashmask", "flashmask_kernels": ROOT / "kernels/torch-ext/flashmask_kernels"}
+
+
+def run_python(code: str, *, cwd: Path, paths: tuple[Path, ...] = ()) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    process = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as a release is: the sdist from a clean checkout, then the wheel from the sdist."""
+    folder = tmp_path_factory.mktemp("build")
+    junk = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "checkout", ignore=junk)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "checkout")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{package}/{path.relative_to(source).as_posix()}"
+        for package, source in PACKAGES.items()
+        for path in source.rglob("*")
+        if path.suffix in (".py", ".json", ".typed")
+    }
+    assert files == expected
+    assert {"hf_flashmask/py.typed", "flashmask_kernels/py.typed"} <= files
+
+
+def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """
+import flashmask_kernels, hf_flashmask, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="flashmask")
+tokens, positions = torch.arange(12)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+packed = model(tokens, position_ids=positions).logits
+model.set_attn_implementation("eager")
+torch.testing.assert_close(packed[:, :5], model(tokens[:, :5]).logits)
+torch.testing.assert_close(packed[:, 5:], model(tokens[:, 5:]).logits)
+print(flashmask_kernels.__file__, hf_flashmask.__file__, sep="\\n")
+"""
+    places = run_python(code, cwd=tmp_path, paths=(tmp_path / "site",)).split("\n")
+    assert places[0] == str(tmp_path / "site/flashmask_kernels/__init__.py")
+    assert places[1] == str(tmp_path / "site/hf_flashmask/__init__.py")
+
+
+def test_the_version_is_the_same_everywhere(wheel: Path) -> None:
+    import hf_flashmask
+
+    assert wheel.name.split("-")[1] == hf_flashmask.__version__ == importlib.metadata.version("hf-flashmask")
+
+
+def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for environment in ({"python_version": version, "sys_platform": "linux"} for version in ("3.10", "3.13")):
+        versions = {
+            pin.name: next(iter(pin.specifier)).version
+            for pin in pins
+            if pin.marker is None or pin.marker.evaluate(environment)
+        }
+        for line in importlib.metadata.requires("hf-flashmask") or []:
+            requirement = Requirement(line)
+            if requirement.name != "hf-flashmask":
+                assert requirement.specifier.contains(versions[requirement.name]), (requirement, environment)
+
+
+def test_kernels_need_neither_transformers_nor_the_plugin(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+sys.modules["transformers"] = sys.modules["hf_flashmask"] = None  # importing them fails
+from flashmask_kernels import flashmask_attention
+query = torch.randn(1, 2, 5, 8)
+torch.testing.assert_close(
+    flashmask_attention(query, query, query, is_causal=True),
+    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True),
+)
+"""
+    run_python(code, cwd=tmp_path)
+
+
+def test_kernels_load_under_another_name_beside_the_installed_ones(tmp_path: Path) -> None:
+    """As the Kernel Hub loads them: from a folder, under a name of its own, several versions in one process."""
+    code = f"""
+import importlib.util, sys, torch, flashmask_kernels
+folder = {str(PACKAGES["flashmask_kernels"])!r}
+spec = importlib.util.spec_from_file_location("from_the_hub_1a2b", folder + "/__init__.py")
+hub = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hub)
+assert hub.flashmask_attention is not flashmask_kernels.flashmask_attention
+query = torch.randn(1, 2, 5, 8)
+bounds = torch.tensor([[[[3, 3, 3, 5, 5]]]], dtype=torch.int32)
+expected, _ = flashmask_kernels.reference_attention(query, query, query, bounds)
+for package in (hub, flashmask_kernels):
+    compiled = torch.compile(package.flashmask_attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(package.flashmask_attention(query, query, query, bounds), expected)
+    torch.testing.assert_close(compiled(query, query, query, bounds), expected)
+"""
+    run_python(code, cwd=tmp_path)
+
+
+def test_transformers_sees_the_same_kernels_library_in_the_repository_as_elsewhere(tmp_path: Path) -> None:
+    code = "import hf_flashmask; from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run_python(code, cwd=ROOT) == run_python(code, cwd=tmp_path)
+
+
+def test_an_installed_kernels_library_goes_before_the_folder_of_that_name(tmp_path: Path) -> None:
+    library = tmp_path / "kernels/__init__.py"
+    library.parent.mkdir()
+    library.touch()
+    code = "import kernels; print(kernels.__file__)"
+    assert run_python(code, cwd=ROOT, paths=(tmp_path,)).strip() == str(library)
+
+
+def test_the_tests_do_not_see_the_folder_as_a_library() -> None:
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is not None

@@ -1,0 +1,141 @@
+"""The Triton kernels against dense attention: in Triton's interpreter without a GPU, compiled with one.
+
+The interpreter computes bfloat16 products wrongly, so that dtype is left to the GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
+
+from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels.portable.configs import Config, Configs
+
+
+def attend(query, key, value, bounds, **options):
+    return flashmask_attention(query, key, value, bounds, return_lse=True, **options)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch):
+    """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""
+
+    def use(use_descriptors: bool = False) -> None:
+        configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
+        monkeypatch.setattr(ops, "_configs", lambda query, value: configs)
+
+    return use
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fill new memory with NaN (floats) and the largest integer, so that an element nobody wrote cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("use_descriptors", [False, True])
+@pytest.mark.parametrize("mask", masks(8, 8))
+def test_masks_interpreted(mask: str, use_descriptors: bool, interpreted) -> None:
+    interpreted(use_descriptors)
+    q_len = kv_len = 61
+    query, key, value = (model_tensor(1, q_len, heads, 16, torch.float32, "cpu") for heads in (2, 1, 1))
+    assert_matches_reference(attend, query, key, value, masks(q_len, kv_len)[mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "dim", "dim_v", "heads", "kv_heads", "bounds_shape"),
+    [
+        (33, 70, 24, 16, 4, 2, (2, 2, 1)),
+        (70, 33, 8, 40, 3, 1, (1, 3, 2)),
+        (1, 37, 16, 16, 2, 2, (2, 1, 4)),
+        (47, 47, 20, 12, 6, 3, (1, 6, 6)),
+    ],
+)
+def test_shapes_interpreted(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape, interpreted) -> None:
+    interpreted()
+    query = model_tensor(2, q_len, heads, dim, dtype, "cpu")
+    key, value = (model_tensor(2, kv_len, kv_heads, size, dtype, "cpu") for size in (dim, dim_v))
+    bounds = random_intervals(*bounds_shape, q_len, kv_len)
+    assert_matches_reference(attend, query, key, value, bounds)
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_softcap_and_sinks_interpreted(softcap: float | None, has_sinks: bool, interpreted) -> None:
+    interpreted()
+    query, key, value = (model_tensor(1, 45, heads, 16, torch.float32, "cpu") for heads in (4, 2, 2))
+    sinks = torch.randn(4) if has_sinks else None
+    assert_matches_reference(attend, query, key, value, random_intervals(1, 1, 2, 45, 45), softcap, sinks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", masks(8, 8))
+def test_masks(mask: str, dtype: torch.dtype) -> None:
+    q_len = kv_len = 1021
+    query, key, value = (model_tensor(2, q_len, heads, 64, dtype, "cuda") for heads in (4, 2, 2))
+    assert_matches_reference(attend, query, key, value, masks(q_len, kv_len)[mask].cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "dim", "dim_v", "heads", "kv_heads", "bounds_shape"),
+    [
+        (300, 700, 128, 128, 8, 2, (2, 2, 1)),
+        (700, 300, 80, 96, 3, 1, (1, 3, 2)),
+        (1, 517, 72, 72, 2, 2, (2, 1, 4)),
+        (470, 471, 192, 128, 6, 3, (1, 6, 6)),
+        (257, 255, 256, 256, 4, 4, (1, 1, 2)),
+        (129, 640, 20, 36, 5, 1, (2, 5, 2)),
+        (333, 333, 8, 16, 14, 2, (1, 1, 1)),
+    ],
+)
+def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> None:
+    query = model_tensor(2, q_len, heads, dim, dtype, "cuda")
+    key, value = (model_tensor(2, kv_len, kv_heads, size, dtype, "cuda") for size in (dim, dim_v))
+    bounds = random_intervals(*bounds_shape, q_len, kv_len).cuda()
+    assert_matches_reference(attend, query, key, value, bounds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_softcap_and_sinks(softcap: float | None, has_sinks: bool, dtype: torch.dtype) -> None:
+    query, key, value = (model_tensor(2, 453, heads, 64, dtype, "cuda") for heads in (4, 2, 2))
+    sinks = torch.randn(4, device="cuda", dtype=dtype) if has_sinks else None
+    assert_matches_reference(attend, query, key, value, random_intervals(1, 4, 2, 453, 453).cuda(), softcap, sinks)
+
+
+@pytest.mark.gpu
+def test_gradients_are_bitwise_repeatable() -> None:
+    query, key, value = (
+        model_tensor(1, 2000, heads, 128, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)
+    )
+    bounds = masks(2000, 2000)["causal_document"].cuda()
+    d_out = torch.randn_like(query)
+    first, second = (
+        torch.autograd.grad(flashmask_attention(query, key, value, bounds), (query, key, value), d_out)
+        for _ in range(2)
+    )
+    assert all(torch.equal(one, two) for one, two in zip(first, second))
+
+
+@pytest.mark.gpu
+def test_new_lengths_do_not_recompile() -> None:
+    from flashmask_kernels.portable.forward import attention_forward_kernel
+
+    def run(length: int) -> None:
+        query, key, value = (model_tensor(1, length, heads, 64, torch.bfloat16, "cuda") for heads in (4, 2, 2))
+        flashmask_attention(query, key, value, is_causal=True)
+
+    run(256)
+    caches = attention_forward_kernel.device_caches
+    compiled = sum(len(cache[0]) for cache in caches.values())
+    for length in (1, 17, 255, 300, 512, 1000):
+        run(length)
+    assert sum(len(cache[0]) for cache in caches.values()) == compiled

@@ -1,0 +1,82 @@
+"""The plain torch path against dense attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
+
+from flashmask_kernels import flashmask_attention, tiled
+from flashmask_kernels.reference import visible_mask
+
+
+def attend(query, key, value, bounds, **options):
+    return flashmask_attention(query, key, value, bounds, return_lse=True, **options)
+
+
+@pytest.fixture(params=[16, 128])
+def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles and short runs make many of both out of a short sequence."""
+    monkeypatch.setattr(tiled, "BLOCK", request.param)
+    monkeypatch.setattr(tiled, "MAX_SCORES", 4 * request.param**2)
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", masks(8, 8))
+def test_masks(mask: str, dtype: torch.dtype) -> None:
+    q_len = kv_len = 301
+    query, key, value = (model_tensor(2, q_len, heads, 32, dtype, "cpu") for heads in (4, 2, 2))
+    assert_matches_reference(attend, query, key, value, masks(q_len, kv_len)[mask])
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "dim", "dim_v", "heads", "kv_heads", "bounds_shape"),
+    [
+        (133, 270, 24, 16, 4, 2, (2, 2, 1)),
+        (270, 133, 8, 40, 3, 1, (1, 3, 2)),
+        (1, 137, 16, 300, 2, 2, (2, 1, 4)),
+        (147, 147, 20, 12, 6, 3, (1, 6, 6)),
+        (65, 64, 512, 8, 7, 1, (2, 1, 32)),
+    ],
+)
+def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> None:
+    query = model_tensor(2, q_len, heads, dim, dtype, "cpu")
+    key, value = (model_tensor(2, kv_len, kv_heads, size, dtype, "cpu") for size in (dim, dim_v))
+    assert_matches_reference(attend, query, key, value, random_intervals(*bounds_shape, q_len, kv_len))
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)])
+def test_softcap_and_sinks(softcap: float | None, has_sinks: bool) -> None:
+    query, key, value = (model_tensor(2, 145, heads, 16, torch.float32, "cpu") for heads in (4, 2, 2))
+    sinks = torch.randn(4) if has_sinks else None
+    assert_matches_reference(attend, query, key, value, random_intervals(1, 4, 2, 145, 145), softcap, sinks)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 4, 10])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(97, 97), (40, 97), (97, 40)])
+def test_tile_kinds(planes: int, q_len: int, kv_len: int) -> None:
+    """No tile with a visible element is hidden, no tile with a hidden element counts as full."""
+    for bounds in (random_intervals(1, 1, planes, q_len, kv_len), *masks(q_len, kv_len).values()):
+        dense = visible_mask(bounds, q_len)[0, 0]
+        hidden, cut = tiled.classify_tiles(bounds[0, 0], q_len, 16, 32)
+        for row, column in torch.cartesian_prod(torch.arange(hidden.shape[0]), torch.arange(hidden.shape[1])).tolist():
+            tile = dense[row * 16 : row * 16 + 16, column * 32 : column * 32 + 32]
+            assert not (hidden[row, column] and tile.any())
+            assert hidden[row, column] or cut[row, column] or tile.all()
+    full, causal = (tiled.classify_tiles(masks(64, 64)[name][0, 0], 64, 32, 32) for name in ("full", "causal"))
+    assert full[0].sum() == 0
+    assert full[1].sum() == 0
+    assert causal[0].tolist() == [[False, True], [False, False]]
+    assert causal[1].tolist() == [[True, False], [False, True]]
+
+
+def test_packed_rows_skip_hidden_tiles() -> None:
+    """Eight documents leave an eighth of the causal tiles, give or take the tiles that their boundaries cut."""
+    length, documents = 8192, 8
+    ends = (torch.arange(length) // (length // documents) + 1) * (length // documents)
+    hidden, _ = tiled.classify_tiles(ends.to(torch.int32)[None], length, 128, 128)
+    assert (~hidden).float().mean() == pytest.approx(1 / documents * (1 + 1 / 8) / 2, rel=0.01)
