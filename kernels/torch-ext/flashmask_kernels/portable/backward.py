@@ -215,18 +215,23 @@ def key_value_gradient_kernel(
     d_k_tile = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     d_v_tile = tl.zeros([BLOCK_N, BLOCK_DIM_V], dtype=tl.float32)
 
-    for member in range(HEADS_PER_KV_HEAD):
-        head = kv_head * HEADS_PER_KV_HEAD + member
-        mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
+    # Query heads that share a mask are visited in turn, tile by tile: one long loop keeps the loads in flight, where a
+    # loop per head drains them between heads. H200, 32K, D = 64 / 128: 40 documents 1.29 / 2.21 ms instead of
+    # 1.51 / 2.40, one document 18.2 / 34.5 instead of 18.7 / 33.1.
+    HEADS_PER_LOOP: tl.constexpr = HEADS_PER_KV_HEAD if HEADS_PER_MASK >= HEADS_PER_KV_HEAD else 1
+    for member in range(0, HEADS_PER_KV_HEAD, HEADS_PER_LOOP):
+        first_head = kv_head * HEADS_PER_KV_HEAD + member
+        mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
         mask_bounds = bounds + mask * NUM_PLANES * kv_len
-        head_schedule = schedule + (mask * num_column_tiles + column_tile) * (num_row_tiles + 2)
-        num_cut = tl.load(head_schedule)
-        num_full = tl.load(head_schedule + 1)
-        cut_tiles = head_schedule + 2
+        mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (num_row_tiles + 2)
+        num_cut = tl.load(mask_schedule)
+        num_full = tl.load(mask_schedule + 1)
+        cut_tiles = mask_schedule + 2
         full_tiles = cut_tiles + num_row_tiles - num_full
-        head_rows = (batch * NUM_HEADS + head).to(tl.int64) * q_len
-        for position in range(num_cut):
-            start_m = tl.load(cut_tiles + position) * BLOCK_M
+        for step in range(num_cut * HEADS_PER_LOOP):
+            start_m = tl.load(cut_tiles + step // HEADS_PER_LOOP) * BLOCK_M
+            head = first_head + step % HEADS_PER_LOOP
+            head_rows = (batch * NUM_HEADS + head).to(tl.int64) * q_len
             d_k_tile, d_v_tile = _key_value_gradient_tile(
                 d_k_tile, d_v_tile, k_tile, v_tile, q, d_out, lse + head_rows, delta + head_rows, mask_bounds,
                 batch, head, columns, start_m,
@@ -234,8 +239,10 @@ def key_value_gradient_kernel(
                 scale, softcap, q_len, kv_len, NUM_PLANES, HAS_SOFTCAP, True,
                 DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
             )  # fmt: skip
-        for position in range(num_full):
-            start_m = tl.load(full_tiles + position) * BLOCK_M
+        for step in range(num_full * HEADS_PER_LOOP):
+            start_m = tl.load(full_tiles + step // HEADS_PER_LOOP) * BLOCK_M
+            head = first_head + step % HEADS_PER_LOOP
+            head_rows = (batch * NUM_HEADS + head).to(tl.int64) * q_len
             d_k_tile, d_v_tile = _key_value_gradient_tile(
                 d_k_tile, d_v_tile, k_tile, v_tile, q, d_out, lse + head_rows, delta + head_rows, mask_bounds,
                 batch, head, columns, start_m,
