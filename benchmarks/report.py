@@ -45,7 +45,8 @@ def gpu_section(result: dict[str, Any]) -> list[str]:
         for name in implementations
         if (longest, "causal_document", name) in cells
     ]
-    return [*lines, "", f"Making the mask of packed documents at {longest:,} tokens, once a step: {', '.join(build)}."]
+    making = f"Making the mask of packed documents at {longest:,} tokens, once a step, takes the device"
+    return [*lines, "", f"{making}: {', '.join(build)}."]
 
 
 def cpu_section(result: dict[str, Any]) -> list[str]:
