@@ -24,11 +24,12 @@ def test_without_bounds(q_len: int, kv_len: int, is_causal: bool) -> None:
     assert_close(flashmask_attention(query, key, value, is_causal=is_causal), expected)
 
 
-def test_scale_and_layout() -> None:
+@pytest.mark.parametrize("scale", [0.7, 0.0])
+def test_scale_and_layout(scale: float) -> None:
     query, key, value = tensors()
     bounds = random_intervals(2, 2, 2, 37, 37)
-    expected, expected_lse = reference_attention(query, key, value, bounds, scale=0.7)
-    out, lse = flashmask_attention(query, key, value, bounds, scale=0.7, return_lse=True)
+    expected, expected_lse = reference_attention(query, key, value, bounds, scale=scale)
+    out, lse = flashmask_attention(query, key, value, bounds, scale=scale, return_lse=True)
     assert_close(out, expected)
     assert_close(lse, expected_lse)
     assert out.transpose(1, 2).is_contiguous(), "a model reshapes [B, S, H, D] without a copy"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
 
-from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels import flashmask_attention, ops, reference_attention
 from flashmask_kernels.portable.configs import Config, Configs
 
 
@@ -62,6 +62,15 @@ def test_shapes_interpreted(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, b
     key, value = (model_tensor(2, kv_len, kv_heads, size, dtype, "cpu") for size in (dim, dim_v))
     bounds = random_intervals(*bounds_shape, q_len, kv_len)
     assert_matches_reference(attend, query, key, value, bounds)
+
+
+def test_scale_of_zero_interpreted(interpreted) -> None:
+    """Visible keys count alike, and a hidden one still for nothing."""
+    interpreted()
+    query, key, value = (model_tensor(1, 45, heads, 16, torch.float32, "cpu") for heads in (4, 2, 2))
+    bounds = random_intervals(1, 1, 2, 45, 45)
+    expected = reference_attention(query, key, value, bounds, scale=0.0)
+    torch.testing.assert_close(attend(query, key, value, bounds, scale=0.0), expected)
 
 
 @pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)])

@@ -23,12 +23,8 @@ def backward_preprocess_kernel(
     d_out,
     d_lse,
     delta,
-    out_stride_b,
-    out_stride_h,
-    out_stride_s,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_s,
+    out_strides,
+    d_out_strides,
     q_len,
     NUM_HEADS: tl.constexpr,
     HAS_D_LSE: tl.constexpr,
@@ -43,14 +39,8 @@ def backward_preprocess_kernel(
     batch = batch_head // NUM_HEADS
     head = batch_head % NUM_HEADS
     rows = start_m + tl.arange(0, BLOCK_M)
-    out_tile = load_rows(
-        out, batch, head, start_m, q_len, out_stride_b, out_stride_h, out_stride_s,
-        DIM_V, BLOCK_M, BLOCK_DIM_V, True, False,
-    )  # fmt: skip
-    d_out_tile = load_rows(
-        d_out, batch, head, start_m, q_len, d_out_stride_b, d_out_stride_h, d_out_stride_s,
-        DIM_V, BLOCK_M, BLOCK_DIM_V, True, False,
-    )  # fmt: skip
+    out_tile = load_rows(out, out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, False)
+    d_out_tile = load_rows(d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, False)
     row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
     offsets = batch_head.to(tl.int64) * q_len + rows
     if HAS_D_LSE:
@@ -85,67 +75,6 @@ def _score_gradients(
     return probabilities, d_scores
 
 
-@triton.jit
-def _key_value_gradient_tile(
-    d_k_tile,
-    d_v_tile,
-    k_tile,
-    v_tile,
-    q,
-    d_out,
-    lse,
-    delta,
-    bounds,
-    batch,
-    head,
-    columns,
-    start_m,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_s,
-    scale,
-    softcap,
-    q_len,
-    kv_len,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_CUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-):
-    rows = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(
-        q, batch, head, start_m, q_len, q_stride_b, q_stride_h, q_stride_s,
-        DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS,
-    )  # fmt: skip
-    # P of a row that does not exist is exp(-inf) = 0.
-    row_lse = tl.load(lse + rows, mask=rows < q_len, other=float("inf"))
-    scores_t = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
-    d_out_tile = load_rows(
-        d_out, batch, head, start_m, q_len, d_out_stride_b, d_out_stride_h, d_out_stride_s,
-        DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
-    )  # fmt: skip
-    d_probabilities_t = tl.dot(v_tile, d_out_tile.T, input_precision=PRECISION)
-    row_delta = tl.load(delta + rows, mask=rows < q_len, other=0.0)
-    hidden = False
-    if IS_CUT:
-        hidden = hidden_elements(bounds, rows[None, :], columns[:, None], q_len, kv_len, NUM_PLANES)
-    probabilities_t, d_scores_t = _score_gradients(
-        scores_t, d_probabilities_t, row_lse[None, :], row_delta[None, :], hidden, scale, softcap, HAS_SOFTCAP, IS_CUT
-    )
-    d_v_tile = tl.dot(probabilities_t.to(d_out_tile.dtype), d_out_tile, d_v_tile, input_precision=PRECISION)
-    d_k_tile = tl.dot(d_scores_t.to(q_tile.dtype), q_tile, d_k_tile, input_precision=PRECISION)
-    return d_k_tile, d_v_tile
-
-
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b"])
 def key_value_gradient_kernel(
     q,
@@ -158,24 +87,12 @@ def key_value_gradient_kernel(
     d_v,
     bounds,
     schedule,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_s,
-    d_k_stride_b,
-    d_k_stride_h,
-    d_k_stride_s,
-    d_v_stride_b,
-    d_v_stride_h,
-    d_v_stride_s,
+    q_strides,
+    k_strides,
+    v_strides,
+    d_out_strides,
+    d_k_strides,
+    d_v_strides,
     scale,
     softcap,
     q_len,
@@ -204,14 +121,10 @@ def key_value_gradient_kernel(
     kv_head = batch_kv_head % KV_HEADS
     start_n = column_tile * BLOCK_N
     columns = start_n + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(
-        k, batch, kv_head, start_n, kv_len, k_stride_b, k_stride_h, k_stride_s,
-        DIM, BLOCK_N, BLOCK_DIM, True, USE_DESCRIPTORS,
-    )  # fmt: skip
+    k_tile = load_rows(k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, True, USE_DESCRIPTORS)
     v_tile = load_rows(
-        v, batch, kv_head, start_n, kv_len, v_stride_b, v_stride_h, v_stride_s,
-        DIM_V, BLOCK_N, BLOCK_DIM_V, True, USE_DESCRIPTORS,
-    )  # fmt: skip
+        v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, True, USE_DESCRIPTORS
+    )
     d_k_tile = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
     d_v_tile = tl.zeros([BLOCK_N, BLOCK_DIM_V], dtype=tl.float32)
 
@@ -224,96 +137,49 @@ def key_value_gradient_kernel(
         mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
         mask_bounds = bounds + mask * NUM_PLANES * kv_len
         mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (num_row_tiles + 2)
-        num_cut = tl.load(mask_schedule)
-        num_full = tl.load(mask_schedule + 1)
-        cut_tiles = mask_schedule + 2
-        full_tiles = cut_tiles + num_row_tiles - num_full
-        for step in range(num_cut * HEADS_PER_LOOP):
-            start_m = tl.load(cut_tiles + step // HEADS_PER_LOOP) * BLOCK_M
-            head = first_head + step % HEADS_PER_LOOP
-            head_rows = (batch * NUM_HEADS + head).to(tl.int64) * q_len
-            d_k_tile, d_v_tile = _key_value_gradient_tile(
-                d_k_tile, d_v_tile, k_tile, v_tile, q, d_out, lse + head_rows, delta + head_rows, mask_bounds,
-                batch, head, columns, start_m,
-                q_stride_b, q_stride_h, q_stride_s, d_out_stride_b, d_out_stride_h, d_out_stride_s,
-                scale, softcap, q_len, kv_len, NUM_PLANES, HAS_SOFTCAP, True,
-                DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-            )  # fmt: skip
-        for step in range(num_full * HEADS_PER_LOOP):
-            start_m = tl.load(full_tiles + step // HEADS_PER_LOOP) * BLOCK_M
-            head = first_head + step % HEADS_PER_LOOP
-            head_rows = (batch * NUM_HEADS + head).to(tl.int64) * q_len
-            d_k_tile, d_v_tile = _key_value_gradient_tile(
-                d_k_tile, d_v_tile, k_tile, v_tile, q, d_out, lse + head_rows, delta + head_rows, mask_bounds,
-                batch, head, columns, start_m,
-                q_stride_b, q_stride_h, q_stride_s, d_out_stride_b, d_out_stride_h, d_out_stride_s,
-                scale, softcap, q_len, kv_len, NUM_PLANES, HAS_SOFTCAP, False,
-                DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-            )  # fmt: skip
+        # Compiled twice: for the cut tiles, then for the full ones.
+        for IS_CUT in tl.static_range(1, -1, -1):
+            num_tiles = tl.load(mask_schedule + (1 - IS_CUT))
+            tiles = mask_schedule + 2 + (0 if IS_CUT else num_row_tiles - num_tiles)
+            for step in range(num_tiles * HEADS_PER_LOOP):
+                head = first_head + step % HEADS_PER_LOOP
+                start_m = tl.load(tiles + step // HEADS_PER_LOOP) * BLOCK_M
+                rows = start_m + tl.arange(0, BLOCK_M)
+                offsets = (batch * NUM_HEADS + head).to(tl.int64) * q_len + rows
+                q_tile = load_rows(
+                    q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
+                )
+                # P of a row that does not exist is exp(-inf) = 0.
+                row_lse = tl.load(lse + offsets, mask=rows < q_len, other=float("inf"))
+                scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                d_out_tile = load_rows(
+                    d_out,
+                    d_out_strides,
+                    batch,
+                    head,
+                    start_m,
+                    q_len,
+                    DIM_V,
+                    BLOCK_M,
+                    BLOCK_DIM_V,
+                    True,
+                    USE_DESCRIPTORS,
+                )
+                d_probabilities = tl.dot(v_tile, d_out_tile.T, input_precision=PRECISION)
+                row_delta = tl.load(delta + offsets, mask=rows < q_len, other=0.0)
+                hidden = False
+                if IS_CUT:
+                    hidden = hidden_elements(mask_bounds, rows[None, :], columns[:, None], q_len, kv_len, NUM_PLANES)
+                probabilities, d_scores = _score_gradients(
+                    scores, d_probabilities, row_lse[None, :], row_delta[None, :],
+                    hidden, scale, softcap, HAS_SOFTCAP, IS_CUT,
+                )  # fmt: skip
+                d_v_tile = tl.dot(probabilities.to(d_out_tile.dtype), d_out_tile, d_v_tile, input_precision=PRECISION)
+                d_k_tile = tl.dot(d_scores.to(q_tile.dtype), q_tile, d_k_tile, input_precision=PRECISION)
 
-    store_rows(
-        d_k, d_k_tile * scale, batch, kv_head, start_n, kv_len, d_k_stride_b, d_k_stride_h, d_k_stride_s,
-        DIM, BLOCK_N, BLOCK_DIM,
-    )  # fmt: skip
-    store_rows(
-        d_v, d_v_tile, batch, kv_head, start_n, kv_len, d_v_stride_b, d_v_stride_h, d_v_stride_s,
-        DIM_V, BLOCK_N, BLOCK_DIM_V,
-    )  # fmt: skip
-
-
-@triton.jit
-def _query_gradient_tile(
-    d_q_tile,
-    q_tile,
-    d_out_tile,
-    row_lse,
-    row_delta,
-    k,
-    v,
-    bounds,
-    batch,
-    kv_head,
-    rows,
-    start_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    scale,
-    softcap,
-    q_len,
-    kv_len,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_CUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-):
-    k_tile = load_rows(
-        k, batch, kv_head, start_n, kv_len, k_stride_b, k_stride_h, k_stride_s,
-        DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS,
-    )  # fmt: skip
-    v_tile = load_rows(
-        v, batch, kv_head, start_n, kv_len, v_stride_b, v_stride_h, v_stride_s,
-        DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS,
-    )  # fmt: skip
-    scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-    d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
-    hidden = False
-    if IS_CUT:
-        columns = start_n + tl.arange(0, BLOCK_N)
-        hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
-    _, d_scores = _score_gradients(
-        scores, d_probabilities, row_lse[:, None], row_delta[:, None], hidden, scale, softcap, HAS_SOFTCAP, IS_CUT
-    )
-    return tl.dot(d_scores.to(k_tile.dtype), k_tile, d_q_tile, input_precision=PRECISION)
+    d_k_tile *= scale
+    store_rows(d_k, d_k_strides, d_k_tile, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM)
+    store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b"])
@@ -327,21 +193,11 @@ def query_gradient_kernel(
     d_q,
     bounds,
     schedule,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    d_out_stride_b,
-    d_out_stride_h,
-    d_out_stride_s,
-    d_q_stride_b,
-    d_q_stride_h,
-    d_q_stride_s,
+    q_strides,
+    k_strides,
+    v_strides,
+    d_out_strides,
+    d_q_strides,
     scale,
     softcap,
     q_len,
@@ -371,45 +227,44 @@ def query_gradient_kernel(
     mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
     bounds += mask * NUM_PLANES * kv_len
     schedule += (mask * num_row_tiles + row_tile) * (num_column_tiles + 2)
-    num_cut = tl.load(schedule)
-    num_full = tl.load(schedule + 1)
-    cut_tiles = schedule + 2
-    full_tiles = cut_tiles + num_column_tiles - num_full
 
     start_m = row_tile * BLOCK_M
     rows = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(
-        q, batch, head, start_m, q_len, q_stride_b, q_stride_h, q_stride_s,
-        DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS,
-    )  # fmt: skip
+    q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
     d_out_tile = load_rows(
-        d_out, batch, head, start_m, q_len, d_out_stride_b, d_out_stride_h, d_out_stride_s,
-        DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
-    )  # fmt: skip
+        d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS
+    )
     offsets = batch_head.to(tl.int64) * q_len + rows
     row_lse = tl.load(lse + offsets, mask=rows < q_len, other=float("inf"))
     row_delta = tl.load(delta + offsets, mask=rows < q_len, other=0.0)
     d_q_tile = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
 
-    for position in range(num_cut):
-        start_n = tl.load(cut_tiles + position) * BLOCK_N
-        d_q_tile = _query_gradient_tile(
-            d_q_tile, q_tile, d_out_tile, row_lse, row_delta, k, v, bounds, batch, kv_head, rows, start_n,
-            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
-            NUM_PLANES, HAS_SOFTCAP, True, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-        )  # fmt: skip
-    for position in range(num_full):
-        start_n = tl.load(full_tiles + position) * BLOCK_N
-        d_q_tile = _query_gradient_tile(
-            d_q_tile, q_tile, d_out_tile, row_lse, row_delta, k, v, bounds, batch, kv_head, rows, start_n,
-            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
-            NUM_PLANES, HAS_SOFTCAP, False, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-        )  # fmt: skip
+    # Compiled twice: for the cut tiles, then for the full ones.
+    for IS_CUT in tl.static_range(1, -1, -1):
+        num_tiles = tl.load(schedule + (1 - IS_CUT))
+        tiles = schedule + 2 + (0 if IS_CUT else num_column_tiles - num_tiles)
+        for position in range(num_tiles):
+            start_n = tl.load(tiles + position) * BLOCK_N
+            k_tile = load_rows(
+                k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
+            )
+            v_tile = load_rows(
+                v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
+            )
+            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
+            hidden = False
+            if IS_CUT:
+                columns = start_n + tl.arange(0, BLOCK_N)
+                hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
+            _, d_scores = _score_gradients(
+                scores, d_probabilities, row_lse[:, None], row_delta[:, None],
+                hidden, scale, softcap, HAS_SOFTCAP, IS_CUT,
+            )  # fmt: skip
+            d_q_tile = tl.dot(d_scores.to(k_tile.dtype), k_tile, d_q_tile, input_precision=PRECISION)
 
-    store_rows(
-        d_q, d_q_tile * scale, batch, head, start_m, q_len, d_q_stride_b, d_q_stride_h, d_q_stride_s,
-        DIM, BLOCK_M, BLOCK_DIM,
-    )  # fmt: skip
+    d_q_tile *= scale
+    store_rows(d_q, d_q_strides, d_q_tile, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM)
 
 
 def attention_backward(
@@ -455,8 +310,8 @@ def attention_backward(
         d_out,
         d_lse,
         delta,
-        *out.stride()[:3],
-        *d_out.stride()[:3],
+        out.stride()[:3],
+        d_out.stride()[:3],
         q_len,
         NUM_HEADS=num_heads,
         HAS_D_LSE=d_lse is not None,
@@ -493,12 +348,12 @@ def attention_backward(
         d_value,
         bounds,
         by_column,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *d_out.stride()[:3],
-        *d_key.stride()[:3],
-        *d_value.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        d_out.stride()[:3],
+        d_key.stride()[:3],
+        d_value.stride()[:3],
         scale,
         softcap,
         q_len,
@@ -524,11 +379,11 @@ def attention_backward(
         d_query,
         bounds,
         by_row,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *d_out.stride()[:3],
-        *d_query.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        d_out.stride()[:3],
+        d_query.stride()[:3],
         scale,
         softcap,
         q_len,

@@ -25,74 +25,6 @@ from .tiles import (
 )
 
 
-@triton.jit
-def _attend_tile(
-    output,
-    row_sum,
-    row_max,
-    q_tile,
-    k,
-    v,
-    bounds,
-    batch,
-    kv_head,
-    rows,
-    start_n,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    scale,
-    softcap,
-    q_len,
-    kv_len,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    IS_CUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-):
-    """One step of the online softmax. Scores, row_max are in base 2."""
-    k_tile = load_rows(
-        k, batch, kv_head, start_n, kv_len, k_stride_b, k_stride_h, k_stride_s,
-        DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS,
-    )  # fmt: skip
-    scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-    if HAS_SOFTCAP:
-        scores = soft_capped(scores * scale, softcap)
-        factor = LOG2_E
-    else:
-        factor = scale * LOG2_E
-    if IS_CUT:
-        columns = start_n + tl.arange(0, BLOCK_N)
-        hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
-        scores = tl.where(hidden, float("-inf"), scores * factor)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probabilities = tl.exp2(scores - shift[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-        shift = new_max
-        probabilities = tl.exp2(scores * factor - shift[:, None])
-    correction = tl.exp2(row_max - shift)
-    row_sum = row_sum * correction + tl.sum(probabilities, 1)
-    v_tile = load_rows(
-        v, batch, kv_head, start_n, kv_len, v_stride_b, v_stride_h, v_stride_s,
-        DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS,
-    )  # fmt: skip
-    output = output * correction[:, None]
-    output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
-    return output, row_sum, new_max
-
-
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b"])
 def attention_forward_kernel(
     q,
@@ -103,18 +35,10 @@ def attention_forward_kernel(
     bounds,
     schedule,
     sinks,
-    q_stride_b,
-    q_stride_h,
-    q_stride_s,
-    k_stride_b,
-    k_stride_h,
-    k_stride_s,
-    v_stride_b,
-    v_stride_h,
-    v_stride_s,
-    out_stride_b,
-    out_stride_h,
-    out_stride_s,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
     scale,
     softcap,
     q_len,
@@ -137,8 +61,8 @@ def attention_forward_kernel(
 ):
     num_row_tiles = tl.cdiv(q_len, BLOCK_M)
     num_column_tiles = tl.cdiv(kv_len, BLOCK_N)
-    # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the
-    # most work: first.
+    # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the most
+    # work: first.
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     batch_head = tl.program_id(0) // num_row_tiles
     batch = batch_head // NUM_HEADS
@@ -147,18 +71,12 @@ def attention_forward_kernel(
     mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
     bounds += mask * NUM_PLANES * kv_len
     schedule += (mask * num_row_tiles + row_tile) * (num_column_tiles + 2)
-    num_cut = tl.load(schedule)
-    num_full = tl.load(schedule + 1)
-    cut_tiles = schedule + 2
-    full_tiles = cut_tiles + num_column_tiles - num_full
 
     start_m = row_tile * BLOCK_M
     rows = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(
-        q, batch, head, start_m, q_len, q_stride_b, q_stride_h, q_stride_s,
-        DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS,
-    )  # fmt: skip
+    q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
     output = tl.zeros([BLOCK_M, BLOCK_DIM_V], dtype=tl.float32)
+    # Scores and their maxima are in base 2.
     if HAS_SINKS:
         # A sink is a score that every row has seen before its first key.
         row_max = tl.full([BLOCK_M], 1.0, dtype=tl.float32) * (tl.load(sinks + head).to(tl.float32) * LOG2_E)
@@ -167,27 +85,42 @@ def attention_forward_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    for position in range(num_cut):
-        start_n = tl.load(cut_tiles + position) * BLOCK_N
-        output, row_sum, row_max = _attend_tile(
-            output, row_sum, row_max, q_tile, k, v, bounds, batch, kv_head, rows, start_n,
-            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
-            NUM_PLANES, HAS_SOFTCAP, True, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-        )  # fmt: skip
-    for position in range(num_full):
-        start_n = tl.load(full_tiles + position) * BLOCK_N
-        output, row_sum, row_max = _attend_tile(
-            output, row_sum, row_max, q_tile, k, v, bounds, batch, kv_head, rows, start_n,
-            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, scale, softcap, q_len, kv_len,
-            NUM_PLANES, HAS_SOFTCAP, False, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
-        )  # fmt: skip
+    # Compiled twice: for the cut tiles, then for the full ones.
+    for IS_CUT in tl.static_range(1, -1, -1):
+        num_tiles = tl.load(schedule + (1 - IS_CUT))
+        tiles = schedule + 2 + (0 if IS_CUT else num_column_tiles - num_tiles)
+        for position in range(num_tiles):
+            start_n = tl.load(tiles + position) * BLOCK_N
+            k_tile = load_rows(
+                k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
+            )
+            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+            factor = scale * LOG2_E
+            if HAS_SOFTCAP:
+                scores = soft_capped(scores * scale, softcap)
+                factor = LOG2_E
+            if IS_CUT:
+                columns = start_n + tl.arange(0, BLOCK_N)
+                hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
+                scores = tl.where(hidden, float("-inf"), scores * factor)
+                factor = 1.0
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+            # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max) if IS_CUT else new_max
+            probabilities = tl.exp2(scores * factor - shift[:, None])
+            correction = tl.exp2(row_max - shift)
+            row_sum = row_sum * correction + tl.sum(probabilities, 1)
+            row_max = new_max
+            v_tile = load_rows(
+                v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
+            )
+            output = output * correction[:, None]
+            output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
 
     # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     output = output / row_sum[:, None]
-    store_rows(
-        out, output, batch, head, start_m, q_len, out_stride_b, out_stride_h, out_stride_s, DIM_V, BLOCK_M, BLOCK_DIM_V
-    )
+    store_rows(out, out_strides, output, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V)
     lse += batch_head.to(tl.int64) * q_len
     tl.store(lse + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < q_len)
 
@@ -232,10 +165,10 @@ def attention_forward(
         bounds,
         schedule,
         sinks,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *out.stride()[:3],
+        query.stride()[:3],
+        key.stride()[:3],
+        value.stride()[:3],
+        out.stride()[:3],
         scale,
         0.0 if softcap is None else softcap,
         q_len,

@@ -31,15 +31,19 @@ def descriptors_can_address(*tensors: torch.Tensor) -> bool:
 
 
 @triton.jit
+def _row_pointer(tensor, strides, batch, head, row):
+    """In 64 bits: a head may span more than 2^31 elements. ``strides`` are those of batch, heads and rows."""
+    return tensor + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + row.to(tl.int64) * strides[2]
+
+
+@triton.jit
 def load_rows(
     source,
+    strides,
     batch,
     head,
     start,
     length,
-    stride_b,
-    stride_h,
-    stride_s,
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -50,11 +54,10 @@ def load_rows(
     if USE_DESCRIPTORS:
         return source.load([batch, head, start, 0]).reshape([BLOCK_ROWS, BLOCK_DIM])
     else:
-        # Only offsets inside the tile are 32-bit: a head may span more than 2^31 elements.
-        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start.to(tl.int64) * stride_s
+        base = _row_pointer(source, strides, batch, head, start)
         rows = tl.arange(0, BLOCK_ROWS)
         dims = tl.arange(0, BLOCK_DIM)
-        pointers = base + rows[:, None] * stride_s + dims[None, :]
+        pointers = base + rows[:, None] * strides[2] + dims[None, :]
         if CHECK_ROWS and BLOCK_DIM != DIM:
             return tl.load(pointers, mask=(start + rows < length)[:, None] & (dims < DIM)[None, :], other=0.0)
         elif CHECK_ROWS:
@@ -68,24 +71,22 @@ def load_rows(
 @triton.jit
 def store_rows(
     target,
+    strides,
     tile,
     batch,
     head,
     start,
     length,
-    stride_b,
-    stride_h,
-    stride_s,
     DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     """Write ``tile`` [BLOCK_ROWS, BLOCK_DIM] to the rows of one head that exist."""
-    base = target + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + start.to(tl.int64) * stride_s
+    base = _row_pointer(target, strides, batch, head, start)
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     mask = (start + rows < length)[:, None] & (dims < DIM)[None, :]
-    tl.store(base + rows[:, None] * stride_s + dims[None, :], tile.to(target.dtype.element_ty), mask=mask)
+    tl.store(base + rows[:, None] * strides[2] + dims[None, :], tile.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
