@@ -200,7 +200,8 @@ def _plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device
     return lower_start if is_causal else torch.cat([lower_start, torch.zeros_like(lower_start)], dim=2)
 
 
-@functools.lru_cache(maxsize=32)
+# Few, because each keeps the schedules made from it alive as well.
+@functools.lru_cache(maxsize=4)
 def _cached_plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
     # Autograd must be able to save it later, which it refuses for a tensor made in inference mode.
     with torch.inference_mode(False):
