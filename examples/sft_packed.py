@@ -45,10 +45,9 @@ from transformers import (
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-# The largest difference between the two losses of a step that rounding explains, and in how many steps. The runs round
-# differently, and training multiplies that: in bfloat16 they are not the same for long, whatever computes attention.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
-COMPARED_STEPS = {"float32": None, "bfloat16": 10}
+# The largest difference between the two losses of a step that passes for rounding. Measured in float32: 4e-6 on a CPU,
+# 1e-4 with the larger model on an H200.
+TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -219,10 +218,7 @@ def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder
         "padded": figures("eager, padded", padded),
         "padding_saved": 1 - tokens[-1] / padded.positions[-1],
         "speedup": (padded.seconds[-1] - padded.seconds[0]) / (packed.seconds[-1] - packed.seconds[0]),
-        "compared_steps": len(packed.loss[: COMPARED_STEPS[args.dtype]]),
-        "largest_difference": max(
-            abs(a - b) for a, b in list(zip(packed.loss, padded.loss))[: COMPARED_STEPS[args.dtype]]
-        ),
+        "largest_difference": max(abs(a - b) for a, b in zip(packed.loss, padded.loss)),
         "tolerance": TOLERANCE[args.dtype],
     }
 
@@ -251,7 +247,7 @@ def draw_loss(report: dict[str, Any], path: Path) -> None:
     ):
         loss, speed = report[run]["loss"], report[run]["tokens_per_second"]
         axes.plot(range(1, len(loss) + 1), loss, label=f"{report[run]['name']}: {speed:,.0f} tokens/s", **style)
-    axes.set_title(f"At most {report['largest_difference']:.1e} apart in {report['compared_steps']} steps", loc="left")
+    axes.set_title(f"Losses at most {report['largest_difference']:.1e} apart", loc="left")
     axes.set_title(f"{report['padding_saved']:.0%} padding saved", loc="right", fontsize="small")
     axes.set(xlabel="step", ylabel="loss per token (nats)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -290,10 +286,7 @@ def main() -> None:
     draw_mask(flattening([dataset[i] for i in range(min(args.batch_size, len(dataset)))]), args.output / "mask.png")
     print_table(report)
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = (
-        f"in {report['compared_steps']} steps the losses differ by at most {report['largest_difference']:.1e}, "
-        f"allowed is {report['tolerance']:.0e}"
-    )
+    verdict = f"the losses differ by at most {report['largest_difference']:.1e}, allowed is {report['tolerance']:.0e}"
     if not report["largest_difference"] <= report["tolerance"]:  # written so that nan fails
         sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
     print(f"The two runs agree: {verdict}.")

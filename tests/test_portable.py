@@ -102,6 +102,7 @@ def test_masks(mask: str, dtype: torch.dtype) -> None:
         (257, 255, 256, 256, 4, 4, (1, 1, 2)),
         (129, 640, 20, 36, 5, 1, (2, 5, 2)),
         (333, 333, 8, 16, 14, 2, (1, 1, 1)),
+        (423, 423, 32, 32, 8, 4, (1, 1, 1)),
     ],
 )
 def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> None:

@@ -153,18 +153,9 @@ def key_value_gradient_kernel(
                 row_lse = tl.load(lse + offsets, mask=rows < q_len, other=float("inf"))
                 scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
                 d_out_tile = load_rows(
-                    d_out,
-                    d_out_strides,
-                    batch,
-                    head,
-                    start_m,
-                    q_len,
-                    DIM_V,
-                    BLOCK_M,
-                    BLOCK_DIM_V,
-                    True,
-                    USE_DESCRIPTORS,
-                )
+                    d_out, d_out_strides, batch, head, start_m, q_len,
+                    DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
+                )  # fmt: skip
                 d_probabilities = tl.dot(v_tile, d_out_tile.T, input_precision=PRECISION)
                 row_delta = tl.load(delta + offsets, mask=rows < q_len, other=0.0)
                 hidden = False
