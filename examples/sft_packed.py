@@ -46,8 +46,10 @@ import hf_flashmask.visualization  # importing hf_flashmask registers attn_imple
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 # The largest difference between the two losses of a step that passes for rounding. Measured in float32: 4e-6 on a CPU,
-# 1e-4 with the larger model on an H200.
+# 1e-4 with the larger model on an H200. In bfloat16 two trainings of one model part ways at this learning rate whatever
+# computes the attention (sdpa and eager by 0.1 on an H200), so only the steps before that are compared.
 TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
+COMPARED_STEPS = {"float32": None, "bfloat16": 10}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -203,6 +205,7 @@ def train(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, attention:
 def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder) -> dict[str, Any]:
     """Speed counts the tokens of documents only, and leaves out the first step, which warms up."""
     tokens = packed.positions
+    differences = [abs(a - b) for a, b in zip(packed.loss, padded.loss)][: COMPARED_STEPS[args.dtype]]
 
     def figures(name: str, run: StepRecorder) -> dict[str, Any]:
         speed = (tokens[-1] - tokens[0]) / (run.seconds[-1] - run.seconds[0])
@@ -218,7 +221,8 @@ def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder
         "padded": figures("eager, padded", padded),
         "padding_saved": 1 - tokens[-1] / padded.positions[-1],
         "speedup": (padded.seconds[-1] - padded.seconds[0]) / (packed.seconds[-1] - packed.seconds[0]),
-        "largest_difference": max(abs(a - b) for a, b in zip(packed.loss, padded.loss)),
+        "compared_steps": len(differences),
+        "largest_difference": max(differences),
         "tolerance": TOLERANCE[args.dtype],
     }
 
@@ -247,7 +251,9 @@ def draw_loss(report: dict[str, Any], path: Path) -> None:
     ):
         loss, speed = report[run]["loss"], report[run]["tokens_per_second"]
         axes.plot(range(1, len(loss) + 1), loss, label=f"{report[run]['name']}: {speed:,.0f} tokens/s", **style)
-    axes.set_title(f"Losses at most {report['largest_difference']:.1e} apart", loc="left")
+    axes.set_title(
+        f"Losses of {report['compared_steps']} steps at most {report['largest_difference']:.1e} apart", loc="left"
+    )
     axes.set_title(f"{report['padding_saved']:.0%} padding saved", loc="right", fontsize="small")
     axes.set(xlabel="step", ylabel="loss per token (nats)")
     axes.spines[["top", "right"]].set_visible(False)
@@ -286,7 +292,10 @@ def main() -> None:
     draw_mask(flattening([dataset[i] for i in range(min(args.batch_size, len(dataset)))]), args.output / "mask.png")
     print_table(report)
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = f"the losses differ by at most {report['largest_difference']:.1e}, allowed is {report['tolerance']:.0e}"
+    verdict = (
+        f"the losses of the first {report['compared_steps']} steps differ by at most "
+        f"{report['largest_difference']:.1e}, allowed is {report['tolerance']:.0e}"
+    )
     if not report["largest_difference"] <= report["tolerance"]:  # written so that nan fails
         sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
     print(f"The two runs agree: {verdict}.")
