@@ -26,7 +26,8 @@ Shared arguments of the constructors:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -34,11 +35,13 @@ from torch import Tensor
 
 __all__ = [
     "MAX_INTERVALS",
+    "TooManyIntervalsError",
     "bidirectional",
     "causal",
     "causal_with_blocks",
     "check_bounds",
     "chunked",
+    "from_block_mask",
     "from_cu_seqlens",
     "from_dense",
     "from_document_ids",
@@ -46,8 +49,12 @@ __all__ = [
     "from_position_ids",
     "from_prefix_tree",
     "from_startend_row_indices",
+    "from_tiles",
+    "global_and_sliding_window",
+    "hash_sparse",
     "hide_keys",
     "intersect",
+    "limit_depth",
     "prefix_lm",
     "simplify",
     "sliding_window",
@@ -65,6 +72,10 @@ Offset: TypeAlias = "int | Tensor"
 
 _NO_END = torch.iinfo(torch.int32).max
 _FAR = 2**30  # farther than any two positions are apart, and safe to add to one
+
+
+class TooManyIntervalsError(ValueError):
+    """A mask needs more than `MAX_INTERVALS` hidden intervals for a key."""
 
 
 # Constructors
@@ -384,6 +395,143 @@ def from_prefix_tree(
     return lts[:, None, None, :].to(device)
 
 
+def global_and_sliding_window(
+    num_global: int,
+    window: int,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    is_causal: bool = True,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A sliding window, and global tokens: the first `num_global` positions, which every query sees and which see all.
+
+    The window counts as in `sliding_window`. Causal, these are attention sinks (StreamingLLM, arXiv 2309.17453);
+    bidirectional, the masks of Longformer (arXiv 2004.05150) and of the FlashMask paper. `[1, 1, C, S_k]`: C = 4 when
+    bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    smallest = 1 if is_causal else 0
+    if window < smallest:
+        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+    if num_global < 0:
+        raise ValueError(f"`num_global` must not be negative, got {num_global}")
+    window = min(window, _FAR)
+    diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
+    is_global = torch.arange(kv_len, dtype=torch.int32, device=diagonal.device) + kv_offset < num_global
+    if is_causal:
+        aligned = _is_bottom_right(q_len, kv_len, q_offset, kv_offset)
+        return _planes(torch.where(is_global, q_len, diagonal + window), None if aligned else diagonal, q_len)
+    # The rows before this one are those of global tokens.
+    first_local_row = num_global - (kv_offset + kv_len - q_len if q_offset is None else q_offset)
+    lts = torch.where(is_global, q_len, (diagonal + window + 1).clamp(min=first_local_row))
+    uts = torch.where(is_global, 0, first_local_row)
+    ute = torch.where(is_global, 0, diagonal - window)
+    planes = torch.stack([lts, torch.full_like(lts, q_len), uts, ute])
+    return planes.clamp(0, q_len).to(torch.int32)[None, None]
+
+
+def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = True) -> Tensor:
+    """A query sees the keys with its own hash, among queries and keys that have been sorted by their hashes.
+
+    Sorted, the queries of one bucket are neighbours, and a causal mask between original positions stays one interval
+    of rows for each key: the hash-sparse mask of the FlashMask paper and of arXiv 2306.01160. The order, for queries
+    and for keys, is that of `hashes.argsort(dim=-1, stable=True)`: gather query, key and value by it before attention.
+
+    Args:
+        query_hashes: integers `[B or 1, H or 1, S_q]` in the order of the sequence, of its last S_q positions. Tokens
+            with a negative hash are dropped: such a query sees nothing, such a key is hidden.
+        key_hashes: integers `[B or 1, H or 1, S_k]`, likewise.
+
+    Returns:
+        `[B, H, 2, S_k]` for the sorted rows and columns.
+    """
+    _check_int_tensor("query_hashes", query_hashes, (3,), "[B or 1, H or 1, S_q]")
+    _check_int_tensor("key_hashes", key_hashes, (3,), "[B or 1, H or 1, S_k]")
+    if any(1 not in sizes and len(set(sizes)) > 1 for sizes in zip(query_hashes.shape[:2], key_hashes.shape[:2])):
+        raise ValueError(
+            "`query_hashes` and `key_hashes` must agree in batch and heads or have 1 of them, got shapes "
+            f"{list(query_hashes.shape)} and {list(key_hashes.shape)}"
+        )
+    batch, heads = torch.broadcast_shapes(query_hashes.shape[:2], key_hashes.shape[:2])
+    queries, query_order = query_hashes.long().expand(batch, heads, -1).contiguous().sort(stable=True)
+    keys, key_order = key_hashes.long().expand(batch, heads, -1).contiguous().sort(stable=True)
+    q_len, kv_len = queries.shape[2], keys.shape[2]
+    ute = torch.searchsorted(queries, keys)
+    lts = torch.searchsorted(queries, keys, right=True)
+    if is_causal:
+        # Bucket and position in one number; the first row of a bucket stands for it, so that no hash overflows.
+        span = q_len + kv_len
+        position = torch.searchsorted(queries, queries) * span + query_order + kv_len
+        ute = torch.searchsorted(position, ute * span + key_order + q_len)
+    dropped = keys < 0
+    return torch.stack([lts.masked_fill(dropped, 0), ute.masked_fill(dropped, q_len)], dim=2).to(torch.int32)
+
+
+def from_block_mask(
+    mask: Tensor,
+    lengths: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    *,
+    is_causal: bool = True,
+    kv_len: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which block of tokens sees which: blocks are documents, turns, images, or so many tokens each.
+
+    Args:
+        mask: bool `[n, n]` or `[B or 1, H or 1, n, n]`: `mask[a, b]` says whether the queries of block a see the keys
+            of block b.
+        lengths: for each of the n blocks its number of tokens, 0 or more. A list of such lists makes a batch.
+        kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
+        device: of the bounds; default: of `mask`.
+
+    Returns:
+        `[B, H or 1, C, S_k]`, the fewest planes that say the same. The arguments are read on the host; O(S_k + n^2)
+        memory.
+
+    Raises:
+        TooManyIntervalsError: when the keys of a block need more than `MAX_INTERVALS` hidden intervals.
+    """
+    if _dtype_or_type(mask) != torch.bool:
+        raise TypeError(f"`mask` must be a bool tensor with True = visible, got {_dtype_or_type(mask)}")
+    if mask.ndim not in (2, 4) or mask.shape[-1] != mask.shape[-2]:
+        raise ValueError(f"`mask` must be [n, n] or [B or 1, H or 1, n, n], got shape {list(mask.shape)}")
+    device = mask.device if device is None else device
+    mask = mask.cpu() if mask.ndim == 4 else mask.cpu()[None, None]
+    length_rows = _host_lists(lengths)
+    for row in length_rows:
+        if len(row) != mask.shape[3] or min(row, default=0) < 0:
+            raise ValueError(f"`lengths` must hold a length of 0 or more for each of {mask.shape[3]} blocks, got {row}")
+    if 1 not in (mask.shape[0], len(length_rows)) and mask.shape[0] != len(length_rows):
+        raise ValueError(f"`mask` has a batch of {mask.shape[0]}, but `lengths` has {len(length_rows)} rows")
+    longest = max((sum(row) for row in length_rows), default=0)
+    kv_len = longest if kv_len is None else kv_len
+    if kv_len < longest:
+        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+
+    # Padding is one more block, apart from all others. First what the keys of each block do not see, all alike ...
+    visible = torch.nn.functional.pad(mask.tril() if is_causal else mask, (0, 1, 0, 1), value=False)
+    edges = torch.tensor([[0, *accumulate(row), kv_len] for row in length_rows], dtype=torch.int32)
+    start = torch.where(visible, 0, edges[:, None, :-1, None])
+    end = torch.where(visible, 0, edges[:, None, 1:, None])
+    start, end = _hidden_intervals(_fewest_planes(start, end, kv_len), kv_len)
+    _check_block_intervals(start.shape[2])
+    # ... then one column for each key, and the triangle.
+    key = torch.arange(kv_len, dtype=torch.int32)
+    block = torch.searchsorted(edges[:, 1:].contiguous(), key.expand(len(length_rows), -1).contiguous(), right=True)
+    batch, heads, intervals, _ = start.shape
+    block = block[:, None, None].expand(batch, heads, intervals, -1)
+    start, end = start.gather(3, block), end.gather(3, block)
+    if is_causal:
+        triangle = key.expand(batch, heads, 1, -1)
+        start, end = torch.cat([start, torch.zeros_like(triangle)], dim=2), torch.cat([end, triangle], dim=2)
+    bounds = _fewest_planes(start, end, kv_len)
+    _check_block_intervals(bounds.shape[2] // 2)
+    return bounds.to(device)
+
+
 def from_dense(mask: Tensor) -> Tensor:
     """Read a dense mask off as the fewest planes that say the same. Exact; synchronises; O(S_q x S_k) memory.
 
@@ -391,7 +539,8 @@ def from_dense(mask: Tensor) -> Tensor:
         mask: bool `[S_q, S_k]` or `[B or 1, H or 1, S_q, S_k]`, True = visible.
 
     Raises:
-        ValueError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the first.
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
     """
     if _dtype_or_type(mask) != torch.bool:
         raise TypeError(
@@ -402,23 +551,39 @@ def from_dense(mask: Tensor) -> Tensor:
         raise ValueError(f"`mask` must be [S_q, S_k] or [B or 1, H or 1, S_q, S_k], got shape {list(mask.shape)}")
     if mask.ndim == 2:
         mask = mask[None, None]
-    batch, heads, q_len, kv_len = mask.shape
-    hidden = torch.nn.functional.pad(~mask.transpose(2, 3), (1, 1), value=False)
-    border = hidden[..., 1:] != hidden[..., :-1]
-    borders_per_column = border.sum(-1)
-    intervals = max(int(borders_per_column.max()) // 2, 2) if borders_per_column.numel() else 2
-    if intervals > MAX_INTERVALS:
-        b, h, column = (borders_per_column > 2 * MAX_INTERVALS).nonzero()[0].tolist()
-        raise ValueError(
-            f"key column {column} (batch {b}, head {h}) needs {int(borders_per_column[b, h, column]) // 2} hidden "
+    return from_tiles([mask])
+
+
+def from_tiles(tiles: Iterable[Tensor]) -> Tensor:
+    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; synchronises once.
+
+    Args:
+        tiles: one or more bool tensors `[B or 1, H or 1, S_q, columns]`, from the first column to the last.
+
+    Raises:
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
+    """
+    edges, counts = [], []
+    for visible in tiles:
+        q_len = visible.shape[2]
+        hidden = torch.nn.functional.pad(~visible.transpose(2, 3), (1, 1), value=False)
+        # The k-th edge of a hidden interval lies where the number of edges reaches k. One interval too many is kept.
+        count = (hidden[..., 1:] != hidden[..., :-1]).cumsum(-1, dtype=torch.int32)
+        wanted = torch.arange(1, 2 * MAX_INTERVALS + 3, dtype=torch.int32, device=visible.device)
+        wanted = wanted.expand(*count.shape[:3], -1).contiguous()
+        edges.append(torch.searchsorted(count, wanted, out_int32=True))
+        counts.append(count[..., -1])
+    start, end = torch.cat(edges, dim=2).transpose(2, 3).unflatten(2, (-1, 2)).unbind(3)
+    bounds = _fewest_planes(start, end, q_len)
+    if bounds.shape[2] > 2 * MAX_INTERVALS:
+        intervals = torch.cat(counts, dim=2) // 2
+        batch, head, column = (intervals > MAX_INTERVALS).nonzero()[0].tolist()
+        raise TooManyIntervalsError(
+            f"key column {column} (batch {batch}, head {head}) needs {int(intervals[batch, head, column])} hidden "
             f"intervals; bounds hold at most {MAX_INTERVALS}. Use attn_implementation='sdpa' for such a mask"
         )
-    planes = torch.zeros(batch, heads, kv_len, 2 * intervals, dtype=torch.int32, device=mask.device)
-    slot = border.cumsum(-1) - 1
-    b, h, column, row = border.nonzero(as_tuple=True)
-    planes[b, h, column, slot[b, h, column, row]] = row.to(torch.int32)
-    start, end = planes.transpose(2, 3).unflatten(2, (intervals, 2)).unbind(3)
-    return _fewest_planes(start, end, q_len)
+    return bounds
 
 
 def from_startend_row_indices(
@@ -527,6 +692,60 @@ def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
     starts = bounds[:, :, 0::2].masked_fill(hidden, 0)
     ends = bounds[:, :, 1::2].masked_fill(hidden, _NO_END)
     return torch.stack([starts, ends], dim=3).flatten(2, 3)
+
+
+def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branches: int | None = None) -> Tensor:
+    """Hide each key of a prefix tree from the rows of its subtree that are at `end_depth` or deeper.
+
+    A window of W tokens along each branch is `end_depth = depth + W`, chunks of W are `(depth // W + 1) * W`.
+
+    Args:
+        bounds: `[B, 1, 1, S]`, trees in depth-first order (`from_prefix_tree`), S_q = S_k.
+        depth: integers `[B, S]`, the number of tokens before each one on its path from the root. They go up one by one,
+            except where a branch or a tree begins.
+        end_depth: integers `[B, S]`, more than `depth`.
+        max_branches: the largest number of leaves in one tree, when it is known. Otherwise it is read from the device.
+
+    Returns:
+        `[B, 1, C, S]`, C = 4 for trees without branches, else 2 (max_branches + 1): each branch has an end of its own.
+
+    Raises:
+        ValueError: when a tree has more than `MAX_INTERVALS - 1` branches.
+    """
+    _check_form(bounds)
+    if bounds.shape[1] != 1 or bounds.shape[2] != 1:
+        raise ValueError(f"`bounds` must be those of a prefix tree, [B, 1, 1, S], got {list(bounds.shape)}")
+    if bounds.numel() == 0:
+        return bounds.expand(-1, -1, 4, -1).contiguous()
+    subtree_end = bounds[:, 0, 0]
+    length = subtree_end.shape[1]
+    row = torch.arange(length, dtype=torch.int32, device=bounds.device).expand_as(subtree_end)
+    depth, end_depth = (values.to(torch.int32).expand_as(subtree_end) for values in (depth, end_depth))
+    # The row is a sequence of runs, in which depth goes up one by one. `run_end[i]` is where the run of row i ends.
+    begins_run = torch.nn.functional.pad(depth[:, 1:] != depth[:, :-1] + 1, (1, 0), value=True)
+    next_run = torch.where(begins_run, row, length).flip(1).cummin(1).values.flip(1)
+    run_end = torch.nn.functional.pad(next_run[:, 1:], (0, 1), value=length)
+    if max_branches is None:
+        run = begins_run.cumsum(1)
+        last_row = torch.maximum(subtree_end - 1, row).clamp(max=length - 1).long()
+        max_branches = int((run.gather(1, last_row) - run).max()) + 1
+    _check_intervals("limit_depth", max_branches + 1)
+
+    # In every run of the subtree the rows before `end_depth` see the key. What is hidden after the last one joins what
+    # lies below the subtree, so that neighbouring keys say it in the same plane.
+    branches = []
+    lower_start = torch.minimum(subtree_end, run_end)
+    start, end = row, torch.minimum(run_end, subtree_end)
+    for _ in range(max_branches):
+        first_depth = depth.gather(1, start.clamp(max=length - 1).long())
+        hidden_from = torch.minimum(start + (end_depth - first_depth).clamp(min=0), end)
+        lower_start = torch.where(start < subtree_end, hidden_from, lower_start)
+        branches.append((hidden_from, torch.where(end < subtree_end, end, hidden_from)))
+        start = end
+        end = torch.minimum(run_end.gather(1, start.clamp(max=length - 1).long()), subtree_end)
+    planes = [lower_start, torch.full_like(row, _NO_END), torch.zeros_like(row), row]
+    planes += [plane for branch in branches[:-1] for plane in branch]
+    return torch.stack(planes, dim=1)[:, None]
 
 
 def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
@@ -876,7 +1095,15 @@ def _check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:
 
 def _check_intervals(operation: str, intervals: int) -> None:
     if intervals > MAX_INTERVALS:
-        raise ValueError(
+        raise TooManyIntervalsError(
             f"{operation}() of these masks needs {intervals} hidden intervals per key, bounds hold at most "
             f"{MAX_INTERVALS}: call simplify(bounds, q_len) on the arguments first, or on part of the result"
+        )
+
+
+def _check_block_intervals(intervals: int) -> None:
+    if intervals > MAX_INTERVALS:
+        raise TooManyIntervalsError(
+            f"`mask` needs {intervals} hidden intervals for the keys of a block, bounds hold at most {MAX_INTERVALS}. "
+            "Use attn_implementation='sdpa' for such a mask"
         )

@@ -3,10 +3,12 @@
 Transformers describes a mask as a function of `(batch_idx, head_idx, q_idx, kv_idx)` that its factories in
 `transformers.masking_utils` compose: causal, sliding windows, chunks, blocks, packed documents, joined by AND and OR.
 The composition is read off those closures and rebuilt with `hf_flashmask.bounds`: AND intersects, OR unites.
+A composition with a function that is not known, a model's or a user's own, is evaluated in tiles of columns as
+Transformers evaluates it, and read off as intervals. In prefix trees windows and chunks are counted along the branches.
 
-Inside `torch.compile` closures cannot be read. There the rows that a key is visible to are found by bisection with
-the function itself, which is exact because every mask that Transformers composes on its own shows a key to one
-interval of rows around the key's own position.
+Inside `torch.compile` closures cannot be read. There the rows that a key is visible to are searched for with the
+function itself, which is exact because every mask that Transformers composes on its own shows a key to one
+interval of rows around the key's own position. Overlays are converted outside of the compiled graph.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
+from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
 from . import bounds
 
-__all__ = ["from_mask_function"]
+__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree"]
+
+logger = logging.get_logger(__name__)
 
 
 class _Call(NamedTuple):
@@ -33,6 +41,7 @@ class _Call(NamedTuple):
     kv_offset: int
     device: torch.device | str
     has_user_functions: bool
+    documents: _Documents | None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -43,6 +52,7 @@ class _Call(NamedTuple):
 class _Documents(NamedTuple):
     """Packed documents: first row and past-the-last row of each token's own, and its position there, `[B, S]` each."""
 
+    ids: Tensor
     starts: Tensor
     ends: Tensor
     position_ids: Tensor
@@ -51,7 +61,31 @@ class _Documents(NamedTuple):
     def of(cls, document_ids: Tensor) -> _Documents:
         starts = torch.searchsorted(document_ids, document_ids)
         ends = torch.searchsorted(document_ids, document_ids, right=True)
-        return cls(starts, ends, torch.arange(document_ids.shape[1], device=document_ids.device) - starts)
+        return cls(document_ids, starts, ends, torch.arange(document_ids.shape[1], device=document_ids.device) - starts)
+
+
+class Tree(NamedTuple):
+    """The prefix trees that the rows of a batch hold.
+
+    Attributes:
+        bounds: `[B, 1, 1, S]`, causal and LTS = end of the subtree.
+        depth: `[B, S]`, the number of tokens before each one on its path from the root.
+        end_depth: what no depth reaches, if known.
+        max_branches: the largest number of leaves in one tree, if known.
+    """
+
+    bounds: Tensor
+    depth: Tensor
+    end_depth: int | None = None
+    max_branches: int | None = None
+
+
+class _UnknownFunctionError(Exception):
+    """A part of a mask function that has to be evaluated."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        self.function = function
 
 
 class _Leaf(NamedTuple):
@@ -75,29 +109,144 @@ def from_mask_function(
 ) -> Tensor:
     """Bounds `[B or 1, 1, C, S_k]` that show exactly what `mask_function` shows, to each document by itself.
 
+    Masks of Transformers' own functions are made in O(S_k). Only blocks, and functions that are not known, read a value
+    back to the host; the latter take O(S_q x S_k) time, in O(S_q) memory.
+
     Args:
-        mask_function: composed by the factories of `transformers.masking_utils`.
+        mask_function: any function of `(batch_idx, head_idx, q_idx, kv_idx)`. As in Transformers, the head is always 0.
         document_ids: `[B, S]`, the packed documents, where queries and keys are the same tokens: numbers that do not
-            decrease. Chunks are counted from the start of a document.
+            decrease. Functions are given the positions in a document, as if it were alone; what they look up in a
+            tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up at the row of the token.
         batch_size: B, the range of the function's first argument.
         q_len, kv_len: S_q and S_k.
         q_offset, kv_offset: the indices of the first query and the first key. `q_offset` may be a 0-d tensor.
         device: where the bounds are made.
         has_user_functions: whether somebody else's functions may be part of the composition (Transformers'
-            `use_vmap`). Without them its document ids are known to increase, which is else checked on the host.
+            `use_vmap`). Without them its document ids are known to increase, which is else checked on the host, and
+            all of it is known to broadcast.
 
     Raises:
-        NotImplementedError: when a part of the mask is not understood; the message names it.
+        NotImplementedError: when a key needs more hidden intervals than bounds hold; the message names the function and
+            the key.
     """
-    call = _Call(batch_size, q_len, kv_len, q_offset, kv_offset, device, has_user_functions)
-    is_compiling = torch.compiler.is_dynamo_compiling() and not _is_plain(mask_function)
-    if document_ids is None:
-        return _bisect(mask_function, call, None) if is_compiling else _convert(mask_function, call, None, False)
-    documents = _Documents.of(document_ids)
-    if is_compiling:
-        return _bisect(mask_function, call, documents)
-    visible = _convert(mask_function, call, documents.position_ids, is_causal=False)
-    return bounds.intersect(visible, bounds.from_document_ids(document_ids, is_causal=visible.shape[2] == 1))
+    documents = None if document_ids is None else _Documents.of(document_ids)
+    call = _Call(batch_size, q_len, kv_len, q_offset, kv_offset, device, has_user_functions, documents)
+    if not torch.compiler.is_dynamo_compiling() or (_is_plain(mask_function) and documents is None):
+        return _read(mask_function, call)
+    if has_user_functions or getattr(mask_function, "__name__", "") == "or_mask":
+        return _read_outside_of_the_graph(mask_function, call)
+    return _search(mask_function, call)
+
+
+_AS_GOOD_AS_HIDDEN = -1e4
+"""What users and models add to scores instead of -inf, in any dtype, is this or less."""
+
+
+def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
+    """Bounds of a dense mask that a user or a model made. Reads it on the host, and warns once that it is wasteful.
+
+    Args:
+        mask: `[B or 1, H or 1, S_q or 1, S_k]`, bool with True = visible, or what is added to the scores: 0, or -1e4
+            and less for hidden.
+        q_len: S_q.
+
+    Raises:
+        NotImplementedError: when the mask is a bias, needs too many intervals, or is inside of `torch.compile`.
+        ValueError: when its shape is another.
+    """
+    if mask.ndim != 4 or mask.shape[2] not in (1, q_len):
+        raise ValueError(
+            f"`attention_mask` is a dense mask of shape {list(mask.shape)}; expected [B or 1, H or 1, {q_len} (the "
+            "number of queries) or 1, S_k]"
+        )
+    if is_tracing(mask):
+        raise NotImplementedError(
+            "`attention_mask` is a dense mask, which cannot be read inside of torch.compile: convert it before with "
+            "hf_flashmask.bounds.from_dense"
+        )
+    logger.warning_once(
+        'attn_implementation="flashmask" converts a dense 4-D `attention_mask` to bounds in O(S_q x S_k) time and '
+        "memory. Pass bounds instead (see hf_flashmask.bounds), or no more than the 2-D mask and `position_ids`."
+    )
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and (mask.requires_grad or not bool((visible | (mask <= _AS_GOOD_AS_HIDDEN)).all())):
+        raise NotImplementedError(
+            'attn_implementation="flashmask" cannot add a bias to the scores: the float `attention_mask` may hold only '
+            "0 for visible keys and -inf, or -1e4 and less, for hidden ones. Use "
+            'attn_implementation="sdpa" for this model or this mask.'
+        )
+    if mask.shape[2] == 1:
+        return _same_for_every_row(visible, q_len)
+    try:
+        return bounds.from_dense(visible)
+    except bounds.TooManyIntervalsError as error:
+        raise NotImplementedError(f"`attention_mask` cannot be expressed as bounds: {error}.") from error
+
+
+def _same_for_every_row(visible: Tensor, q_len: int) -> Tensor:
+    """Bounds from one row of a mask, `[B or 1, H or 1, 1, S_k]`."""
+    return torch.cat([visible * q_len, torch.zeros_like(visible)], dim=2).to(torch.int32)
+
+
+def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
+    """Bounds that show each token of a prefix tree what `mask_function` shows it in the sequence above it.
+
+    Raises:
+        NotImplementedError: when the function is not causal, or holds more than windows and chunks; the message names
+            it.
+        ValueError: when a window cuts a tree with more branches than bounds have intervals for.
+    """
+    leaves = [leaf.function for leaf in _leaves_of_and(mask_function, None)]
+    if masking_utils.causal_mask_function not in leaves:
+        raise NotImplementedError(_not_understood(mask_function, "in a prefix tree attention must be causal"))
+    end_depth = None
+    for leaf in leaves:
+        factory, arguments = _factory(leaf), _closure(leaf)
+        if _is_plain(leaf):
+            continue
+        if factory == "sliding_window_overlay":
+            size, end = arguments["sliding_window"], tree.depth + arguments["sliding_window"]
+        elif factory == "chunked_overlay":
+            size = arguments["chunk_size"]
+            end = (tree.depth // size + 1) * size
+        else:
+            raise NotImplementedError(_not_understood(leaf, "prefix trees hold windows and chunks only"))
+        if tree.end_depth is None or size < tree.end_depth:
+            end_depth = end if end_depth is None else torch.minimum(end_depth, end)
+    if end_depth is None:
+        return tree.bounds
+    return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
+
+
+def _read(mask_function: Callable, call: _Call) -> Tensor:
+    """By structure where that is known, else by evaluation, which may need fewer intervals."""
+    documents = call.documents
+    try:
+        if documents is None:
+            return _convert(mask_function, call, None, is_causal=False)
+        visible = _convert(mask_function, call, documents.position_ids, is_causal=False)
+        return bounds.intersect(visible, bounds.from_document_ids(documents.ids, is_causal=visible.shape[2] == 1))
+    except _UnknownFunctionError as unknown:
+        named = unknown.function
+    except bounds.TooManyIntervalsError:
+        named = mask_function
+    tiles = _evaluate(mask_function, call)
+    if call.q_len == 1:
+        # One row is hidden or not: nothing is read from the device in a step with a cache.
+        return _same_for_every_row(torch.cat(list(tiles), dim=3), 1)
+    try:
+        return bounds.from_tiles(tiles)
+    except bounds.TooManyIntervalsError as error:
+        raise NotImplementedError(
+            f'attn_implementation="flashmask" cannot express a mask with the function {_name(named)}: {error}.'
+        ) from error
+
+
+_read_outside_of_the_graph = torch.compiler.disable(
+    _read,
+    reason='attn_implementation="flashmask" cannot read masks with overlays (image blocks, functions of the model or '
+    "of the user) inside the graph: compile without fullgraph=True, or make the mask outside of what is compiled",
+)
 
 
 def _convert(mask_function: Callable, call: _Call, position_ids: Tensor | None, is_causal: bool) -> Tensor:
@@ -145,10 +294,10 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
     if factory == "or_masks":
         parts = [_convert(part, call, leaf.position_ids, is_causal) for part in arguments["mask_functions"]]
         return bounds.union(*parts, q_len=call.q_len)
-    if factory == "sliding_window_overlay":
-        if is_causal and arguments["sliding_window"] < 1:
-            # Nothing is visible. Qwen2-MoE makes such a mask when it has no windows, and uses it in no layer.
-            return torch.zeros_like(bounds.causal(**call.place, device=call.device))
+    if factory == "sliding_window_overlay" and is_causal and arguments["sliding_window"] < 1:
+        # Nothing is visible. Qwen2-MoE makes such a mask when it has no windows, and uses it in no layer.
+        return torch.zeros_like(bounds.causal(**call.place, device=call.device))
+    if factory == "sliding_window_overlay" and arguments["sliding_window"] >= 1:
         window = bounds.sliding_window(arguments["sliding_window"], **call.place, device=call.device)
         if is_causal:
             return window
@@ -156,8 +305,8 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
         return torch.cat([lts, torch.zeros_like(lts)], dim=2)
     if factory == "packed_sequence_mask_function":
         document_ids = arguments["packed_sequence_mask"]
-        if call.has_user_functions:
-            _check_runs(leaf.function, document_ids)
+        if call.has_user_functions and not _are_documents(document_ids, call):
+            raise _UnknownFunctionError(leaf.function)
         return bounds.from_document_ids(document_ids, is_causal=is_causal, **call.place)
     if factory == "chunked_overlay" and leaf.position_ids is not None:
         # Chunks are the documents of a document, and start where it starts: left padding is outside of it.
@@ -168,13 +317,12 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
         return bounds.chunked(
             arguments["chunk_size"], left_padding=left_padding, is_causal=is_causal, device=call.device, **call.place
         )
-    if factory == "sliding_window_bidirectional_overlay":
+    if factory == "sliding_window_bidirectional_overlay" and arguments["sliding_window"] >= 0:
         part = bounds.sliding_window(arguments["sliding_window"], **call.place, is_causal=False, device=call.device)
-    elif factory == "blockwise_overlay":
-        _check_runs(leaf.function, arguments["block_sequence_ids"])
+    elif factory == "blockwise_overlay" and _are_runs(arguments["block_sequence_ids"], call):
         part = bounds.from_document_ids(arguments["block_sequence_ids"], is_causal=False, **call.place)
     else:
-        raise NotImplementedError(_not_understood(leaf.function, "Transformers' factories do not make it"))
+        raise _UnknownFunctionError(leaf.function)
     if is_causal:
         part = bounds.intersect(part, bounds.causal(**call.place, device=call.device), q_len=call.q_len)
     return part
@@ -193,57 +341,149 @@ def _closure(mask_function: Callable) -> dict[str, Any]:
     return {} if code is None else {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells or ())}
 
 
-def _check_runs(mask_function: Callable, ids: Tensor) -> None:
-    """Bounds hold ids whose tokens are adjacent. Reads one bool from the device."""
+def _are_runs(ids: Tensor, call: _Call) -> bool:
+    """Whether the tokens of a document with the same id are adjacent. Reads one bool from the device.
+
+    That costs more than evaluating the single row of a step with a cache, and is then False.
+    """
+    if call.q_len == 1:
+        return False
+    if call.documents is not None:
+        ids = torch.where(ids < 0, ids, call.documents.ids * (ids.amax() + 1) + ids)
     starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & (ids >= 0)
     ordered = ids.sort(dim=-1).values
     distinct = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered >= 0)
-    if not torch.equal(starts.sum(-1), distinct.sum(-1)):
-        raise NotImplementedError(_not_understood(mask_function, "tokens with the same id are not adjacent"))
-    if _factory(mask_function) == "packed_sequence_mask_function" and bool((ids < 0).any()):
-        raise NotImplementedError(_not_understood(mask_function, "its document ids are negative"))
+    return torch.equal(starts.sum(-1), distinct.sum(-1))
+
+
+def _are_documents(ids: Tensor, call: _Call) -> bool:
+    return _are_runs(ids, call) and not bool((ids < 0).any())
 
 
 def _not_understood(mask_function: Callable, reason: str) -> str:
-    name = getattr(mask_function, "__qualname__", repr(mask_function))
-    module = getattr(mask_function, "__module__", "an unknown module")
     return (
-        f'attn_implementation="flashmask" cannot express the mask function `{name}` of `{module}`: {reason}. Pass the '
+        f'attn_implementation="flashmask" cannot express the mask function {_name(mask_function)}: {reason}. Pass the '
         'mask as bounds in `attention_mask` (see hf_flashmask.bounds), or use attn_implementation="sdpa".'
     )
 
 
-def _bisect(mask_function: Callable, call: _Call, documents: _Documents | None) -> Tensor:
-    """LTS and UTE of every key, found with O(log S_q) calls of the mask function on one row per key."""
-    if call.has_user_functions or getattr(mask_function, "__name__", "") == "or_mask":
-        raise NotImplementedError(
-            f'attn_implementation="flashmask" cannot read the mask function `{mask_function.__name__}` inside '
-            "torch.compile, because it holds overlays (image blocks, or functions of the model's own). Compute the "
-            'mask outside of the compiled region, or use attn_implementation="sdpa".'
-        )
-    batch = torch.arange(call.batch, device=call.device)[:, None]
+def _name(mask_function: Callable) -> str:
+    name = getattr(mask_function, "__qualname__", repr(mask_function))
+    return f"`{name}` of `{getattr(mask_function, '__module__', 'an unknown module')}`"
+
+
+# Evaluation
+
+
+_TILE = 2**22
+"""Number of pairs of rows and columns that are evaluated at once."""
+
+
+def _evaluate(mask_function: Callable, call: _Call) -> Iterator[Tensor]:
+    """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated as Transformers' `sdpa_mask` does it."""
+    if call.documents is not None:
+        mask_function = _in_documents(mask_function, call.documents)
+    rows = torch.arange(call.q_len, device=call.device) + call.q_offset
+    keys = torch.arange(call.kv_len, device=call.device) + call.kv_offset
+    batch, head = torch.arange(call.batch, device=call.device), torch.zeros(1, dtype=torch.long, device=call.device)
+    if call.has_user_functions:
+        for dimensions in ((None, None, 0, None), (None, None, None, 0), (None, 0, None, None), (0, None, None, None)):
+            mask_function = torch.vmap(mask_function, in_dims=dimensions)
+    else:
+        batch, head = batch[:, None, None, None], head[:, None, None]
+    for columns in keys.split(max(_TILE // max(call.batch * call.q_len, 1), 1)):
+        if call.has_user_functions:
+            with TransformGetItemToIndex():
+                visible = mask_function(batch, head, rows, columns)
+        else:
+            visible = mask_function(batch, head, rows, columns[:, None])
+        visible = visible.to(call.device, torch.bool).expand(call.batch, 1, columns.shape[0], call.q_len)
+        if visible.stride(0) == 0:
+            visible = visible[:1]
+        yield visible.transpose(2, 3)
+
+
+def _in_documents(mask_function: Callable, documents: _Documents) -> Callable:
+    def in_documents(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        same_document = documents.ids[batch, row] == documents.ids[batch, key]
+        query_position, key_position = documents.position_ids[batch, row], documents.position_ids[batch, key]
+        with _LookUpByRow(documents.ids.shape[1]) as look_up:
+            look_up.follow(query_position, documents.starts[batch, row], documents.ends[batch, row] - 1)
+            look_up.follow(key_position, documents.starts[batch, key], documents.ends[batch, key] - 1)
+            return mask_function(batch, head, query_position, key_position) & same_document
+
+    return in_documents
+
+
+class _LookUpByRow(TorchFunctionMode):
+    """Where a function indexes a tensor that is as long as the row with a position in a document, it gets the row.
+
+    A result of a position and constants, such as `kv_idx - 1`, is again a position; one of two positions is not.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.positions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def follow(self, position: Tensor, first_row: Tensor, last_row: Tensor) -> None:
+        self.positions[id(position)] = (position, first_row, last_row)
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.__getitem__:
+            tensor, index = args
+            if max(tensor.shape, default=0) >= self.length:
+                index = tuple(map(self._row, index)) if isinstance(index, tuple) else self._row(index)
+            return function(tensor, index)
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.dtype.is_floating_point and result.dtype != torch.bool:
+            documents = {id(rows[0]): rows for rows in map(self._rows_of_document, args) if rows is not None}
+            if len(documents) == 1:
+                self.follow(result, *documents.popitem()[1])
+        return result
+
+    def _rows_of_document(self, value: Any) -> tuple[Tensor, Tensor] | None:
+        known = self.positions.get(id(value))
+        return None if known is None else known[1:]
+
+    def _row(self, index: Any) -> Any:
+        rows = self._rows_of_document(index)
+        return index if rows is None else torch.minimum(index + rows[0], rows[1])
+
+
+# Inside torch.compile
+
+
+_CANDIDATES, _ROUNDS = 16, 6  # they reach across 16^6 rows; a number that depends on S_q would compile again and again
+
+
+def _search(mask_function: Callable, call: _Call) -> Tensor:
+    """LTS and UTE of every key, searched for from its own row on: in each round in steps of a sixteenth."""
+    documents = call.documents
+    batch = torch.arange(call.batch, device=call.device)[:, None, None]
     head = torch.zeros_like(batch)
     # The function's indices of the keys and of the first and last row to look at, and what is a local row there.
     if documents is None:
-        key = torch.arange(call.kv_len, device=call.device) + call.kv_offset
-        lowest, highest = key.new_zeros(()) + call.q_offset, key.new_zeros(()) + (call.q_offset + call.q_len - 1)
-        local = -call.q_offset
+        key = torch.arange(call.kv_len, device=call.device)[None, None] + call.kv_offset
+        lowest = torch.zeros_like(key) + call.q_offset
+        highest, local = lowest + (call.q_len - 1), -call.q_offset
     else:
-        key, local = documents.position_ids, documents.starts
-        lowest, highest = torch.zeros_like(key), documents.ends - documents.starts - 1
+        key, local = documents.position_ids[:, None], documents.starts[:, None]
+        lowest, highest = torch.zeros_like(key), (documents.ends - documents.starts - 1)[:, None]
+    own_row = torch.minimum(torch.maximum(key, lowest), highest).expand(call.batch, -1, -1)
+    steps = torch.arange(1, _CANDIDATES, device=call.device)[:, None]
 
-    def is_visible(row: Tensor) -> Tensor:
-        return mask_function(batch, head, row, key)
+    def count_visible(row: Tensor) -> Tensor:
+        return mask_function(batch, head, row, key).expand_as(row).sum(1, keepdim=True)
 
-    own_row = torch.minimum(torch.maximum(key, lowest), highest).expand(call.batch, -1)
     first, last = own_row, own_row
-    step = 1
-    while step < call.q_len:
-        step *= 2
-    while step >= 1:
-        down, up = torch.maximum(first - step, lowest), torch.minimum(last + step, highest)
-        first, last = torch.where(is_visible(down), down, first), torch.where(is_visible(up), up, last)
-        step //= 2
-    hidden = ~is_visible(own_row)
+    for exponent in reversed(range(_ROUNDS)):
+        step = _CANDIDATES**exponent
+        down, up = torch.maximum(first - step * steps, lowest), torch.minimum(last + step * steps, highest)
+        first = torch.maximum(first - step * count_visible(down), lowest)
+        last = torch.minimum(last + step * count_visible(up), highest)
+    hidden = count_visible(own_row) == 0
     lts, ute = (last + local + 1).masked_fill(hidden, 0), (first + local).masked_fill(hidden, call.q_len)
-    return torch.stack([lts, ute], dim=1)[:, None].to(torch.int32)
+    return torch.stack([lts, ute], dim=2).to(torch.int32)

@@ -2,13 +2,16 @@
 
 How a mask travels, once per forward pass:
 
-1. Transformers calls `flashmask_mask` with a mask function, cache offsets and 2-D padding. It returns None for what the
-   attention function can rebuild alone, and bounds for everything else.
+1. Transformers calls `flashmask_mask` with a mask function, cache offsets and 2-D padding. It returns None where
+   nothing is hidden, and bounds for everything else.
 2. Every attention layer calls `flashmask_attention_forward`, which adds the packed documents: the mask function is not
    told about `cu_seq_lens_q`, and learns of `position_ids` only in some models and only without cache and padding.
 
 Bounds that documents may still be added to carry a mark: 2C + 3 planes instead of C, a number that bounds cannot have.
+Plain causal attention is a tensor without planes.
 Bounds without the mark are final: they came from the user, or belong to a step with a cache.
+
+Prefix trees are one tensor of bounds for all layers; `flashmask_mask` adds the windows and chunks of each layer type.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 from weakref import ref
 
@@ -32,9 +35,9 @@ from transformers.utils.import_utils import is_tracing
 from flashmask_kernels import flashmask_attention
 
 from . import bounds as _bounds
-from .conversion import from_mask_function
+from .conversion import Tree, from_dense_mask, from_mask_function, in_tree
 
-__all__ = ["NAME", "flashmask_attention_forward", "flashmask_mask", "register"]
+__all__ = ["NAME", "flashmask_attention_forward", "flashmask_mask", "register", "register_tree"]
 
 NAME = "flashmask"
 """The value of `attn_implementation`."""
@@ -56,33 +59,43 @@ def flashmask_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """Bounds for a Transformers mask function and a 2-D mask, or None for plain causal or bidirectional attention.
+    """Bounds for a Transformers mask function and a 2-D mask.
 
     The arguments are those of `transformers.masking_utils.sdpa_mask`. `attention_mask` `[B, S]` is bool, False for
     padding, whose keys are hidden and whose rows are not; or the integers of `_encode_documents`.
 
     Returns:
-        None, bounds `[B or 1, 1, C, kv_length]`, or, where queries and keys are the same tokens, bounds with the mark.
+        Bounds `[B or 1, 1, C, kv_length]`; where queries and keys are the same tokens, with the mark, and without
+        planes for plain causal attention. None where every query sees every key.
 
     Raises:
         NotImplementedError: when `mask_function` is not understood; the message names it.
     """
+    tree = None if attention_mask is None else _tree_on_its_way(attention_mask)
+    if tree is not None:
+        return in_tree(mask_function, tree)
     is_square = _is_square(q_length, kv_length, q_offset, kv_offset)
     document_ids, padding_mask = None, _mask_of_keys(attention_mask, kv_length, kv_offset)
     if padding_mask is not None and padding_mask.dtype != torch.bool:
         document_ids, padding_mask = padding_mask // 2, padding_mask % 2 == 1
-    if is_square and document_ids is None:
+    is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
+    if (is_square or is_last_row) and document_ids is None:
         if padding_mask is not None and not is_tracing(padding_mask) and bool(padding_mask.all()):
             padding_mask = None
-        can_rebuild = (mask_function is masking_utils.causal_mask_function and allow_is_causal_skip) or (
+        # In a decoding step windows and chunks hide nothing until they are full.
+        is_causal = mask_function is masking_utils.causal_mask_function or (
+            is_last_row and kv_offset == 0 and kv_length <= (local_size or 0)
+        )
+        can_rebuild = (is_causal and allow_is_causal_skip) or (
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
         if padding_mask is None and can_rebuild:
-            return None
+            return _plain_causal(kv_length, device) if is_square and is_causal else None
     bounds = from_mask_function(
         mask_function,
         document_ids=document_ids,
@@ -145,6 +158,15 @@ def _encode_documents(document_ids: Tensor, is_token: Tensor | None) -> Tensor:
 _MARKED_PLANES = frozenset(2 * num_planes + 3 for num_planes in (1, *range(2, 2 * _bounds.MAX_INTERVALS + 1, 2)))
 
 
+def _plain_causal(kv_length: int, device: torch.device | str) -> Tensor:
+    """No planes at all. None would not do: some causal layers call themselves bidirectional (PaliGemma)."""
+    return torch.empty((1, 1, 0, kv_length), dtype=torch.int32, device=device)
+
+
+def _is_plain_causal(mask: Tensor) -> bool:
+    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[2] == 0
+
+
 def _mark(bounds: Tensor, is_token: Tensor | None) -> Tensor:
     """Bounds to which `_build_bounds` may add documents. The planes of the mark say which keys are no padding."""
     num_planes = bounds.shape[2]
@@ -155,13 +177,82 @@ def _mark(bounds: Tensor, is_token: Tensor | None) -> Tensor:
 
 
 def _is_marked(bounds: Tensor) -> bool:
-    return bounds.dtype == torch.int32 and bounds.ndim == 4 and bounds.shape[2] in _MARKED_PLANES
+    """Whether bounds, or the lack of them, came from `flashmask_mask` and are not final."""
+    is_bounds = bounds.dtype == torch.int32 and bounds.ndim == 4
+    return is_bounds and (bounds.shape[2] in _MARKED_PLANES or _is_plain_causal(bounds))
 
 
 def _unmark(bounds: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds, and bool `[B or 1, S]`, which keys are no padding."""
     num_planes = (bounds.shape[2] - 3) // 2
     return bounds[:, :, :num_planes], bounds[:, 0, num_planes] == 1
+
+
+# Prefix trees
+
+
+_trees: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Bounds of prefix trees -> the trees, and the 2-D masks as which these reach `flashmask_mask` -> the trees."""
+
+
+_TREE_PLANES = 3
+"""A number of planes that bounds cannot have: nothing takes a tree for a final mask and loses the windows."""
+
+
+def register_tree(tree: Tree) -> Tensor:
+    """What to pass as `attention_mask`: every layer narrows the tree to its own window or chunk along the branches."""
+    mask = tree.bounds.expand(-1, -1, _TREE_PLANES, -1)
+    _trees[mask] = tree
+    return mask
+
+
+def _unwrap_tree_for_compiler(config: Any, attention_mask: Any) -> Any:
+    """The compiler cannot look a tree up. Where no layer narrows it, its bounds are final."""
+    if not _is_tree_mask(attention_mask) or not is_tracing(attention_mask):
+        return attention_mask
+    if _has_key_ranges(config, attention_mask):
+        raise NotImplementedError(
+            "windows and chunks inside prefix trees do not work in torch.compile: run this model without it"
+        )
+    return attention_mask[:, :, :1].contiguous()
+
+
+def _is_tree_mask(attention_mask: Any) -> bool:
+    is_bounds = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.dtype == torch.int32
+    return is_bounds and attention_mask.shape[2] == _TREE_PLANES
+
+
+def _tree_of_user(config: Any, attention_mask: Any, position_ids: Tensor | None) -> Tree | None:
+    """What the model was called with as a mask, if it is a prefix tree that layers may have to narrow.
+
+    Other bounds are final.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or is_tracing(attention_mask):
+        return None
+    known: Tree | None = _trees.get(attention_mask)
+    if known is not None or position_ids is None or not _has_key_ranges(config, attention_mask):
+        return known
+    batch, heads, num_planes, length = attention_mask.shape
+    is_tree = attention_mask.dtype == torch.int32 and heads == num_planes == 1
+    if not is_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    tree = Tree(attention_mask, position_ids.expand(batch, -1))
+    _trees[attention_mask] = tree
+    return tree
+
+
+def _send_tree(tree: Tree) -> Tensor:
+    """The tree as a 2-D mask: no sum of it is 0, so that Transformers counts no left padding."""
+    mask = tree.bounds[:, 0, 0] + 1
+    _trees[mask] = tree
+    return mask
+
+
+def _tree_on_its_way(attention_mask: Tensor) -> Tree | None:
+    if is_tracing(attention_mask):
+        return None
+    tree: Tree | None = _trees.get(attention_mask)
+    return tree
 
 
 # Attention function
@@ -213,20 +304,29 @@ def flashmask_attention_forward(
     _refuse_unsupported_arguments(module, dropout, kwargs)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bounds = attention_mask
+    if bounds is not None and _is_plain_causal(bounds):
+        bounds, is_causal = None, True
     if bounds is None or _is_marked(bounds):
         documents: tuple[Tensor, ...] = ()
         if query.shape[2] == key.shape[2] and not _is_cross_attention(module, is_causal, kwargs):
             documents = _document_tensors(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         layer = _Layer(query.shape[2], key.shape[2], is_causal, sliding_window or None, cu_seq_lens_q is not None)
-        bounds = _bounds_of_layer(bounds, documents, layer, query.device)
+        sources = documents if bounds is None else (bounds, *documents)
+        build = functools.partial(_build_bounds, bounds, documents, layer, query.device)
+        bounds = once_per_forward_pass(build, layer, sources)
     else:
-        _check_final_bounds(bounds, query, key)
+        _refuse_router_losses(bounds, kwargs)
+        if bounds.dtype == torch.bool or bounds.is_floating_point():
+            convert = functools.partial(from_dense_mask, bounds, query.shape[2])
+            bounds = once_per_forward_pass(convert, "dense", (bounds,))
+        _check_final_bounds(cast(Tensor, bounds), query, key)
 
     target_dtype = _target_dtype(module, query)
     if target_dtype != query.dtype:
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
     few_rows = query.shape[2] < key.shape[2] and query.shape[2] <= _FEW_ROWS and not torch.is_grad_enabled()
-    if few_rows and bounds is not None and bounds.shape[1] == 1 and softcap is None and s_aux is None:
+    is_small_mask = query.shape[2] == 1 if bounds is None else bounds.shape[1] == 1
+    if few_rows and is_small_mask and softcap is None and s_aux is None:
         output = _attend_few_rows(query, key, value, bounds, scaling)
     else:
         output = flashmask_attention(
@@ -247,17 +347,22 @@ _FEW_ROWS = 16
 """Up to this many queries against a cache, a dense mask is small, and SDPA splits the keys among processors."""
 
 
-def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None) -> Tensor:
-    """A decoding step, `[B, H, S_q, D_v]`. Query heads that share a key head become rows, so that no key is copied."""
-    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    visible = _bounds.to_dense(bounds, query.shape[2])
+def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scaling: float | None) -> Tensor:
+    """A decoding step, `[B, H, S_q, D_v]`. Query heads that share a key head become rows, so that no key is copied.
+
+    Without bounds there is one row, the last one, which sees every key.
+    """
+    kv_heads, group, q_len = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
     rows = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
-    output = nn.functional.scaled_dot_product_attention(
-        rows, key, value, attn_mask=visible.repeat(1, 1, group, 1), scale=scaling
-    )
-    output = output.unflatten(2, (group, query.shape[2])).flatten(1, 2)
-    # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
-    return output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    visible = None
+    if bounds is not None:
+        dense = functools.partial(_bounds.to_dense, bounds, q_len)
+        visible = once_per_forward_pass(lambda: dense().repeat(1, 1, group, 1), ("visible", q_len, group), (bounds,))
+    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scaling)
+    if visible is not None:
+        # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
+        output = output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return output.unflatten(2, (group, q_len)).flatten(1, 2)
 
 
 class _Layer(NamedTuple):
@@ -282,14 +387,13 @@ _built_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """First source tensor -> layer -> the last bounds built for it; it goes when that tensor goes."""
 
 
-def _bounds_of_layer(
-    mask: Tensor | None, documents: tuple[Tensor, ...], layer: _Layer, device: torch.device
+def once_per_forward_pass(
+    build: Callable[[], Tensor | None], layer: Hashable, sources: tuple[Tensor, ...]
 ) -> Tensor | None:
-    """`_build_bounds`, once per forward pass: the layers share one tensor, and with it one schedule of tiles."""
-    sources = documents if mask is None else (mask, *documents)
+    """`build()`, which reads `sources`, once for all layers that are equal: they share bounds and schedule of tiles."""
     # The compiler removes common subexpressions itself; an inference tensor does not tell whether it was changed.
     if not sources or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
-        return _build_bounds(mask, documents, layer, device)
+        return build()
     versions = tuple(source._version for source in sources)
     built = _built_bounds.setdefault(sources[0], {})
     last: _Built | None = built.get(layer)
@@ -299,8 +403,7 @@ def _bounds_of_layer(
         or len(last.sources) != len(sources)
         or any(known() is not source for known, source in zip(last.sources, sources))
     ):
-        bounds = _build_bounds(mask, documents, layer, device)
-        last = built[layer] = _Built(bounds, tuple(ref(source) for source in sources), versions)
+        last = built[layer] = _Built(build(), tuple(ref(source) for source in sources), versions)
     return last.bounds
 
 
@@ -314,7 +417,7 @@ def _build_bounds(
         mask, is_token = _unmark(mask)
         parts.append(mask)
         is_causal = mask.shape[2] == 1
-    elif layer.sliding_window is not None:
+    elif layer.sliding_window is not None and layer.sliding_window < max(layer.q_len, layer.kv_len):
         window = layer.sliding_window if is_causal else layer.sliding_window - 1
         parts.append(_bounds.sliding_window(window, layer.q_len, layer.kv_len, is_causal=is_causal, device=device))
     if documents and layer.has_cu_seq_lens:
@@ -404,6 +507,23 @@ def _refuse_unsupported_arguments(module: nn.Module, dropout: float, kwargs: dic
         )
 
 
+_masks_of_users: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The bounds that a model was called with, as opposed to those that `flashmask_mask` made."""
+
+
+def _refuse_router_losses(bounds: Tensor, kwargs: dict[str, Any]) -> None:
+    """Models read the mask that they were called with as the weights of tokens in the losses of their routers."""
+    if (
+        kwargs.get("output_router_logits")
+        and not is_tracing(bounds)
+        and (bounds in _masks_of_users or bounds in _trees)
+    ):
+        raise NotImplementedError(
+            "with bounds as `attention_mask`, `output_router_logits=True` would weigh tokens by the bounds in the "
+            "auxiliary loss: set it to False, or let `position_ids` tell the documents apart instead"
+        )
+
+
 def _dropout_setting(module: nn.Module, dropout: float) -> str:
     """How the model's configuration calls its attention dropout."""
     settings = getattr(getattr(module, "config", None), "__dict__", {})
@@ -412,13 +532,6 @@ def _dropout_setting(module: nn.Module, dropout: float) -> str:
 
 
 def _check_final_bounds(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
-    if attention_mask.dtype != torch.int32:
-        dense = "mask" if attention_mask.dtype == torch.bool else "mask == 0"
-        raise TypeError(
-            f"`attention_mask` of an attention layer must be None or int32 bounds [B or 1, H or 1, C, S_k], got "
-            f"{attention_mask.dtype} {list(attention_mask.shape)}. A dense mask of visible and hidden keys becomes "
-            f'bounds with hf_flashmask.bounds.from_dense({dense}); for a bias use attn_implementation="sdpa".'
-        )
     _bounds.check_bounds(
         attention_mask,
         name="attention_mask",
@@ -429,24 +542,39 @@ def _check_final_bounds(attention_mask: Tensor, query: Tensor, key: Tensor) -> N
     )
 
 
-_KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Layer types that see less than everything -> the setting that says how many keys."""
 
 
+def _has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether some layers do not see all of so long a row."""
+    layer_types = set(getattr(config, "layer_types", None) or KEY_RANGE_OF_LAYER_TYPE)
+    limits = [getattr(config, limit, None) for name, limit in KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
+    return any(limit is not None and limit < bounds.shape[-1] for limit in limits)
+
+
+def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether one tensor of final bounds, for full and windowed layers alike, would silently widen the windows."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1 and _has_key_ranges(config, bounds)
+
+
 def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
-    """One tensor of final bounds for full and windowed layers alike would silently widen the windows."""
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    limits = [getattr(config, limit, None) for name, limit in _KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
-    if len(layer_types) > 1 and any(limit is not None and limit < bounds.shape[-1] for limit in limits):
+    if _layers_see_different_keys(config, bounds):
         raise ValueError(
             "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
-            f"with bounds for each of its layer types, {sorted(layer_types)}"
+            f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
+            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches"
         )
 
 
+def _reason_against(model: PreTrainedModel) -> str | None:
+    """Why a model cannot use the attention interface with bounds, known before it is built."""
+    return _reason_against_config(model.config) or _reason_against_class(type(model))  # type: ignore[arg-type]
+
+
 @functools.cache
-def _reason_against(model_class: type) -> str | None:
-    """Why a model class cannot use the attention interface, read off the source of its modeling file."""
+def _reason_against_class(model_class: type) -> str | None:
+    """Read off the source of the modeling file, and what its models declare."""
     for base in model_class.__mro__:
         if base is PreTrainedModel or not issubclass(base, PreTrainedModel):
             continue
@@ -459,8 +587,43 @@ def _reason_against(model_class: type) -> str | None:
         if re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE):
             if "ALL_ATTENTION_FUNCTIONS" not in source:
                 return "it computes attention itself, not through the attention interface"
+            if not _supports_more_than_eager(_family_of(base)):
+                # Such models may compute with masks of their own (BigBird-Pegasus, Splinter), and refuse sdpa as well.
+                return "Transformers supports only eager attention for it"
             return None
     return None
+
+
+_SELECTING_LAYERS = {
+    "indexed_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+}
+_SETTINGS_OF_A_BIAS = ("relative_attention_num_buckets", "rel_extent")
+_MODELS_WITH_DENSE_MASKS = {
+    "doge": "its layers compute with a dense mask",
+    "t5gemma2_decoder": "it joins the masks of two sequences as if they were dense",
+}
+
+
+def _reason_against_config(config: Any) -> str | None:
+    selecting = _SELECTING_LAYERS.intersection(getattr(config, "layer_types", None) or ())
+    if selecting:
+        return f"each query of its layers of type {min(selecting)!r} attends only to keys that it selects"
+    if any(hasattr(config, name) for name in _SETTINGS_OF_A_BIAS):
+        return "it adds a bias to its attention scores"
+    return _MODELS_WITH_DENSE_MASKS.get(config.model_type)
+
+
+def _supports_more_than_eager(model_class: type) -> bool:
+    flags = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    return any(getattr(model_class, flag, False) for flag in flags)
+
+
+def _family_of(model_class: type) -> type:
+    """The class next to `PreTrainedModel` among the bases: that of all models in a modeling file."""
+    return next(base for base in model_class.__mro__ if PreTrainedModel in base.__bases__)
 
 
 # Registration
@@ -505,13 +668,20 @@ def _wrap_dispatch(original: Callable) -> Callable:
     """Transformers asks no model whether it supports a custom implementation."""
 
     def get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
-        reason = _reason_against(type(self)) if requested_attention == NAME else None  # type: ignore[arg-type]
+        if requested_attention != NAME:
+            return original(self, requested_attention, *args, **kwargs)
+        reason = _reason_against(self)
         if reason is not None:
+            others = '"sdpa" or "eager"' if self._supports_sdpa else '"eager"'
             raise ValueError(
-                f'{type(self).__name__} does not work with attn_implementation="flashmask": {reason}. Use "sdpa" or '
-                '"eager" for it; in a composite model the other parts can still use flashmask, as in '
+                f'{type(self).__name__} does not work with attn_implementation="flashmask": {reason}. Use {others} for '
+                "it; in a composite model the other parts can still use flashmask, as in "
                 'attn_implementation={"": "eager", "text_config": "flashmask"}.'
             )
+        if _supports_more_than_eager(_family_of(type(self))) and not _supports_more_than_eager(type(self)):
+            # The audio encoder of Gemma 4, for example.
+            logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
+            return "eager"
         return original(self, requested_attention, *args, **kwargs)
 
     return get_correct
@@ -544,12 +714,19 @@ def _wrap_preprocess(original: Callable) -> Callable:
         *args: Any,
         **kwargs: Any,
     ) -> tuple:
-        arguments = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         if config._attn_implementation != NAME:
-            return arguments
+            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        attention_mask = _unwrap_tree_for_compiler(config, attention_mask)
+        tree = _tree_of_user(config, attention_mask, position_ids)
+        if tree is not None:
+            _, _, _, *sizes = original(config, inputs_embeds, None, past_key_values, None, *args, **kwargs)
+            return False, _send_tree(tree), None, *sizes
+        arguments = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         early_exit, mask, document_ids, *sizes = arguments
         if early_exit and mask is not None and not _is_marked(mask):
             _refuse_bounds_shared_by_layer_types(config, mask)
+            if not is_tracing(mask):
+                _masks_of_users[mask] = True
         if not early_exit and position_ids is not None and position_ids.ndim == 2 and _is_square(*sizes):
             if document_ids is None:
                 document_ids = _number_documents(position_ids, mask)

@@ -29,6 +29,7 @@ from hf_flashmask.bounds import (
     from_startend_row_indices,
     hide_keys,
     intersect,
+    limit_depth,
     prefix_lm,
     simplify,
     sliding_window,
@@ -645,6 +646,42 @@ nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
 def test_errors_name_the_argument_and_what_came(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 6)), min_size=1, max_size=7), st.integers(1, 6))
+@settings(deadline=None, max_examples=150)
+@pytest.mark.parametrize("chunked_by", [False, True])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_windows_and_chunks_along_the_branches_of_a_tree(is_known, chunked_by, nodes, size):
+    # Each node hangs on a node of the path to the node before it, or is a root.
+    parents, path = [], []
+    for number, (choice, _) in enumerate(nodes):
+        path = path[: choice % (len(path) + 1)]
+        parents.append(path[-1] if path else -1)
+        path.append(number)
+    lengths = [length for _, length in nodes]
+    end = {-1: 0}
+    for number, (parent, length) in enumerate(zip(parents, lengths)):
+        end[number] = end[parent] + length
+    positions = [range(end[parent], end[node]) for node, parent in enumerate(parents)]
+    depth = torch.tensor([[place for node in positions for place in node]], dtype=torch.long)
+    depth = torch.nn.functional.pad(depth, (0, 2))
+    tree = from_prefix_tree(parents, lengths, kv_len=depth.shape[1])
+    if chunked_by:
+        end_depth, together = (depth // size + 1) * size, depth[0, :, None] // size == depth[0] // size
+    else:
+        end_depth, together = depth + size, depth[0, :, None] - depth[0] < size
+    limited = limit_depth(tree, depth, end_depth, max_branches=len(nodes) if is_known else None)
+    assert torch.equal(to_dense(limited), to_dense(tree) & together)
+
+
+def test_limit_depth_refuses_what_it_cannot_hold():
+    tree = from_prefix_tree([-1, *[0] * 16], [1] * 17)
+    depth = torch.tensor([[0, *[1] * 16]])
+    with pytest.raises(ValueError, match=r"limit_depth.*needs 17 hidden intervals"):
+        limit_depth(tree, depth, depth + 1)
+    with pytest.raises(ValueError, match=r"`bounds` must be those of a prefix tree, .*got \[1, 1, 2, 17\]"):
+        limit_depth(bidirectional(17), depth, depth + 1)
 
 
 def test_from_dense_names_the_first_column_that_needs_too_many_intervals():

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import random
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, MistralConfig, PreTrainedConfig, StaticCache, masking_utils
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.moonshine_streaming import modeling_moonshine_streaming
+from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming
+from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
-from hf_flashmask.conversion import from_mask_function
-from hf_flashmask.integration import _is_marked, _unmark
+from hf_flashmask.conversion import Tree, from_dense_mask, from_mask_function, in_tree
+from hf_flashmask.integration import _is_marked, _is_plain_causal, _unmark, flashmask_mask
 
 BATCH, LENGTH, WINDOW = 3, 14, 5
+
+HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # Transformers has blocks since 5.6
+moonshine_window = modeling_moonshine_streaming.sliding_window_mask_function
 
 
 def dense(mask_function: Callable, q_len: int, kv_len: int, q_offset: Any = 0, kv_offset: int = 0) -> Tensor:
@@ -40,42 +53,112 @@ def assert_same(mask_function: Callable, q_len: int, kv_len: int, q_offset: Any 
     return converted
 
 
+def visible_in(mask: Tensor | None, q_len: int, kv_len: int) -> Tensor:
+    """What the mask function returned, dense: None stands for everything, no planes at all for plain causal."""
+    if mask is None:
+        return torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+    if _is_plain_causal(mask):
+        return bounds.to_dense(bounds.causal(q_len, kv_len), q_len)
+    return bounds.to_dense(_unmark(mask)[0] if _is_marked(mask) else mask, q_len)
+
+
 def random_ids(length: int, *, negative: bool) -> Tensor:
     """Runs of increasing ids `[BATCH, length]`; with `negative` some runs are -1."""
     ids = (torch.rand(BATCH, length) < 0.3).cumsum(-1)
     return torch.where(torch.rand(BATCH, int(ids.max()) + 1).gather(1, ids) < 0.4, -1, ids) if negative else ids
 
 
-def random_leaf(total: int) -> Callable:
-    """One of Transformers' own mask functions, valid for indices below `total`."""
-    return random.choice(
-        [
-            lambda: masking_utils.causal_mask_function,
-            lambda: masking_utils.bidirectional_mask_function,
-            lambda: masking_utils.sliding_window_overlay(random.randint(1, total)),
-            lambda: masking_utils.sliding_window_bidirectional_overlay(random.randint(0, total)),
-            lambda: masking_utils.chunked_overlay(random.randint(1, total), torch.randint(0, 6, (BATCH,))),
-            lambda: masking_utils.packed_sequence_mask_function(random_ids(total, negative=False)),
-            lambda: masking_utils.blockwise_overlay(random_ids(total, negative=True)),
-        ]
-    )()
+# Compositions
 
 
-def random_mask_function(total: int, depth: int) -> Callable:
-    if depth == 0 or random.random() < 0.2:
-        return random_leaf(total)
-    join = random.choice([masking_utils.and_masks, masking_utils.and_masks, masking_utils.or_masks])
-    return join(*(random_mask_function(total, depth - 1) for _ in range(random.randint(1, 3))))
+def tensors(total: int, values: st.SearchStrategy) -> st.SearchStrategy[Tensor]:
+    """`[BATCH, total]`."""
+    row = st.lists(values, min_size=total, max_size=total)
+    return st.lists(row, min_size=BATCH, max_size=BATCH).map(torch.tensor)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_compositions(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
-    q_len, kv_len = random.randint(1, 17), random.randint(1, 17)
-    q_offset, kv_offset = random.randint(0, 9), random.randint(0, 9)
-    mask_function = random_mask_function(max(q_len + q_offset, kv_len + kv_offset), depth=2)
-    assert_same(mask_function, q_len, kv_len, q_offset, kv_offset)
+def transformers_functions(total: int) -> st.SearchStrategy[Callable]:
+    """Mask functions of Transformers, valid for indices below `total`."""
+    sizes = st.integers(1, total)
+    left_padding = st.lists(st.integers(0, 5), min_size=BATCH, max_size=BATCH).map(torch.tensor)
+    leaves = [
+        st.just(masking_utils.causal_mask_function),
+        st.just(masking_utils.bidirectional_mask_function),
+        st.builds(masking_utils.sliding_window_overlay, st.integers(0, total)),
+        st.builds(masking_utils.sliding_window_bidirectional_overlay, st.integers(0, total)),
+        st.builds(masking_utils.chunked_overlay, sizes, left_padding),
+        st.builds(masking_utils.padding_mask_function, tensors(total, st.booleans())),
+        st.builds(
+            lambda starts: masking_utils.packed_sequence_mask_function(starts.cumsum(-1)), tensors(total, st.booleans())
+        ),
+        st.builds(modeling_gemma3._bidirectional_window_overlay, sizes),
+        st.builds(modeling_t5gemma2.sliding_window_mask_function, sizes, st.booleans()),
+        st.builds(moonshine_window, st.tuples(sizes, sizes)),
+        st.builds(modeling_nemotron_asr_streaming.chunked_limited_mask_function, st.integers(-1, 9), st.integers(0, 4)),
+    ]
+    if HAS_BLOCKS:
+        leaves.append(st.builds(masking_utils.blockwise_overlay, tensors(total, st.integers(-1, 2))))
+    return st.one_of(leaves)
+
+
+def functions_of_users(total: int) -> st.SearchStrategy[Callable]:
+    """What `or_mask_function` and `and_mask_function` may be: valid with scalars only, or of a constant result."""
+
+    def looks_up(visible: Tensor) -> Callable:
+        return lambda batch_idx, head_idx, q_idx, kv_idx: visible[batch_idx][(q_idx + kv_idx) % total]
+
+    def any_of(offsets: list[int]) -> Callable:
+        def mask_function(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (q_idx - kv_idx == torch.tensor(offsets)).any() | (head_idx == 1)
+
+        return mask_function
+
+    return st.one_of(
+        st.builds(lambda visible: lambda *_: torch.tensor(visible), st.booleans()),
+        st.builds(looks_up, tensors(total, st.booleans())),
+        st.builds(any_of, st.lists(st.integers(-total, total), min_size=1, max_size=4)),
+        st.builds(
+            lambda lengths: lambda batch_idx, head_idx, q_idx, kv_idx: kv_idx < torch.tensor(lengths)[batch_idx],
+            st.lists(st.integers(0, total), min_size=BATCH, max_size=BATCH),
+        ),
+        st.builds(lambda function: functools.partial(function), transformers_functions(total)),
+    )
+
+
+def compositions(leaves: st.SearchStrategy[Callable]) -> st.SearchStrategy[Callable]:
+    def join(parts: st.SearchStrategy[Callable]) -> st.SearchStrategy[Callable]:
+        some = st.lists(parts, min_size=1, max_size=3)
+        and_masks, or_masks = masking_utils.and_masks, masking_utils.or_masks
+        return some.map(lambda masks: and_masks(*masks)) | some.map(lambda masks: or_masks(*masks))
+
+    return st.recursive(leaves, join, max_leaves=6)
+
+
+@pytest.mark.parametrize("has_user_functions", [False, True])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_compositions(has_user_functions: bool, data: st.DataObject) -> None:
+    """The mask function does all that Transformers' `sdpa_mask` does."""
+    q_length, kv_length = (data.draw(st.integers(1, 20)) for _ in range(2))
+    q_offset, kv_offset = (data.draw(st.integers(0, 9) | st.just(0)) for _ in range(2))
+    total = max(q_length + q_offset, kv_length + kv_offset)
+    leaves = transformers_functions(total)
+    if has_user_functions:
+        leaves |= functions_of_users(total)
+    arguments = {
+        "batch_size": BATCH,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": torch.tensor(q_offset) if data.draw(st.booleans()) else q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": data.draw(compositions(leaves)),
+        "attention_mask": data.draw(st.none() | tensors(data.draw(st.integers(1, total)), st.booleans())),
+        "allow_is_causal_skip": False,
+        "use_vmap": has_user_functions,
+    }
+    expected = masking_utils.sdpa_mask(**arguments)
+    made = visible_in(flashmask_mask(**arguments), q_length, kv_length)
+    assert torch.equal(made.expand_as(expected), expected)
 
 
 def test_causal_masks_stay_one_plane() -> None:
@@ -127,13 +210,16 @@ def test_packed_documents_as_transformers_composes_them(chunk_size: int) -> None
         assert torch.equal(bounds.to_dense(by_ids), dense(each_document_alone, LENGTH, LENGTH))
 
 
-def test_unknown_function_is_named() -> None:
+def test_too_many_intervals_name_the_function_and_the_key() -> None:
     def keys_of_even_rows(batch_idx: int, head_idx: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return q_idx % 2 == 0
+        return (q_idx % 2 == 0) | (kv_idx < 3)
 
     composed = masking_utils.and_masks(masking_utils.causal_mask_function, keys_of_even_rows)
-    with pytest.raises(NotImplementedError, match=r"keys_of_even_rows.* of `.*test_conversion`.*sdpa"):
-        from_mask_function(composed, batch_size=1, q_len=4, kv_len=4)
+    assert_same(composed, 35, 35)
+    with pytest.raises(
+        NotImplementedError, match=r"keys_of_even_rows.* of `.*test_conversion`: key column 3 .*needs 17 .*sdpa"
+    ):
+        from_mask_function(composed, batch_size=1, q_len=36, kv_len=36)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +230,98 @@ def test_unknown_function_is_named() -> None:
         ("packed_sequence_mask_function", [[0, 0, -1, -1]]),
     ],
 )
-def test_ids_that_bounds_cannot_hold_are_refused(factory: str, ids: list[list[int]]) -> None:
-    mask_function = getattr(masking_utils, factory)(torch.tensor(ids))
-    with pytest.raises(NotImplementedError, match=factory):
-        from_mask_function(mask_function, batch_size=1, q_len=4, kv_len=4)
+def test_ids_that_are_not_runs(factory: str, ids: list[list[int]]) -> None:
+    mask_function = getattr(masking_utils, factory)(torch.tensor(ids * BATCH))
+    for q_len, q_offset in ((4, 0), (1, 1)):
+        assert_same(mask_function, q_len, 4, q_offset)
+
+
+class Operations(TorchDispatchMode):
+    """How large the tensors of a computation are, and how often it reads one on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_known_functions_are_never_read_on_the_host() -> None:
+    ids = packed_positions().eq(0).cumsum(-1)
+    left_padding = torch.zeros(BATCH, dtype=torch.long)
+    for mask_function in (
+        masking_utils.sliding_window_causal_mask_function(WINDOW),
+        masking_utils.chunked_causal_mask_function(WINDOW, left_padding),
+        masking_utils.sliding_window_bidirectional_mask_function(WINDOW),
+        masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(ids), masking_utils.sliding_window_causal_mask_function(WINDOW)
+        ),
+    ):
+        for document_ids in (None, ids):
+            with Operations() as operations:
+                from_mask_function(
+                    mask_function,
+                    document_ids=document_ids,
+                    batch_size=BATCH,
+                    q_len=LENGTH,
+                    kv_len=LENGTH,
+                    has_user_functions=False,
+                )
+            assert operations.reads == 0
+
+
+def test_evaluation_takes_little_memory_and_few_reads() -> None:
+    def images_of_every_length(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (q_idx // 1000 == kv_idx // 1000) & (kv_idx % 1000 > 900) & (q_idx % 1000 > 900)
+
+    length = 8192
+    mask_function = masking_utils.or_masks(masking_utils.causal_mask_function, images_of_every_length)
+    with Operations() as operations:
+        made = from_mask_function(mask_function, batch_size=4, q_len=length, kv_len=length)
+    assert made.shape == (1, 1, 2, length)  # no row of the batch differs
+    assert operations.largest < length**2 // 8
+    assert operations.reads <= 4
+    position = torch.arange(length)
+    first_of_image = position // 1000 * 1000 + 901
+    assert torch.equal(made[0, 0, 1].long(), torch.where(position >= first_of_image, first_of_image, position))
+    assert (made[0, 0, 0] == length).all()
+
+    with Operations() as operations:
+        from_mask_function(mask_function, batch_size=4, q_len=1, kv_len=length, q_offset=torch.tensor(5000))
+    assert operations.reads == 0  # a decoding step
+
+
+# Dense masks
+
+
+@pytest.mark.parametrize("hidden", [None, -1e4, float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("shape", [(1, 1), (BATCH, 1), (BATCH, 2)])
+@pytest.mark.parametrize("is_one_row", [False, True])
+def test_dense_masks(is_one_row: bool, shape: tuple[int, int], hidden: float | None) -> None:
+    """bool, or added to the scores."""
+    visible = torch.rand(*shape, 1 if is_one_row else 9, LENGTH) < 0.5
+    visible[0, 0, 0, 3:] = False
+    mask = visible if hidden is None else torch.zeros(visible.shape).masked_fill(~visible, hidden)
+    made = from_dense_mask(mask.transpose(2, 3).contiguous().transpose(2, 3), 9)
+    assert torch.equal(bounds.to_dense(made, 9), visible.expand(-1, -1, 9, -1))
+
+
+def test_dense_masks_that_are_refused() -> None:
+    stripes = (torch.arange(36) % 2 == 0)[None, None, :, None].expand(1, 1, 36, 36)
+    with pytest.raises(NotImplementedError, match=r"`attention_mask`.*key column 0 .*needs 18 .*sdpa"):
+        from_dense_mask(stripes, 36)
+    for bias in (0.5, -3.0, float("nan")):
+        with pytest.raises(NotImplementedError, match=r"cannot add a bias.*`attention_mask`.*sdpa"):
+            from_dense_mask(torch.zeros(1, 1, 4, 4).index_fill(3, torch.tensor([2]), bias), 4)
+    with pytest.raises(Exception, match=r"`attention_mask`.*before with hf_flashmask\.bounds\.from_dense"):
+        torch.compile(from_dense_mask, backend="eager", fullgraph=True)(torch.zeros(1, 1, 4, 4), 4)
+    torch._dynamo.reset()
 
 
 # Every creator of Transformers, with every cache
@@ -159,17 +333,22 @@ CREATORS = {
     "chunked": masking_utils.create_chunked_causal_mask,
     "bidirectional": masking_utils.create_bidirectional_mask,
     "bidirectional_sliding": masking_utils.create_bidirectional_sliding_window_mask,
+    "hybrid": masking_utils.create_masks_for_generate,
 }
 
 
 def config_for(creator: str, attn_implementation: str) -> PreTrainedConfig:
-    config = MistralConfig(num_hidden_layers=1, sliding_window=WINDOW if "sliding" in creator else None)
+    config = MistralConfig(
+        num_hidden_layers=2 if creator == "hybrid" else 1, sliding_window=WINDOW if "sliding" in creator else None
+    )
     config.sliding_window = WINDOW
     config.attention_chunk_size = WINDOW
     if creator == "causal":
         config.layer_types = ["full_attention"]
     elif creator in ("sliding", "chunked"):
         config.layer_types = [f"{creator}_attention"]
+    elif creator == "hybrid":
+        config.layer_types = ["sliding_attention", "full_attention"]
     config._attn_implementation = attn_implementation
     return config
 
@@ -182,54 +361,55 @@ def cache_with(kind: str, past: int, config: PreTrainedConfig) -> DynamicCache |
     for tokens in (past - past // 3, past // 3):
         if tokens:
             states = torch.zeros(BATCH, 1, tokens, 4)
-            cache.update(states, states, 0)
+            for layer in range(config.num_hidden_layers):
+                cache.update(states, states, layer)
     return cache
 
 
-@pytest.mark.parametrize("padding", ["none", "ones", "left", "right"])
-@pytest.mark.parametrize(
-    ("kind", "past", "q_len"),
-    [
-        ("none", 0, LENGTH),
-        *[(kind, *step) for kind in ("dynamic", "static") for step in [(0, 9), (0, 3), (3, 1), (9, 1), (8, 4)]],
-    ],
-)
+@pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("creator", CREATORS)
-def test_creators_and_caches(creator: str, kind: str, past: int, q_len: int, padding: str) -> None:
-    masks = {}
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> None:
+    """With overlays, and padding anywhere. Caches of sliding and chunked layers keep less than they have seen."""
+    past = 0 if kind == "none" else data.draw(st.integers(0, 11))
+    q_len = data.draw(st.integers(1, 9))
+    padding = data.draw(st.sampled_from(["none", "ones", "left", "right", "anywhere"]))
     mask_2d = torch.ones(BATCH, past + q_len, dtype=torch.long)
     if padding == "left":
         mask_2d[1, :4] = mask_2d[2, :1] = 0
     elif padding == "right":
         mask_2d[1, -3:] = 0
+    elif padding == "anywhere":
+        mask_2d = data.draw(tensors(past + q_len, st.integers(0, 1)))
+    overlays: dict[str, Any] = {}
+    if data.draw(st.booleans()):
+        for name in ("or_mask_function", "and_mask_function"):
+            overlays[name] = data.draw(st.none() | compositions(transformers_functions(20) | functions_of_users(20)))
+        if HAS_BLOCKS and not creator.startswith("bidirectional"):
+            overlays["block_sequence_ids"] = data.draw(st.none() | tensors(past + q_len, st.integers(-1, 2)))
+    masks = {}
     for attn_implementation in ("flashmask", "eager"):
         config = config_for(creator, attn_implementation)
-        arguments: dict[str, Any] = {
-            "config": config,
-            "inputs_embeds": torch.zeros(BATCH, q_len, 4),
-            "attention_mask": None if padding == "none" else mask_2d,
-            "past_key_values": cache_with(kind, past, config),
-        }
-        masks[attn_implementation] = CREATORS[creator](**arguments)
-    is_causal = not creator.startswith("bidirectional")
-    expected, converted = masks["eager"], masks["flashmask"]
-    if converted is None:
-        # The attention function rebuilds this: the plain mask over keys that are the queries' own.
-        assert creator in ("causal", "bidirectional")
-        assert padding in ("none", "ones")
-        assert past == 0
-        converted = bounds.causal(q_len) if is_causal else bounds.bidirectional(q_len)
-    elif _is_marked(converted):
-        assert past == 0
-        converted, is_token = _unmark(converted)
-        assert torch.equal(is_token.expand(BATCH, -1), mask_2d.bool())
-    assert converted.dtype == torch.int32
-    visible = bounds.to_dense(converted, q_len)
-    if expected is None:
-        assert visible.all()
+        masks[attn_implementation] = CREATORS[creator](
+            config=config,
+            inputs_embeds=torch.zeros(BATCH, q_len, 4),
+            attention_mask=None if padding == "none" else mask_2d,
+            past_key_values=cache_with(kind, past, config),
+            **overlays,
+        )
+    if creator == "hybrid":
+        assert set(masks["flashmask"]) == {"full_attention", "sliding_attention"}
+        pairs = [(masks["flashmask"][layer_type], expected) for layer_type, expected in masks["eager"].items()]
     else:
-        expected = expected == 0
-        assert torch.equal(visible.expand_as(expected), expected)
+        pairs = [(masks["flashmask"], masks["eager"])]
+    for converted, expected in pairs:
+        if converted is not None and _is_marked(converted) and not _is_plain_causal(converted):
+            is_token = _unmark(converted)[1]
+            assert torch.equal(is_token.expand(BATCH, -1), mask_2d.bool())
+        # A cache of sliding layers has fewer keys than there were tokens.
+        visible = visible_in(converted, q_len, past + q_len if expected is None else expected.shape[-1])
+        assert visible.all() if expected is None else torch.equal(visible.expand_as(expected), expected == 0)
 
 
 # (padding on the left, lengths of the documents, padding on the right) of each row of a batch of 14 tokens
@@ -270,34 +450,153 @@ def test_documents_beside_padding(creator: str, padding_position: int, use_cache
     assert not visible.transpose(1, 2)[~tokens].any()
 
 
+# Overlays in packed rows
+
+
+def gemma3(layer_type: str) -> Callable:
+    def create(token_types: Tensor, **arguments: Any) -> Tensor:
+        block_ids = modeling_gemma3.get_block_sequence_ids_for_mask(token_types)
+        return modeling_gemma3.create_masks_for_vision_model(block_sequence_ids=block_ids, **arguments)[layer_type]
+
+    return create
+
+
+def gemma3_before_blocks(token_types: Tensor, **arguments: Any) -> Tensor:
+    """Transformers 5.4 lets the tokens of an image see each other like this."""
+    block_ids = modeling_gemma3.get_block_sequence_ids_for_mask(token_types)
+
+    def same_image(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        q_idx, kv_idx = (torch.where(index < block_ids.shape[1], index, 0) for index in (q_idx, kv_idx))
+        q_block, kv_block = block_ids[batch_idx, q_idx], block_ids[batch_idx][kv_idx]
+        return (q_block == kv_block) & (q_block >= 0)
+
+    return masking_utils.create_causal_mask(or_mask_function=same_image, **arguments)
+
+
+def blocks_of(token_type: int) -> Callable:
+    """PaliGemma's prefixes, hrm_text's prompts and all images of Molmo2 are block 0."""
+
+    def create(token_types: Tensor, **arguments: Any) -> Tensor:
+        block_ids = torch.where(token_types == token_type, 0, -1)
+        return masking_utils.create_causal_mask(block_sequence_ids=block_ids, **arguments)
+
+    return create
+
+
+def next_to_type_1(token_types: Tensor, **arguments: Any) -> Tensor:
+    def mask_function(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        before, after = torch.clamp(kv_idx - 1, min=0), torch.clamp(kv_idx + 1, max=token_types.shape[1] - 1)
+        return ((token_types[batch_idx, before] | token_types[batch_idx, after]) == 1) | (q_idx == kv_idx)
+
+    return masking_utils.create_causal_mask(and_mask_function=mask_function, **arguments)
+
+
+def table_of_distances(token_types: Tensor, **arguments: Any) -> Tensor:
+    is_visible = torch.arange(50) % 3 == 0
+
+    def mask_function(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return is_visible[(q_idx - kv_idx).abs()]
+
+    return masking_utils.create_causal_mask(or_mask_function=mask_function, **arguments)
+
+
+def llama4_with_images(token_types: Tensor, **arguments: Any) -> Tensor:
+    block_ids = modeling_gemma3.get_block_sequence_ids_for_mask(token_types)
+    return masking_utils.create_chunked_causal_mask(
+        or_mask_function=masking_utils.blockwise_overlay(block_ids), **arguments
+    )
+
+
+OVERLAYS = {
+    "gemma3": gemma3("full_attention"),
+    "gemma3_sliding": gemma3("sliding_attention"),
+    "gemma3_before_blocks": gemma3_before_blocks,
+    "paligemma": blocks_of(0),
+    "molmo2": blocks_of(1),
+    "next_to_type_1": next_to_type_1,
+    "distances": table_of_distances,
+    "chunks_with_images": llama4_with_images,
+}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+@settings(max_examples=15, deadline=None)
+@given(first_position=st.integers(0, 1), data=st.data())
+def test_overlays_in_packed_rows(name: str, first_position: int, data: st.DataObject) -> None:
+    """Each document sees what Transformers shows it alone."""
+    length = 18
+    borders = data.draw(st.lists(st.sets(st.integers(1, length - 1), max_size=4), min_size=2, max_size=2))
+    token_types = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=2, max_size=2))
+    )
+    config = {implementation: config_for("chunked", implementation) for implementation in ("flashmask", "sdpa")}
+
+    def create(implementation: str, token_types: Tensor, position_ids: Tensor) -> Tensor:
+        return OVERLAYS[name](
+            token_types=token_types,
+            config=config[implementation],
+            inputs_embeds=torch.zeros(*token_types.shape, 4),
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+
+    expected = torch.zeros(2, 1, length, length, dtype=torch.bool)
+    position_ids = torch.zeros(2, length, dtype=torch.long)
+    for row, inner in enumerate(borders):
+        edges = [0, *sorted(inner), length]
+        for start, end in itertools.pairwise(edges):
+            positions = torch.arange(end - start)
+            position_ids[row, start:end] = positions + first_position
+            alone = create("sdpa", token_types[row : row + 1, start:end], positions[None])
+            expected[row, :, start:end, start:end] = (
+                torch.ones(len(positions), len(positions)).tril() if alone is None else alone
+            )
+    made = visible_in(create("flashmask", token_types, position_ids), length, length)
+    assert torch.equal(made.expand_as(expected), expected)
+
+
 # Inside torch.compile
 
 
 @pytest.mark.parametrize("creator", CREATORS)
 def test_compiled_creators(creator: str) -> None:
-    """Closures cannot be read there, and nothing may be read from the device."""
+    """Closures cannot be read there, nothing may be read from the device, and new lengths compile nothing."""
     config = config_for(creator, "flashmask")
-    mask_2d = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-    mask_2d[0, :3] = False
-    position_ids = packed_positions()
 
-    def create(embeddings: Tensor, mask_2d: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        return CREATORS[creator](
+    def create(embeddings: Tensor, mask_2d: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor | None]:
+        masks = CREATORS[creator](
             config=config,
             inputs_embeds=embeddings,
             attention_mask=mask_2d,
             past_key_values=None,
             position_ids=position_ids,
         )
+        return masks if creator == "hybrid" else {creator: masks}
 
-    compiled = torch.compile(create, fullgraph=True, backend="eager")
-    for arguments in ((None, None), (mask_2d, None), (None, position_ids), (mask_2d, position_ids)):
-        made, expected = (function(torch.zeros(BATCH, LENGTH, 4), *arguments) for function in (compiled, create))
-        if expected is None:
-            assert made is None
-            continue
-        assert torch.equal(*(bounds.to_dense(_unmark(mask)[0]).expand(BATCH, 1, -1, -1) for mask in (made, expected)))
-    torch._dynamo.reset()
+    for is_packed in (False, True):
+        counter = CompileCounter()
+        compiled = torch.compile(create, fullgraph=True, backend=counter)
+        graphs = []
+        for length in (LENGTH, 20, 300):
+            mask_2d = torch.ones(BATCH, length, dtype=torch.bool)
+            mask_2d[0, :3] = mask_2d[1, -2:] = False
+            positions = torch.arange(length)
+            borders = (torch.rand(BATCH, length) < 0.03) | (positions == length // 2)
+            position_ids = positions - torch.where(borders, positions, 0).cummax(-1).values
+            arguments = (
+                torch.zeros(BATCH, length, 4),
+                mask_2d,
+                position_ids if is_packed else None,
+            )
+            made, expected = compiled(*arguments), create(*arguments)
+            graphs.append(counter.frame_count)
+            assert made.keys() == expected.keys()
+            for name in made:
+                visible = [visible_in(each[name], length, length) for each in (made, expected)]
+                assert torch.equal(*(each.expand(BATCH, 1, length, length) for each in visible))
+        assert graphs[-1] == graphs[1]
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("creator", ["causal", "sliding", "chunked"])
@@ -323,15 +622,29 @@ def test_compiled_static_cache(creator: str) -> None:
     torch._dynamo.reset()
 
 
-def test_compiled_overlays_are_refused() -> None:
-    ids = torch.tensor([[0, 0, 1, 1]])
+def test_compiled_overlays() -> None:
+    """They are read outside of the graph; with `fullgraph=True` the error says so."""
+    ids = torch.tensor([[0, 0, 1, 1, -1, -1, 2, 2, 2]])
 
     def convert(ids: Tensor) -> Tensor:
         overlay = masking_utils.blockwise_overlay(ids)
         mask_function = masking_utils.or_masks(masking_utils.causal_mask_function, overlay)
-        return from_mask_function(mask_function, batch_size=1, q_len=4, kv_len=4, has_user_functions=False)
+        return from_mask_function(mask_function, batch_size=1, q_len=9, kv_len=9, has_user_functions=False) + 0
 
-    compiled = torch.compile(convert, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="or_mask"):
-        compiled(ids)
+    assert torch.equal(torch.compile(convert, backend="eager")(ids), convert(ids))
     torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"image blocks.*compile without fullgraph=True"):
+        torch.compile(convert, fullgraph=True, backend="eager")(ids)
+    torch._dynamo.reset()
+
+
+def test_what_a_prefix_tree_cannot_hold_is_named() -> None:
+    tree = Tree(bounds.from_prefix_tree([-1, 0], [2, 2]), torch.arange(4)[None])
+    assert torch.equal(in_tree(masking_utils.causal_mask_function, tree), tree.bounds)
+    with pytest.raises(NotImplementedError, match=r"bidirectional_mask_function.*must be causal"):
+        in_tree(masking_utils.bidirectional_mask_function, tree)
+    blocks = masking_utils.blockwise_overlay(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(NotImplementedError, match=r"or_mask.*must be causal"):
+        in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, blocks), tree)
+    with pytest.raises(NotImplementedError, match=r"blockwise_overlay.*windows and chunks only"):
+        in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, blocks), tree)

@@ -18,8 +18,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from hf_flashmask.preference import SharedPromptDataCollator
+from hf_flashmask.prefix_tree import PrefixTree, merge_prefixes
+
 SCRIPT = Path(__file__).parents[1] / "examples/sft_packed.py"
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "128", "--hidden-size", "64", "--layers", "1"]
+
+needs_trl = pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no trl for Python 3.10")
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_sft_packed_trains_as_padded_eager_does(tmp_path: Path) -> None:
     assert packed["loss"][0] == pytest.approx(math.log(1024), abs=0.5)  # an untrained model guesses
     assert packed["loss"][-1] < packed["loss"][0] - 0.1
     assert packed["padding"] == 0 < padded["padding"]
-    assert report["padding_saved"] == padded["padding"] / (padded["padding"] + report["tokens"])
+    assert report["padding_saved"] == pytest.approx(padded["padding"] / (padded["padding"] + report["tokens"]))
     for picture in ("loss.png", "mask.png"):
         content = (tmp_path / "out" / picture).read_bytes()
         assert content.startswith(b"\x89PNG")
@@ -98,3 +103,128 @@ def test_sft_packed_fails_when_documents_see_each_other(
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
         sft_packed("--dataset", str(documents), "--text-column", "body", "--attn", "leaking")
     assert "leaking, packed" in capsys.readouterr().out
+
+
+# Preference data
+
+PREFERENCE = ["--steps", "6", "--batch-size", "4", "--max-prompt", "60", "--hidden-size", "64", "--layers", "1"]
+
+
+@pytest.fixture
+def preference_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs one of the two examples on preference data in this process; returns its report."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        script = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *PREFERENCE, "--output", str(tmp_path / "out"), *arguments])
+        script.main()
+        return json.loads((tmp_path / "out/report.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A file of pairs of which the chosen answer goes on counting."""
+    numbers = torch.randint(0, 50, (12,)).tolist()
+    rows = [
+        {
+            "prompt": " ".join(str(n + i) for i in range(9)),
+            "chosen": " ".join(str(n + i) for i in range(9, 9 + n % 7 + 1)),
+            "rejected": "5 7 1 3",
+        }
+        for n in numbers
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def check_shared_prompt_report(report: dict[str, Any], folder: Path) -> None:
+    shared, unshared = report["shared"], report["unshared"]
+    assert len(shared["loss"]) == len(shared["accuracy"]) == len(unshared["accuracy"]) == 6
+    assert shared["loss"] == pytest.approx(unshared["loss"], abs=report["tolerance"])
+    assert report["largest_difference"] == max(abs(a - b) for a, b in zip(shared["loss"], unshared["loss"]))
+    assert shared["accuracy"] == pytest.approx(unshared["accuracy"])
+    assert shared["tokens"] < unshared["tokens"]
+    assert report["tokens_saved"] == 1 - shared["tokens"] / unshared["tokens"]
+    for picture in ("loss.png", "mask.png"):
+        content = (folder / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+
+
+def test_dpo_shared_prompt_trains_as_unshared(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("dpo_shared_prompt.py")), *PREFERENCE, "--output", "out"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "The two runs agree" in process.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    check_shared_prompt_report(report, tmp_path / "out")
+    assert report["shared"]["loss"][0] == pytest.approx(math.log(2), abs=1e-5)  # the model is its reference
+    assert report["tokens_saved"] > 0.25
+    for run in ("shared", "unshared"):
+        assert f"{report[run]['tokens']:,}" in process.stdout
+
+
+def test_reward_shared_prompt_trains_as_unshared(
+    preference_example: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path
+) -> None:
+    report = preference_example("reward_shared_prompt", "--dataset", str(pairs), "--learning-rate", "0.01")
+    check_shared_prompt_report(report, tmp_path / "out")
+    assert report["shared"]["loss"][-1] < report["shared"]["loss"][0] - 0.1
+
+
+def test_shared_prompt_examples_fail_when_answers_see_each_other(
+    preference_example: Callable[..., dict[str, Any]], pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leaking(SharedPromptDataCollator):
+        def __call__(self, examples: Any) -> dict[str, Any]:
+            batch = super().__call__(examples)
+            batch["attention_mask"].fill_(batch["input_ids"].shape[1])
+            return batch
+
+    monkeypatch.setattr("hf_flashmask.preference.SharedPromptDataCollator", Leaking)
+    monkeypatch.delitem(sys.modules, "dpo_shared_prompt", raising=False)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        preference_example("dpo_shared_prompt", "--dataset", str(pairs))
+
+
+# TRL
+
+
+@needs_trl
+def test_trl_dpo_trains_as_unshared(
+    preference_example: Callable[..., dict[str, Any]], pairs: Path, tmp_path: Path
+) -> None:
+    report = preference_example("trl_dpo", "--dataset", str(pairs), "--learning-rate", "0.01")
+    check_shared_prompt_report(report, tmp_path / "out")
+    assert report["shared"]["loss"][0] == pytest.approx(math.log(2), abs=1e-5)  # the model is its reference
+    assert report["shared"]["loss"][-1] < report["shared"]["loss"][0] - 0.1
+    assert report["tokens_saved"] > 0.25
+    assert report["shared"]["positions"] < report["unshared"]["tokens"] < report["unshared"]["positions"]
+
+
+@needs_trl
+def test_trl_dpo_runs_on_the_texts_of_python(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("trl_dpo.py")), *PREFERENCE, "--output", "out"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "The two runs agree" in process.stdout
+    check_shared_prompt_report(json.loads((tmp_path / "out/report.json").read_text()), tmp_path / "out")
+
+
+@needs_trl
+def test_trl_dpo_fails_when_answers_see_each_other(
+    preference_example: Callable[..., dict[str, Any]], pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(*args: Any, **kwargs: Any) -> PrefixTree:
+        tree = merge_prefixes(*args, **kwargs)
+        tree.bounds.fill_(tree.bounds.shape[3])
+        return tree
+
+    monkeypatch.setattr("hf_flashmask.shared_prefix.merge_prefixes", leaking)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        preference_example("trl_dpo", "--dataset", str(pairs))

@@ -207,13 +207,13 @@ def mask_for(**changes: Any) -> Tensor | None:
     return flashmask_mask(**{**arguments, **changes})
 
 
-def test_none_is_only_for_what_can_be_rebuilt() -> None:
+def test_none_is_only_for_what_hides_nothing() -> None:
     padded = torch.tensor([[True] * 6, [False] + [True] * 5])
-    assert mask_for() is None
-    assert mask_for(attention_mask=torch.ones(2, 6, dtype=torch.bool)) is None
     both = masking_utils.bidirectional_mask_function
     assert mask_for(mask_function=both, allow_is_bidirectional_skip=True) is None
     for changes in (
+        {},
+        {"attention_mask": torch.ones(2, 6, dtype=torch.bool)},
         {"attention_mask": padded},
         {"allow_is_causal_skip": False},
         {"mask_function": both},
@@ -223,6 +223,16 @@ def test_none_is_only_for_what_can_be_rebuilt() -> None:
         {"q_offset": torch.tensor(0)},
     ):
         assert mask_for(**changes) is not None, changes
+
+
+@pytest.mark.parametrize("position_ids", [None, torch.tensor([[0, 1, 0, 1, 2, 3]])])
+def test_plain_causal_layers_that_call_themselves_bidirectional(position_ids: Tensor | None) -> None:
+    inputs = random_inputs(q_len=6)
+    out, _ = flashmask_attention_forward(
+        attention_module(is_causal=False), *inputs, mask_for(), position_ids=position_ids
+    )
+    visible = bounds.causal(6) if position_ids is None else bounds.from_position_ids(position_ids)
+    torch.testing.assert_close(out, dense_attention(*inputs, bounds.to_dense(visible)))
 
 
 def test_a_window_is_in_the_bounds_even_if_the_model_does_not_pass_it_on() -> None:
@@ -420,6 +430,31 @@ def test_bounds_do_not_outlive_the_positions() -> None:
 # What is refused
 
 
+def test_a_decoding_step_that_sees_everything_needs_no_mask() -> None:
+    step = {"q_length": 1, "kv_length": 9, "q_offset": 8}
+    assert mask_for(**step) is None
+    assert mask_for(**step, attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None
+    window, no_padding = masking_utils.sliding_window_causal_mask_function, torch.zeros(2, dtype=torch.long)
+    assert mask_for(**step, mask_function=window(9), local_size=9) is None
+    chunks = {"mask_function": masking_utils.chunked_causal_mask_function(9, no_padding), "local_size": 9}
+    for hidden in (
+        {"q_offset": 6},
+        {"q_offset": torch.tensor(8)},
+        {"attention_mask": torch.tensor([[True] * 9, [False] + [True] * 8])},
+        {"mask_function": window(8), "local_size": 8},
+        {**chunks, "kv_offset": 3, "q_offset": 11},
+        {"allow_is_causal_skip": False},
+    ):
+        assert mask_for(**{**step, **hidden}) is not None
+    query, key, value = random_inputs(1, 9)
+    with torch.no_grad():
+        for is_causal in (True, False):
+            module = attention_module(is_causal=is_causal)
+            output, _ = flashmask_attention_forward(module, query, key, value, None, sliding_window=9)
+            expected = dense_attention(query, key, value, torch.ones(1, 9, dtype=torch.bool))
+            torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize("argument", ["position_bias", "indices", "block_indices", "sinks", "cache"])
 def test_arguments_that_change_the_result_are_refused(argument: str) -> None:
     with pytest.raises(NotImplementedError, match=f"`{argument}`.*which Module passes"):
@@ -447,11 +482,33 @@ def test_output_attentions_warns(caplog: pytest.LogCaptureFixture) -> None:
     assert "never computes the attention weights" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "mistral"])
+def test_dense_mask_is_converted_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    integration.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    converted = []
+    original = integration.from_dense_mask
+    monkeypatch.setattr(integration, "from_dense_mask", lambda *args: converted.append(args) or original(*args))
+    model, tokens = build(name), torch.cat(random_documents([4, 4]))
+    visible = (torch.rand(2, 1, 4, 4) < 0.5) | torch.eye(4, dtype=torch.bool)
+    additive = torch.zeros(2, 1, 4, 4).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = eager_twin(model)(tokens, attention_mask=additive, use_cache=False).logits
+    for number, mask in enumerate((visible, additive), 1):
+        logits = model(tokens, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        assert len(converted) == number
+    assert caplog.text.count("converts a dense 4-D `attention_mask`") == 1
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (torch.zeros(2, 1, 7, 7), TypeError, r"float32 \[2, 1, 7, 7\].*from_dense\(mask == 0\).*sdpa"),
-        (torch.ones(2, 1, 7, 7, dtype=torch.bool), TypeError, r"bool.*from_dense\(mask\)"),
+        (torch.full((2, 1, 7, 7), -0.5), NotImplementedError, r"cannot add a bias.*sdpa"),
+        (torch.zeros(2, 1, 7, 7, requires_grad=True), NotImplementedError, r"cannot add a bias.*sdpa"),
+        (torch.ones(2, 1, 6, 7, dtype=torch.bool), ValueError, r"dense mask of shape \[2, 1, 6, 7\].* 7 \(the number"),
+        (torch.ones(2, 1, 7, 6, dtype=torch.bool), ValueError, r"last dimension must be the key length, 7"),
         (torch.ones(2, 1, 1, 7, dtype=torch.long), TypeError, r"int64"),
         (torch.ones(2, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
         (torch.ones(2, 1, 3, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
@@ -478,17 +535,27 @@ def test_mask_functions_of_the_users_own_are_named() -> None:
     config = config_of("llama")
     config._attn_implementation = "flashmask"
 
-    def no_even_keys(batch_idx: int, head_idx: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return kv_idx % 2 == 1
+    def no_even_rows(batch_idx: int, head_idx: int, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx % 2 == 1
 
-    with pytest.raises(NotImplementedError, match="no_even_keys"):
+    with pytest.raises(NotImplementedError, match=r"no_even_rows.*key column 0 .*needs 20 hidden intervals.*sdpa"):
         masking_utils.create_causal_mask(
             config=config,
-            inputs_embeds=torch.zeros(1, 5, 32),
+            inputs_embeds=torch.zeros(1, 40, 32),
             attention_mask=None,
             past_key_values=None,
-            and_mask_function=no_even_keys,
+            and_mask_function=no_even_rows,
         )
+
+
+def test_bounds_are_not_taken_for_the_weights_of_tokens_in_router_losses() -> None:
+    small = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = transformers.MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    model = transformers.MixtralForCausalLM._from_config(config, attn_implementation="flashmask")
+    call = {"input_ids": torch.arange(1, 9)[None], "use_cache": False, "output_router_logits": True}
+    with pytest.raises(NotImplementedError, match="auxiliary loss"):
+        model(**call, attention_mask=bounds.causal(8))
+    assert model(**call).aux_loss > 0
 
 
 def test_environment_report() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from random_trees import random_sequences
 from tiny_models import (
     DECODERS,
     MODELS,
@@ -21,6 +22,7 @@ from tiny_models import (
 from torch import Tensor
 
 from hf_flashmask import bounds
+from hf_flashmask.prefix_tree import from_sequences
 
 LENGTHS = [5, 1, 9, 7, 2]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -199,6 +201,24 @@ def test_bounds_of_a_prefix_tree_are_final(name: str) -> None:
     torch.testing.assert_close(twin(**row, attention_mask=additive(bounds.to_dense(tree))).logits, logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "llama4", "mistral"])
+def test_windows_and_chunks_of_a_user_s_tree_are_counted_along_its_branches(name: str) -> None:
+    model = build(name)
+    tree = from_sequences(random_sequences(7, 6, VOCABULARY))
+    row = {"input_ids": tree.input_ids, "position_ids": tree.position_ids}
+    logits = model(**row, attention_mask=tree.bounds, use_cache=False).logits[0]
+    twin = eager_twin(model)
+    for places in tree.index:
+        places = places[places >= 0]
+        torch.testing.assert_close(logits[places], twin(tree.input_ids[:, places]).logits[0], **TOLERANCE)
+
+
+def test_a_tree_is_refused_where_the_mask_is_not_told_the_positions() -> None:
+    tree = from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]])
+    with pytest.raises(ValueError, match=r"a dict with bounds for each of its layer types.*or, for prefix trees"):
+        build("gpt_oss")(tree.input_ids, attention_mask=tree.bounds, position_ids=tree.position_ids, use_cache=False)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_bounds_for_each_layer_type(name: str) -> None:
     model = build(name)
@@ -217,7 +237,7 @@ def test_one_tensor_of_bounds_for_different_layers_is_refused(name: str) -> None
     model = build(name)
     tokens = torch.cat(random_documents([2 * WINDOW]), dim=1)
     with pytest.raises(ValueError, match=r"pass a dict .*layer types.*full_attention"):
-        model(tokens, attention_mask=bounds.causal(2 * WINDOW))
+        model(tokens, attention_mask=bounds.intersect(bounds.causal(2 * WINDOW), bounds.bidirectional(2 * WINDOW)))
     # Where the window reaches everything nothing is lost.
     short = tokens[:, :WINDOW]
     expected = eager_twin(model)(short).logits

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_models
+import test_shared_prefix
 import torch
 from tiny_models import DECODERS, MODELS, build, eager_twin, logits_alone, packed, random_documents
 
@@ -79,3 +80,15 @@ def test_bounds_of_a_prefix_tree_are_final() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_without_graph_breaks(name: str) -> None:
     test_models.test_compiled_without_graph_breaks(name)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral", "llama4", "deepseek_v3", "gpt2"])
+def test_shared_prefixes(name: str, side: str) -> None:
+    test_shared_prefix.test_random_trees(name, side)
+
+
+@pytest.mark.parametrize("count", [2, 16, 23])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_shared_answers_to_one_prompt(name: str, count: int) -> None:
+    test_shared_prefix.test_answers_to_one_prompt(name, count)
