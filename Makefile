@@ -1,6 +1,8 @@
 # make demo    train on packed documents and compare with padding    make test      the tests that need no GPU
 # make lint    ruff and mypy                                         make check     lint and test
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
+# make sweep   compare every family of models with eager attention, write docs/models.md: ten minutes
+# make transformers-tests  run Transformers' own tests of attention implementations: two minutes
 # PYTHON picks the interpreter of the environment, VENV its place.
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ PYTEST_WORKERS ?= 2
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-gpu lint check clean
+.PHONY: demo test test-gpu sweep transformers-tests lint check clean
 
 # Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
 demo: $(READY)
@@ -21,6 +23,12 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
+
+sweep: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) tests/sweep_models.py
+
+transformers-tests: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) tests/run_transformers_tests.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .
