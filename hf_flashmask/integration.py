@@ -78,7 +78,9 @@ def flashmask_mask(
     """
     tree = None if attention_mask is None else _tree_on_its_way(attention_mask)
     if tree is not None:
-        return in_tree(mask_function, tree)
+        bounds = in_tree(mask_function, tree)
+        _masks_of_users[bounds] = True
+        return bounds
     is_square = _is_square(q_length, kv_length, q_offset, kv_offset)
     document_ids, padding_mask = None, _mask_of_keys(attention_mask, kv_length, kv_offset)
     if padding_mask is not None and padding_mask.dtype != torch.bool:
@@ -192,7 +194,7 @@ def _unmark(bounds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _trees: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Bounds of prefix trees -> the trees, and the 2-D masks as which these reach `flashmask_mask` -> the trees."""
+"""The masks as which prefix trees travel -> the trees. No tree holds its own mask, which would then never go."""
 
 
 _TREE_PLANES = 3
@@ -236,9 +238,7 @@ def _tree_of_user(config: Any, attention_mask: Any, position_ids: Tensor | None)
     is_tree = attention_mask.dtype == torch.int32 and heads == num_planes == 1
     if not is_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
         return None
-    tree = Tree(attention_mask, position_ids.expand(batch, -1))
-    _trees[attention_mask] = tree
-    return tree
+    return Tree(attention_mask, position_ids.expand(batch, -1))
 
 
 def _send_tree(tree: Tree) -> Tensor:
@@ -508,16 +508,12 @@ def _refuse_unsupported_arguments(module: nn.Module, dropout: float, kwargs: dic
 
 
 _masks_of_users: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The bounds that a model was called with, as opposed to those that `flashmask_mask` made."""
+"""Bounds that a model was called with, or that were made of the tree that it was called with."""
 
 
 def _refuse_router_losses(bounds: Tensor, kwargs: dict[str, Any]) -> None:
     """Models read the mask that they were called with as the weights of tokens in the losses of their routers."""
-    if (
-        kwargs.get("output_router_logits")
-        and not is_tracing(bounds)
-        and (bounds in _masks_of_users or bounds in _trees)
-    ):
+    if kwargs.get("output_router_logits") and not is_tracing(bounds) and bounds in _masks_of_users:
         raise NotImplementedError(
             "with bounds as `attention_mask`, `output_router_logits=True` would weigh tokens by the bounds in the "
             "auxiliary loss: set it to False, or let `position_ids` tell the documents apart instead"

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput, logging
 from .bounds import MAX_INTERVALS
 from .conversion import Tree
 from .integration import KEY_RANGE_OF_LAYER_TYPE, NAME, register_tree
-from .prefix_tree import PrefixTree, merge_prefixes
+from .prefix_tree import merge_prefixes
 
 __all__ = ["share_prefixes"]
 
@@ -63,7 +63,8 @@ class share_prefixes:
             _check_model(backbone)
         self.given_tokens = 0
         self.computed_tokens = 0
-        self._running: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed input_ids -> their tree
+        # Packed input_ids of a running call -> how to undo it. It does not hold them: a call that fails leaves nothing.
+        self._running: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._handles: list[RemovableHandle] = []
         for backbone in backbones:
             merge = functools.partial(self._merge, _traits(backbone))
@@ -110,7 +111,8 @@ class share_prefixes:
         self.computed_tokens += tree.input_ids.shape[1]
         if not is_shorter:
             return None
-        self._running[tree.input_ids] = tree
+        has_padding = tree.num_tokens < tree.index.numel()
+        self._running[tree.input_ids] = functools.partial(_to_batch, index=tree.index, has_padding=has_padding)
         arguments.update(
             input_ids=tree.input_ids,
             position_ids=tree.position_ids,
@@ -122,22 +124,22 @@ class share_prefixes:
     @torch.compiler.disable
     def _gather(self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         input_ids = kwargs.get("input_ids")
-        tree = None if input_ids is None else self._running.pop(input_ids, None)
-        if tree is None:
+        to_batch = None if input_ids is None else self._running.pop(input_ids, None)
+        if to_batch is None:
             return None
         if isinstance(output, ModelOutput):
-            output["last_hidden_state"] = _to_batch(output["last_hidden_state"], tree)
+            output["last_hidden_state"] = to_batch(output["last_hidden_state"])
             return output
-        return (_to_batch(output[0], tree), *output[1:])
+        return (to_batch(output[0]), *output[1:])
 
 
-def _to_batch(hidden_states: Tensor, tree: PrefixTree) -> Tensor:
+def _to_batch(hidden_states: Tensor, index: Tensor, has_padding: bool) -> Tensor:
     """`[1, N, D]` -> `[R, S, D]`, 0 at padding."""
     # The gradient of an embedding adds up equal indices in float32 and in a fixed order.
-    if tree.num_tokens == tree.index.numel():
-        return nn.functional.embedding(tree.index, hidden_states[0])
-    gathered = nn.functional.embedding(tree.index.clamp(min=0), hidden_states[0])
-    return gathered.masked_fill((tree.index < 0)[..., None], 0)
+    if not has_padding:
+        return nn.functional.embedding(index, hidden_states[0])
+    gathered = nn.functional.embedding(index.clamp(min=0), hidden_states[0])
+    return gathered.masked_fill((index < 0)[..., None], 0)
 
 
 # Models

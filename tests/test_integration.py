@@ -415,6 +415,16 @@ def test_inference_tensors_are_never_stale() -> None:
         test_changed_positions_are_noticed()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_a_tree_does_not_outlive_the_call(name: str) -> None:
+    mask, position_ids = bounds.from_prefix_tree([-1, 0, 0], [5, 4, 3]), torch.tensor([[*range(9), 5, 6, 7]])
+    build(name)(torch.arange(1, 13)[None], position_ids=position_ids, attention_mask=mask, use_cache=False)
+    alive = weakref.ref(mask)
+    del mask
+    gc.collect()
+    assert alive() is None
+
+
 def test_bounds_do_not_outlive_the_positions() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     flashmask_attention_forward(attention_module(), *random_inputs(batch=1), None, position_ids=position_ids)

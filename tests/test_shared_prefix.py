@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -213,12 +214,14 @@ def test_a_failing_call_leaves_nothing_behind() -> None:
     model = build("llama")
     input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
     expected = model(input_ids).logits
-    with share_prefixes(model):
+    with share_prefixes(model) as shared:
         handle = model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(input_ids)
         handle.remove()
         assert_same(model(input_ids).logits, expected)
+        gc.collect()
+        assert len(shared._running) == 0
 
 
 # What cannot be exact
