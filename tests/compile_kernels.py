@@ -31,6 +31,7 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # A head size for every row of the table, one of them not a power of two, and plane counts of every form of the mask.
@@ -41,7 +42,10 @@ CASES = [
     (torch.float32, 64, 1),
     (torch.float32, 128, 2),
     (torch.float32, 256, 1),
+    (torch.float16, 512, 1),
 ]
+ROWS = {"sm_120": "sm_86"}
+"""The row of the table that an architecture uses, where it has another name."""
 
 
 class OfflineDriver:
@@ -79,8 +83,12 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int) -> list[Any
             build_schedule(bounds, length, config.block_m, config.block_n, config is chosen.key_value_gradient)
             for config in chosen
         ]
-        out, lse = attention_forward(query, key, value, bounds, None, schedules[0], 0.1, None, chosen.forward)
-        attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, None, chosen)
+        out, lse = attention_forward(
+            query, key, value, bounds, None, schedules[0], None, 0.1, None, 0.0, chosen.forward
+        )
+        attention_backward(
+            d_out, None, query, key, value, bounds, out, lse, *schedules[1:], None, 0.1, None, 0.0, chosen
+        )
     return kernels
 
 
@@ -111,7 +119,7 @@ def report(architecture: str) -> dict[str, dict[str, int]]:
     target = TARGETS[architecture]
     driver.set_active(OfflineDriver(target))
     result = {}
-    with mock.patch.object(configs, "architecture", return_value=architecture):
+    with mock.patch.object(configs, "architecture", return_value=ROWS.get(architecture, architecture)):
         for dtype, head_dim, planes in CASES:
             for kernel in compiled_kernels(dtype, head_dim, planes):
                 name = f"{kernel.metadata.name} {str(dtype).removeprefix('torch.')} D={head_dim} C={planes}"

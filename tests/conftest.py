@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,20 @@ def _seed() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""
+
+    def use(use_descriptors: bool = False) -> None:
+        from flashmask_kernels import ops
+        from flashmask_kernels.portable.configs import Config, Configs
+
+        configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
+        monkeypatch.setattr(ops, "_configs", lambda query, value: configs)
+
+    return use
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 # Bytes of shared memory per thread block (CUDA C++ programming guide, CDNA 3 ISA guide).
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 # Bytes per thread (gfx942: registers) of spills that were accepted when the configuration was chosen. All others must
 # have none.
 SPILL_BUDGETS = json.loads((FOLDER / "spill_budgets.json").read_text())

@@ -9,23 +9,11 @@ import pytest
 import torch
 from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention
-from flashmask_kernels.portable.configs import Config, Configs
+from flashmask_kernels import flashmask_attention, reference_attention, schedule
 
 
 def attend(query, key, value, bounds, **options):
     return flashmask_attention(query, key, value, bounds, return_lse=True, **options)
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch):
-    """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""
-
-    def use(use_descriptors: bool = False) -> None:
-        configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
-        monkeypatch.setattr(ops, "_configs", lambda query, value: configs)
-
-    return use
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +69,19 @@ def test_softcap_and_sinks_interpreted(softcap: float | None, has_sinks: bool, i
     assert_matches_reference(attend, query, key, value, random_intervals(1, 1, 2, 45, 45), softcap, sinks)
 
 
+@pytest.mark.parametrize("max_runs", [1, 2])
+def test_more_runs_than_a_schedule_holds_interpreted(
+    max_runs: int, interpreted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreted()
+    complete = schedule.schedule_shape
+    monkeypatch.setattr(schedule, "schedule_shape", lambda *args: (*complete(*args)[:2], 2 + 2 * max_runs))
+    query, key, value = (model_tensor(1, 133, heads, 16, torch.float32, "cpu") for heads in (2, 1, 1))
+    stripes = torch.where(torch.arange(133) // 16 % 2 == 0, 20, 133).int()[None, None, None]
+    assert_matches_reference(attend, query, key, value, stripes)
+    assert_matches_reference(attend, query, key, value, random_intervals(1, 2, 4, 133, 133))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mask", masks(8, 8))
@@ -103,6 +104,8 @@ def test_masks(mask: str, dtype: torch.dtype) -> None:
         (129, 640, 20, 36, 5, 1, (2, 5, 2)),
         (333, 333, 8, 16, 14, 2, (1, 1, 1)),
         (423, 423, 32, 32, 8, 4, (1, 1, 1)),
+        (160, 130, 464, 464, 7, 1, (1, 1, 2)),
+        (97, 200, 320, 512, 10, 5, (2, 5, 32)),
     ],
 )
 def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> None:

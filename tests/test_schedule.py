@@ -13,32 +13,43 @@ from flashmask_kernels.schedule import build_schedule
 
 def listed_tiles(schedule: Tensor) -> list[list[tuple[set[int], set[int]]]]:
     """Per mask and list: the cut tiles and the full tiles."""
-    num_tiles = schedule.shape[-1] - 2
+
+    def tiles_of(runs: list[int]) -> set[int]:
+        tiles = [tile for first, end in zip(runs[0::2], runs[1::2]) for tile in range(first, end)]
+        assert len(set(tiles)) == len(tiles) >= len(runs) // 2
+        return set(tiles)
+
     result = []
     for mask in schedule.tolist():
         lists = []
-        for num_cut, num_full, *tiles in mask:
-            cut, full = tiles[:num_cut], tiles[num_tiles - num_full :]
-            assert len(cut + full) == len(set(cut + full)) <= num_tiles
-            lists.append((set(cut), set(full)))
+        for num_cut, num_full, *runs in mask:
+            assert num_cut + num_full <= len(runs) // 2
+            lists.append((tiles_of(runs[: 2 * num_cut]), tiles_of(runs[len(runs) - 2 * num_full :])))
         result.append(lists)
     return result
 
 
+def tile_kinds(mask: Tensor, block_m: int, block_n: int) -> list[list[str]]:
+    """The kind of every tile by looking at all its elements. A tile over the last key must be masked element by
+    element.
+    """
+    kinds = []
+    for rows in mask.split(block_m):
+        kinds.append([])
+        for tile in rows.split(block_n, 1):
+            is_full = tile.all() and tile.shape[1] == block_n
+            kinds[-1].append("hidden" if not tile.any() else "full" if is_full else "cut")
+    return kinds
+
+
 def check(bounds: Tensor, q_len: int, block_m: int, block_n: int) -> None:
-    dense = visible_mask(bounds, q_len).flatten(0, 1)
     by_row = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, by_column=False))
     by_column = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, by_column=True))
-    for mask, rows, columns in zip(dense, by_row, by_column):
-        for row, (cut, full) in enumerate(rows):
-            for column in range(len(columns)):
-                tile = mask[row * block_m : (row + 1) * block_m, column * block_n : (column + 1) * block_n]
-                assert (column in cut) == (row in columns[column][0])
-                assert (column in full) == (row in columns[column][1])
-                # A tile over the last key must be masked element by element.
-                is_whole = tile.shape[1] == block_n
-                assert column not in full or (tile.all() and is_whole)
-                assert column in cut or column in full or not tile.any()
+    for mask, rows, columns in zip(visible_mask(bounds, q_len).flatten(0, 1), by_row, by_column):
+        for row, kinds in enumerate(tile_kinds(mask, block_m, block_n)):
+            for column, kind in enumerate(kinds):
+                assert (column in rows[row][0]) == (row in columns[column][0]) == (kind == "cut")
+                assert (column in rows[row][1]) == (row in columns[column][1]) == (kind == "full")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -50,24 +61,46 @@ def test_schedule_agrees_with_the_dense_mask(q_len: int, kv_len: int, device: st
         check(random_intervals(2, 2, planes, q_len, kv_len).to(device), q_len, 32, 16)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_easy_masks_visit_no_more_than_they_must(device: str) -> None:
-    def visits(bounds: Tensor) -> tuple[int, int]:
-        schedule = build_schedule(bounds.to(device), 128, 16, 16, by_column=False)[0]
-        return int(schedule[:, 0].sum()), int(schedule[:, 1].sum())
-
-    easy = masks(128, 128)
-    assert visits(easy["full"]) == (0, 64)
-    assert visits(easy["causal"]) == (8, 28)
-    assert visits(easy["nothing"]) == (0, 0)
-    documents = torch.arange(128) // 32 * 32
-    assert visits(torch.stack([documents + 32, documents]).int()[None, None]) == (0, 16)
+def block_sparse(length: int, block: int, planes: int) -> Tensor:
+    """Intervals that begin and end at multiples of `block`, so that several of them cover a tile together, or none."""
+    bounds = torch.randint(0, length // block + 1, (1, 1, planes, length // block), dtype=torch.int32) * block
+    return bounds.repeat_interleave(block, 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_columns_hidden_by_their_own_bounds_keep_no_tile_alive(device: str) -> None:
-    """Half of the columns see nothing (UTE >= LTS), the others belong to a document that ended: nothing to visit."""
+@pytest.mark.parametrize("planes", [2, 4, 6, 32])
+def test_intervals_cover_a_tile_together(planes: int, device: str) -> None:
+    check(block_sparse(192, 8, planes).to(device), 192, 32, 16)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_columns_are_hidden_by_different_intervals(device: str) -> None:
+    """The even columns belong to a document that ended, the odd ones are not yet to be seen: nothing to visit."""
     lower_start, upper_end = torch.full((64,), 16), torch.zeros(64)
-    lower_start[::2], upper_end[::2] = 50, 50
+    lower_start[1::2], upper_end[1::2] = 64, 64
     schedule = build_schedule(torch.stack([lower_start, upper_end]).int()[None, None].to(device), 64, 16, 16, False)
     assert schedule[0, 1:, :2].sum() == 0
+
+
+@pytest.mark.gpu
+def test_a_million_tokens() -> None:
+    """The schedule takes a few bytes per key. A list of more runs than it holds is one cut run, which loses nothing."""
+    length, document, stripe = 1 << 20, 1024, 128
+    column = torch.arange(length, device="cuda")
+    ends = (column // document + 1) * document
+    bounds = ends.int().view(1, 1, 1, length)
+    for by_column in (False, True):
+        schedule = build_schedule(bounds, length, 64, 64, by_column)[0].tolist()
+        assert sum(map(len, schedule)) <= 4 * length
+        for tile, (num_cut, num_full, first, end, *runs) in enumerate(schedule):
+            start = tile // 16 * 16
+            others = [start, tile] if not by_column else [tile + 1, start + 16]
+            has_full = others[0] < others[1]
+            assert (num_cut, first, end, num_full) == (1, tile, tile + 1, has_full)
+            assert not has_full or runs[-2:] == others
+    stripes = torch.where(column // stripe % 2 == 0, 0, length).int().view(1, 1, 1, length)
+    schedule = build_schedule(stripes, length, 64, 64, by_column=False)[0].tolist()
+    assert schedule[2][:4] == [1, 0, 2, 3]
+    num_cut, num_full, first, end, *_ = schedule[-1]
+    assert (num_cut, num_full, end) == (1, 0, length // 64)
+    assert 0 <= first <= 2

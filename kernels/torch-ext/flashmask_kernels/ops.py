@@ -2,7 +2,7 @@
 
 Eager calls go through an autograd.Function, which costs a third of an operator's dispatch and can reuse the schedule
 of a bounds tensor from layer to layer. Under `torch.compile`, `torch.export`, fake tensors and dispatch modes the
-same steps are operators of a graph, where equal schedules are common subexpressions.
+same steps are operators of a graph. In training, equal schedules are common subexpressions of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .dropout import draw_seed
 from .tiled import tiled_backward, tiled_forward
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def flashmask_attention(
         scale: factor of the scores, by default ``D ** -0.5``.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``[H]``, a logit per head that takes part in the softmax and has no value.
-        dropout_p: must be 0.
+        dropout_p: probability with which a weight of the softmax counts for nothing; the others are scaled by
+            ``1 / (1 - dropout_p)``. The seed is drawn from the default generator of the device; the same seed drops the
+            same weights on every device.
         deterministic: bitwise repeatable gradients. Every implementation here gives them anyway.
         return_lse: also return the log-sum-exp of each row.
 
@@ -96,7 +99,6 @@ def flashmask_attention(
 
     Raises:
         TypeError, ValueError: a wrong dtype, device, shape or combination; named with what came and what is accepted.
-        NotImplementedError: ``dropout_p`` other than 0.
     """
     _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -109,8 +111,9 @@ def flashmask_attention(
     if bounds is None:
         bounds = make_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     bounds = bounds.contiguous()
+    seed = draw_seed(query.device) if dropout_p else None
     schedule = _schedule("forward", bounds, query, value, build)
-    out, lse = attend(query, key, value, bounds, sinks, schedule, scale, softcap)
+    out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p))
     return (out, lse) if return_lse else out
 
 
@@ -164,8 +167,8 @@ def _check_inputs(
             f"`sinks` must be one logit per query head, [{num_heads}] on {query.device}, "
             f"got {tuple(sinks.shape)} on {sinks.device}"
         )
-    if dropout_p:
-        raise NotImplementedError(f"`dropout_p` must be 0, got {dropout_p}: attention dropout is not implemented")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"`dropout_p` must be at least 0 and less than 1, got {dropout_p}")
 
 
 def _check_bounds(
@@ -200,12 +203,29 @@ def _plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device
     return lower_start if is_causal else torch.cat([lower_start, torch.zeros_like(lower_start)], dim=2)
 
 
-# Few, because each keeps the schedules made from it alive as well.
+# Few, because each keeps the schedules made from it alive as well. One for each stream: another one need not have
+# finished what the first one wrote.
 @functools.lru_cache(maxsize=4)
-def _cached_plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
+def _plain_bounds_of_stream(stream: int, q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
     # Autograd must be able to save it later, which it refuses for a tensor made in inference mode.
     with torch.inference_mode(False):
         return _plain_bounds(q_len, kv_len, is_causal, device)
+
+
+def _cached_plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
+    stream = _stream_of(device)
+    if stream is None:
+        return _plain_bounds(q_len, kv_len, is_causal, device)
+    return _plain_bounds_of_stream(stream, q_len, kv_len, is_causal, device)
+
+
+def _stream_of(device: torch.device) -> int | None:
+    """The current stream, or None while it is captured into a CUDA graph: a graph owns the memory that is made in it,
+    and makes it anew, from what its inputs are then, in every replay.
+    """
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def _runs_as_operator(query: Tensor) -> bool:
@@ -258,10 +278,13 @@ _schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _cached_schedule(bounds: Tensor, *arguments: Any) -> Tensor:
-    schedules = _schedules.setdefault(bounds, {})
+    stream = _stream_of(bounds.device)
+    if stream is None:
+        return _build_schedule(bounds, *arguments)
+    schedules, arguments = _schedules.setdefault(bounds, {}), (stream, *arguments)
     version = 0 if bounds.is_inference() else bounds._version
     if arguments not in schedules or schedules[arguments][0] != version:
-        schedules[arguments] = version, _build_schedule(bounds, *arguments)
+        schedules[arguments] = version, _build_schedule(bounds, *arguments[1:])
     return schedules[arguments][1]
 
 
@@ -272,21 +295,25 @@ def _forward(
     bounds: Tensor,
     sinks: Tensor | None,
     schedule: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         out, lse = _new_outputs(query, value)
         lse.fill_(-torch.inf)
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
     if schedule is None:
-        return tiled_forward(query, key, value, bounds, sinks, scale, softcap)
+        return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
     from .portable import attention_forward
 
     with torch.cuda.device_of(query):
         configs = _configs(query, value)
         assert configs is not None, "there is a schedule only where there are kernels"
-        return attention_forward(query, key, value, bounds, sinks, schedule, scale, softcap, configs.forward)
+        return attention_forward(
+            query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, configs.forward
+        )
 
 
 def _backward(
@@ -300,21 +327,37 @@ def _backward(
     lse: Tensor,
     by_column: Tensor | None,
     by_row: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         d_query, d_key, d_value = (_new_gradient(tensor).zero_() for tensor in (query, key, value))
         return d_query, d_key, d_value, torch.zeros_like(lse)
     if by_column is None or by_row is None:
-        return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, scale, softcap)
+        return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
     from .portable import attention_backward
 
     with torch.cuda.device_of(query):
         configs = _configs(query, value)
         assert configs is not None, "there is a schedule only where there are kernels"
         return attention_backward(
-            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, scale, softcap, configs
+            d_out,
+            d_lse,
+            query,
+            key,
+            value,
+            bounds,
+            out,
+            lse,
+            by_column,
+            by_row,
+            seed,
+            scale,
+            softcap,
+            dropout_p,
+            configs,
         )
 
 
@@ -333,29 +376,29 @@ def _new_gradient(tensor: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bounds, sinks, _, ctx.scale, ctx.softcap = inputs
-    ctx.save_for_backward(query, key, value, bounds, sinks, *output)
+    query, key, value, bounds, sinks, _, seed, ctx.scale, ctx.softcap, ctx.dropout_p = inputs
+    ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
     ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, build: Callable[..., Tensor], backward: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
-    query, key, value, bounds, sinks, out, lse = ctx.saved_tensors
+    query, key, value, bounds, sinks, seed, out, lse = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
     by_column = _schedule("key_value_gradient", bounds, query, value, build)
     by_row = _schedule("query_gradient", bounds, query, value, build)
     d_query, d_key, d_value, delta = backward(
         d_out if d_out.stride(-1) == 1 else d_out.contiguous(),
         None if d_lse is None else d_lse.contiguous(),
-        query, key, value, bounds, out, lse, by_column, by_row, ctx.scale, ctx.softcap,
+        query, key, value, bounds, out, lse, by_column, by_row, seed, ctx.scale, ctx.softcap, ctx.dropout_p,
     )  # fmt: skip
     d_sinks = None
     if sinks is not None:
         # The sink's probability exp(sink - lse) times its score gradient 0 - delta, summed over the rows of its head.
         probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         d_sinks = -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
-    return d_query, d_key, d_value, None, d_sinks, None, None, None
+    return d_query, d_key, d_value, None, d_sinks, None, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -375,9 +418,11 @@ class _Attention(torch.autograd.Function):
 # Operators
 
 
-_schedule_operator = torch.library.custom_op("flashmask_kernels::schedule", _build_schedule, mutates_args=())
-_forward_operator = torch.library.custom_op("flashmask_kernels::forward", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("flashmask_kernels::backward", _backward, mutates_args=())
+# A second version of this package in the process, loaded under another name, must not replace these operators.
+_NAMESPACE = __package__.replace(".", "_")
+_schedule_operator = torch.library.custom_op(f"{_NAMESPACE}::schedule", _build_schedule, mutates_args=())
+_forward_operator = torch.library.custom_op(f"{_NAMESPACE}::forward", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(f"{_NAMESPACE}::backward", _backward, mutates_args=())
 
 
 @_schedule_operator.register_fake
@@ -396,8 +441,10 @@ def _(
     bounds: Tensor,
     sinks: Tensor | None,
     schedule: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     return _new_outputs(query, value)
 
@@ -414,8 +461,10 @@ def _(
     lse: Tensor,
     by_column: Tensor | None,
     by_row: Tensor | None,
+    seed: Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_gradient(query), _new_gradient(key), _new_gradient(value), torch.empty_like(lse)
 

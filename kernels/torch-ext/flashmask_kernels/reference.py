@@ -39,6 +39,8 @@ def reference_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with an N x N mask, computed in ``dtype`` and differentiable by autograd.
@@ -54,6 +56,7 @@ def reference_attention(
         scale: factor of the scores, by default ``D ** -0.5``.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: ``[H]``, a logit per head that takes part in the softmax and has no value.
+        keep: bool ``[B, H, S_q, S_k]``, the weights that dropout with probability ``dropout_p`` keeps.
 
     Returns:
         output ``[B, H, S_q, D_v]`` in ``dtype`` and log-sum-exp ``[B, H, S_q]`` (natural logarithm). A row that sees
@@ -79,4 +82,7 @@ def reference_attention(
         logits = torch.cat([scores, sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
         probabilities = torch.softmax(logits, -1)[..., :-1]
         lse = torch.logsumexp(logits, -1)
-    return probabilities.masked_fill(~row_sees, 0.0) @ value, lse
+    probabilities = probabilities.masked_fill(~row_sees, 0.0)
+    if keep is not None:
+        probabilities = probabilities.masked_fill(~keep, 0.0) / (1 - dropout_p)
+    return probabilities @ value, lse

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dropout import kept_elements
 from .reference import visible_mask
 
 # Small enough that the tiles at document boundaries waste little, large enough that a matrix product outweighs its
@@ -44,7 +45,15 @@ class _Group(NamedTuple):
 
 
 def tiled_forward(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, sinks: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, S_q, D_v]`` in the query's dtype, log-sum-exp ``[B, H, S_q]`` in float32 (or float64)."""
     batch_size, num_heads, q_len, _ = query.shape
@@ -78,6 +87,8 @@ def tiled_forward(
                 probabilities = scores.sub_(shift[..., None]).exp_()
                 correction = (row_max - shift).exp_()
                 row_sum = row_sum * correction + probabilities.sum(-1)
+                if seed is not None:
+                    probabilities.mul_(_keep_factors(seed, group, query, rows, run, dropout_p))
                 output.mul_(correction[..., None]).add_(_matmul(probabilities, v[..., run.columns, :].to(dtype)))
                 row_max = new_max
             group_out[..., rows, :] = output.div_(row_sum.masked_fill(row_sum == 0.0, 1.0)[..., None]).to(out.dtype)
@@ -94,8 +105,10 @@ def tiled_backward(
     bounds: Tensor,
     out: Tensor,
     lse: Tensor,
+    seed: Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, and delta = rowsum(out * d_out) - d_lse, float32 ``[B, H, S_q]``."""
     q_len = query.shape[2]
@@ -125,8 +138,13 @@ def tiled_backward(
                 scores = _scores(q_tile, k, rows, run, group.bounds, q_len, softcap)
                 slope = None if softcap is None else 1 - (scores / softcap).square_()
                 probabilities = scores.sub_(group_lse[..., rows, None]).exp_()
-                d_v[..., run.columns, :] += _matmul_transposed(probabilities, d_o_tile)
                 d_scores = _matmul(d_o_tile, v[..., run.columns, :].to(dtype).transpose(-1, -2))
+                if seed is None:
+                    d_v[..., run.columns, :] += _matmul_transposed(probabilities, d_o_tile)
+                else:
+                    factors = _keep_factors(seed, group, query, rows, run, dropout_p)
+                    d_v[..., run.columns, :] += _matmul_transposed(probabilities * factors, d_o_tile)
+                    d_scores.mul_(factors)
                 d_scores.sub_(group_delta[..., rows, None]).mul_(probabilities)
                 if slope is not None:
                     # A hidden score is -inf: its slope is NaN or -inf, its gradient 0.
@@ -183,41 +201,49 @@ def visible_row_tiles(bounds: Tensor, q_len: int, max_columns: int) -> list[_Row
 
 
 def classify_tiles(bounds: Tensor, q_len: int, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """Which tiles are hidden and which of the others are cut, by the minima and maxima of the planes (arXiv
-    2410.01359, section 4.2).
+    """Which tiles are hidden and which of the others are cut (arXiv 2410.01359, section 4.2): by the minima and maxima
+    of the planes where they settle it, else column by column.
 
     Args:
         bounds: int32 ``[C, S_k]``, one mask.
 
     Returns:
-        Two bool tensors ``[row tiles, column tiles]``. A tile is hidden when one interval covers its rows in every
-        column.
+        Two bool tensors ``[row tiles, column tiles]``. A tile is hidden when the intervals of its columns together
+        cover all its rows, cut when it is not and an element of it is hidden.
     """
-    num_planes, kv_len = bounds.shape
+    kv_len = bounds.shape[-1]
     first_row = torch.arange(0, q_len, block_m, device=bounds.device)[:, None]
     end_row = (first_row + block_m).clamp(max=q_len)
+    # Repeating the last column fills the last tile without changing what it is.
+    intervals = _intervals(bounds, q_len)
+    last = intervals[..., -1:].expand(-1, 2, -kv_len % block_n)
+    start, end = torch.cat([intervals, last], -1).unflatten(-1, (-1, block_n)).unbind(1)
+    hidden = ((start.amax(-1)[:, None] <= first_row) & (end.amin(-1)[:, None] >= end_row)).any(0)
+    touched = ((start.amin(-1)[:, None] < end_row) & (end.amax(-1)[:, None] > first_row)).any(0)
+    rows, columns = (touched & ~hidden).nonzero(as_tuple=True)
+    for row, column in zip(rows.split(_AT_ONCE), columns.split(_AT_ONCE)):
+        first, last = first_row[row], end_row[row]
+        # How far the rows are covered without a gap. An interval may reach further only after another one has.
+        covered = first.expand(-1, block_n)
+        for _ in intervals:
+            for lower, upper in zip(start[:, column], end[:, column]):
+                covered = torch.where((lower <= covered) & (upper > covered), upper, covered)
+        hidden[row, column] = (covered >= last).all(-1)
+        touched[row, column] = (start[:, column].maximum(first) < end[:, column].minimum(last)).any(-1).any(0)
+    return hidden, touched & ~hidden
 
-    def extrema(plane: Tensor) -> tuple[Tensor, Tensor]:
-        # Repeating the last column fills the last tile without changing its extrema.
-        last = plane[-1:].expand(-kv_len % block_n)
-        columns = torch.cat([plane, last]).view(-1, block_n)
-        return columns.amin(1), columns.amax(1)
 
-    if num_planes == 1:
-        diagonal = torch.arange(kv_len, device=bounds.device) - (kv_len - q_len)
-        intervals = [(bounds[0], torch.full_like(bounds[0], q_len)), (torch.zeros_like(bounds[0]), diagonal)]
-    elif num_planes == 2:
-        intervals = [(bounds[0], torch.full_like(bounds[0], q_len)), (torch.zeros_like(bounds[1]), bounds[1])]
-    else:
-        intervals = list(zip(bounds[0::2], bounds[1::2]))
-    hidden = torch.zeros((), dtype=torch.bool, device=bounds.device)
-    cut = hidden
-    for start, end in intervals:
-        start_min, start_max = extrema(start)
-        end_min, end_max = extrema(end)
-        hidden = hidden | ((start_max <= first_row) & (end_min >= end_row))
-        cut = cut | ((start_min < end_row) & (end_max > first_row))
-    return hidden, cut & ~hidden
+_AT_ONCE = 4096  # tiles that are looked at column by column
+
+
+def _intervals(bounds: Tensor, q_len: int) -> Tensor:
+    """Bounds of one mask as intervals of hidden rows, ``[n, 2, S_k]``."""
+    num_planes, kv_len = bounds.shape
+    if num_planes > 2:
+        return bounds.unflatten(0, (-1, 2))
+    start, zero, everything = bounds[0], torch.zeros_like(bounds[0]), torch.full_like(bounds[0], q_len)
+    end = bounds[1] if num_planes == 2 else torch.arange(kv_len, device=bounds.device) - (kv_len - q_len)
+    return torch.stack([torch.stack([start, everything]), torch.stack([zero, end.to(bounds.dtype)])])
 
 
 def _split_heads(tensor: Tensor, group: _Group) -> Tensor:
@@ -235,6 +261,15 @@ def _scores(
     if run.is_cut:
         scores.masked_fill_(~_visible(bounds, rows, run.columns, q_len), -torch.inf)
     return scores
+
+
+def _keep_factors(seed: Tensor, group: _Group, query: Tensor, rows: slice, run: _Run, dropout_p: float) -> Tensor:
+    """What dropout multiplies the weights of one run with, ``[B, kv heads, heads per kv head, rows, columns]``."""
+    head = torch.arange(query.shape[0] * query.shape[1], device=query.device).view(query.shape[:2])
+    head = _split_heads(head[group.batch, group.heads], group)[..., None, None]
+    row, column = (torch.arange(part.start, part.stop, device=query.device) for part in (rows, run.columns))
+    kept = kept_elements(seed, head, row[:, None], column, dropout_p)
+    return kept.to(torch.promote_types(query.dtype, torch.float32)).div_(1 - dropout_p)
 
 
 def _visible(bounds: Tensor, rows: slice, columns: slice, q_len: int) -> Tensor:

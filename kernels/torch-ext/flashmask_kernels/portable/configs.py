@@ -6,17 +6,21 @@ from typing import NamedTuple
 
 import torch
 
-MAX_HEAD_DIM = 256
-
 
 class Config(NamedTuple):
-    """How one kernel is launched. ``use_descriptors``: load tiles by TMA descriptors where the tensors allow it."""
+    """How one kernel is launched.
+
+    Attributes:
+        use_descriptors: load tiles by TMA descriptors where the tensors allow it.
+        query_in_registers: of the forward kernel.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     use_descriptors: bool = False
+    query_in_registers: bool = False
 
 
 class Configs(NamedTuple):
@@ -32,32 +36,42 @@ def _same(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config
 
 
 # {architecture: {largest head size: configs}} for float16 and bfloat16. The rows of sm_90 were measured (H200, Triton
-# 3.6, packed causal documents, 32 query and 8 key heads). The others follow them as far as shared memory and
-# registers allow, by what the compiler reports.
+# 3.6, bfloat16, 32 query and 8 key heads; 32K tokens, causal / documents of 4K / of 800 tokens). The others follow them
+# as far as shared memory and registers allow, by what the compiler reports.
 #
-# Small thread blocks share a processor: each computes softmax while another multiplies. At D = 128 and 32K, 64 x 64
-# with 4 warps reached 446 TFLOP/s forward, 128 x 128 with 8 warps 421, 128 x 64 with 8 warps 360; 128 x 64 with 4 warps
-# 435, in a second run no less than 64 x 64. For dK/dV 64 x 64 took 8.2 ms where 64 x 128 with 8 warps took 10.2 and
-# 128 x 128 11.6. At D = 64 two stages reached 409 TFLOP/s forward, three 392, 64 x 128 401, tiles of 128 rows 343. With
-# pointers instead of TMA descriptors dQ took 6.2 ms instead of 5.4 and dK/dV 12.3 instead of 8.2; sm_80 has no
-# descriptors.
+# Forward in ms, D = 128: 64 x 64 with 4 warps, the query in registers and 3 stages 16.3 / 6.0 / 0.90; with 2 stages
+# 18.1 / 6.4 / 0.88; from shared memory with 2 stages 18.3 / 6.4 / 0.82, with 3 stages 21.1 / 7.6 / 1.40; 128 x 64 with
+# 4 warps 17.9 / 6.6 / 0.90, with 8 warps and 3 stages 17.8 / 6.6 / 1.07; 128 x 128 with 8 warps 18.5 / 6.6 / 1.05.
+# D = 64: 64 x 64 with 2 stages 9.4 / 3.4 / 0.43, with 3 stages 9.8 / 3.8 / 0.53, with the query in registers
+# 10.5 / 3.8 / 0.51; 64 x 128 9.0 / 3.3 / 0.51; tiles of 128 rows 10.1 or more.
+# Backward in all, D = 128: 53.4 / 19.3 / 2.07; dK/dV by 64 x 128 with 8 warps 58.9 / 19.7 / 2.43, with one stage 65.9;
+# dQ by 128 x 128 with 8 warps 53.3 / 18.9 / 2.41, with 3 stages 55.7. D = 64: 28.1 / 9.8 / 1.24; dK/dV by 64 x 64
+# 34.4 / 11.7 / 1.34; dQ by 128 x 64 28.2 / 10.3 / 1.38. Without TMA descriptors dQ took 6.2 ms instead of 5.4 and dK/dV
+# 12.3 instead of 8.2; sm_80 has none.
 _HOPPER = {
     64: Configs(Config(64, 64, 4, 2, True), Config(128, 64, 4, 2, True), Config(64, 64, 4, 2, True)),
-    128: Configs(Config(64, 64, 4, 3, True), Config(64, 64, 4, 2, True), Config(64, 64, 4, 2, True)),
+    128: Configs(Config(64, 64, 4, 3, True, True), Config(64, 64, 4, 2, True), Config(64, 64, 4, 2, True)),
     256: Configs(Config(128, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
+    512: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
 _HALF = {
-    "sm_80": {64: _same(64, 64, 4, 2), 128: _same(64, 64, 4, 2), 256: _same(64, 32, 4, 2)},
+    "sm_80": {64: _same(64, 64, 4, 2), 128: _same(64, 64, 4, 2), 256: _same(64, 32, 4, 2), 512: _same(32, 32, 8, 1)},
     # 99 KiB of shared memory: sm_86, sm_89, sm_120.
-    "sm_86": {64: _same(64, 64, 4, 2), 128: _same(64, 64, 4, 2), 256: _same(32, 32, 4, 2)},
+    "sm_86": {64: _same(64, 64, 4, 2), 128: _same(64, 64, 4, 2), 256: _same(32, 32, 4, 2), 512: _same(16, 16, 4, 1)},
     "sm_90": _HOPPER,
-    # dK/dV at 256 keeps more in shared memory here than on sm_90, more than there is with 64 rows.
-    "sm_100": _HOPPER | {256: _HOPPER[256]._replace(key_value_gradient=Config(32, 64, 8, 2, True))},
-    "gfx942": {64: _same(64, 64, 4, 1), 128: _same(64, 32, 4, 1), 256: _same(32, 32, 4, 1)},
+    # By the compiler: what spills least and fits.
+    "sm_100": {
+        64: Configs(*[Config(64, 64, 4, 2, True)] * 3),
+        128: Configs(*[Config(64, 64, 4, 2, True)] * 3),
+        256: Configs(Config(128, 64, 8, 1, True), Config(32, 64, 8, 2, True), Config(64, 64, 8, 2, True)),
+        512: _same(32, 32, 8, 1),
+    },
+    "gfx942": {64: _same(64, 64, 4, 1), 128: _same(64, 32, 4, 1), 256: _same(32, 32, 4, 1), 512: _same(16, 16, 4, 1)},
 }
 
 # IEEE float32 products run on the vector units: only small tiles keep their operands in registers. dQ at D = 128 is the
 # exception on sm_90, 4.1 ms with 32 x 32 and 7.2 ms with 16 x 16 (H200, 4K); sm_100 would spill 1 KiB a thread.
+# Larger heads keep nothing in registers at any size: plain torch is as fast.
 _FLOAT = {64: _same(32, 32, 4, 2), 128: _same(16, 16, 4, 2), 256: _same(16, 16, 4, 2)}
 _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32, 4, 2))}
 
@@ -74,8 +88,6 @@ def architecture(device: torch.device) -> str:
 
 def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
     """The configurations for a dtype and the larger head size ``head_dim``; None if there is no kernel for it."""
-    if head_dim > MAX_HEAD_DIM:
-        return None
     row = architecture(device)
     table = _HALF[row] if dtype != torch.float32 else _FLOAT_HOPPER if row == "sm_90" else _FLOAT
-    return next(configs for largest, configs in table.items() if head_dim <= largest)
+    return next((configs for largest, configs in table.items() if head_dim <= largest), None)

@@ -11,21 +11,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schedule import mask_strides
+from ..dropout import drop_below
+from ..schedule import mask_strides, max_runs_of
 from .configs import Config
 from .tiles import (
     LN_2,
     LOG2_E,
     descriptors_can_address,
     hidden_elements,
+    kept_elements,
     load_rows,
+    load_run,
     soft_capped,
     store_rows,
     tile_source,
 )
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b"])
+@triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
 def attention_forward_kernel(
     q,
     k,
@@ -35,21 +38,26 @@ def attention_forward_kernel(
     bounds,
     schedule,
     sinks,
+    seed,
     q_strides,
     k_strides,
     v_strides,
     out_strides,
     scale,
     softcap,
+    drop_below,
+    keep_scale,
     q_len,
     kv_len,
     mask_stride_b,
+    max_runs,
     NUM_HEADS: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,
     HEADS_PER_MASK: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -58,9 +66,9 @@ def attention_forward_kernel(
     BLOCK_DIM_V: tl.constexpr,
     PRECISION: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
+    QUERY_IN_REGISTERS: tl.constexpr,
 ):
     num_row_tiles = tl.cdiv(q_len, BLOCK_M)
-    num_column_tiles = tl.cdiv(kv_len, BLOCK_N)
     # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the most
     # work: first.
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
@@ -70,11 +78,15 @@ def attention_forward_kernel(
     kv_head = head // HEADS_PER_KV_HEAD
     mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
     bounds += mask * NUM_PLANES * kv_len
-    schedule += (mask * num_row_tiles + row_tile) * (num_column_tiles + 2)
+    schedule += (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
 
     start_m = row_tile * BLOCK_M
     rows = start_m + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
+    if QUERY_IN_REGISTERS:
+        # A value that is computed, not loaded, enters the matrix product from registers: shared memory, which both
+        # operands of a 64 x 64 product saturate, is left to K, and has room for a third stage.
+        q_tile = tl.where((rows < q_len)[:, None], q_tile, 0.0)
     output = tl.zeros([BLOCK_M, BLOCK_DIM_V], dtype=tl.float32)
     # Scores and their maxima are in base 2.
     if HAS_SINKS:
@@ -87,39 +99,42 @@ def attention_forward_kernel(
 
     # Compiled twice: for the cut tiles, then for the full ones.
     for IS_CUT in tl.static_range(1, -1, -1):
-        num_tiles = tl.load(schedule + (1 - IS_CUT))
-        tiles = schedule + 2 + (0 if IS_CUT else num_column_tiles - num_tiles)
-        for position in range(num_tiles):
-            start_n = tl.load(tiles + position) * BLOCK_N
-            k_tile = load_rows(
-                k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
-            )
-            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-            factor = scale * LOG2_E
-            if HAS_SOFTCAP:
-                scores = soft_capped(scores * scale, softcap)
-                factor = LOG2_E
-            if IS_CUT:
+        for run in range(tl.load(schedule + (1 - IS_CUT))):
+            first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT)
+            for column_tile in range(first_tile, end_tile):
+                start_n = column_tile * BLOCK_N
+                k_tile = load_rows(
+                    k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
+                )
                 columns = start_n + tl.arange(0, BLOCK_N)
-                hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
-                scores = tl.where(hidden, float("-inf"), scores * factor)
-                factor = 1.0
-            new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-            # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max) if IS_CUT else new_max
-            probabilities = tl.exp2(scores * factor - shift[:, None])
-            correction = tl.exp2(row_max - shift)
-            row_sum = row_sum * correction + tl.sum(probabilities, 1)
-            row_max = new_max
-            v_tile = load_rows(
-                v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
-            )
-            output = output * correction[:, None]
-            output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
+                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+                factor = scale * LOG2_E
+                if HAS_SOFTCAP:
+                    scores = soft_capped(scores * scale, softcap)
+                    factor = LOG2_E
+                if IS_CUT:
+                    hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
+                    scores = tl.where(hidden, float("-inf"), scores * factor)
+                    factor = 1.0
+                new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+                # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
+                shift = tl.where(new_max == float("-inf"), 0.0, new_max) if IS_CUT else new_max
+                probabilities = tl.exp2(scores * factor - shift[:, None])
+                correction = tl.exp2(row_max - shift)
+                row_sum = row_sum * correction + tl.sum(probabilities, 1)
+                row_max = new_max
+                if HAS_DROPOUT:
+                    kept = kept_elements(seed, batch_head, rows[:, None], columns[None, :], drop_below)
+                    probabilities = tl.where(kept, probabilities, 0.0)
+                v_tile = load_rows(
+                    v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
+                )
+                output = output * correction[:, None]
+                output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
 
     # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    output = output / row_sum[:, None]
+    output = output * (keep_scale / row_sum)[:, None]
     store_rows(out, out_strides, output, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V)
     lse += batch_head.to(tl.int64) * q_len
     tl.store(lse + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < q_len)
@@ -132,8 +147,10 @@ def attention_forward(
     bounds: torch.Tensor,
     sinks: torch.Tensor | None,
     schedule: torch.Tensor,
+    seed: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    dropout_p: float,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward kernel.
@@ -143,6 +160,7 @@ def attention_forward(
             contiguous.
         bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, contiguous.
         schedule: the schedule by rows of ``bounds`` for the tile sizes of ``config``.
+        seed: int64 ``[1]``, or None without dropout.
 
     Returns:
         output ``[B, H, S_q, D_v]`` in the query's dtype, laid out like a model's ``[B, S_q, H, D_v]``; log-sum-exp
@@ -165,21 +183,26 @@ def attention_forward(
         bounds,
         schedule,
         sinks,
+        seed,
         query.stride()[:3],
         key.stride()[:3],
         value.stride()[:3],
         out.stride()[:3],
         scale,
         0.0 if softcap is None else softcap,
+        drop_below(dropout_p),
+        1.0 / (1.0 - dropout_p),
         q_len,
         kv_len,
         mask_stride_b,
+        max_runs_of(schedule),
         NUM_HEADS=num_heads,
         HEADS_PER_KV_HEAD=num_heads // kv_heads,
         HEADS_PER_MASK=heads_per_mask,
         NUM_PLANES=bounds.shape[2],
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        HAS_DROPOUT=seed is not None,
         DIM=dim,
         DIM_V=dim_v,
         BLOCK_M=config.block_m,
@@ -188,6 +211,7 @@ def attention_forward(
         BLOCK_DIM_V=block_dim_v,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         USE_DESCRIPTORS=use_descriptors,
+        QUERY_IN_REGISTERS=config.query_in_registers,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

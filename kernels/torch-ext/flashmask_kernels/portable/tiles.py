@@ -90,6 +90,13 @@ def store_rows(
 
 
 @triton.jit
+def load_run(schedule, run, max_runs, IS_CUT: tl.constexpr):
+    """First and end tile of a run in one list of a schedule: cut runs from the front, full ones from the back."""
+    pair = schedule + (2 + 2 * run if IS_CUT else 2 * max_runs - 2 * run)
+    return tl.load(pair), tl.load(pair + 1)
+
+
+@triton.jit
 def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constexpr):
     """True where row and column do not see each other. ``rows`` and ``columns`` broadcast to the tile, either way
     around.
@@ -112,6 +119,13 @@ def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constex
             end = tl.load(plane + kv_len + columns, mask=exists, other=0)
             hidden |= (rows >= start) & (rows < end)
         return hidden
+
+
+@triton.jit
+def kept_elements(seed, batch_head, rows, columns, drop_below):
+    """True where dropout keeps a weight, as in `dropout.kept_elements`. ``rows`` and ``columns`` broadcast."""
+    bits, _, _, _ = tl.philox(tl.load(seed), columns, rows, batch_head, 0 * batch_head)
+    return (bits >> 8).to(tl.int32) >= drop_below
 
 
 @triton.jit

@@ -1,0 +1,157 @@
+"""Random calls of `flashmask_attention` against dense attention, by the criterion of the tests.
+
+    python tests/fuzz_attention.py                             # 10,000 cases on the GPU
+    python tests/fuzz_attention.py --device cpu --cases 500    # plain torch
+
+A case is named by its number alone: `--first 123 --cases 1` repeats one. Lengths, bounds (any int32), values, strides,
+scale and seeds are random in every case; what kernels are compiled for (dtype, head sizes, heads, planes, softcap,
+sinks, dropout) comes from a few hundred combinations, so that most of the time goes into running them. New memory is
+filled with NaN and the largest integer: an element that nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attention_checks import assert_matches_reference, random_intervals
+from torch import Tensor
+
+from flashmask_kernels import flashmask_attention, reference_attention
+from flashmask_kernels.dropout import draw_seed, kept_elements
+
+SIGNATURES = 300
+
+
+def signature(number: int) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    choose = random.Random(number).choice
+    kv_heads = choose([1, 1, 2, 3])
+    heads = kv_heads * choose([1, 2, 3, 5, 7])
+    dim = choose([8, 16, 24, 64, 64, 72, 80, 96, 104, 128, 128, 160, 192, 256])
+    dtypes = [torch.float16, torch.bfloat16, torch.bfloat16, torch.float32]
+    return {
+        "dtype": choose(dtypes),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "mask_heads": choose([1, 1, kv_heads, heads]),
+        "dim": dim,
+        "dim_v": choose([dim, dim, dim, 64, 128]),
+        "planes": choose([1, 1, 2, 2, 4, 6, 10, 32]),
+        "softcap": choose([None, None, None, 5.0]),
+        "has_sinks": choose([False, False, True]),
+        "dropout_p": choose([0.0, 0.0, 0.0, 0.3]),
+    }
+
+
+def random_length(choose: random.Random) -> int:
+    return choose.choice([1, choose.randint(1, 40), choose.randint(1, 300), 64 * choose.randint(1, 4)])
+
+
+def random_tensor(
+    batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, device: str, layout: str
+) -> Tensor:
+    """`[B, heads, S, D]`, contiguous, as models lay it out, or a part of a larger tensor."""
+    if layout == "contiguous":
+        return torch.randn(batch, heads, length, dim, device=device).to(dtype)
+    if layout == "model":
+        return torch.randn(batch, length, heads, dim, device=device).to(dtype).transpose(1, 2)
+    joined = torch.randn(batch, length, heads, dim + 24, device=device).to(dtype).transpose(1, 2)
+    return joined[..., 8 : 8 + dim]
+
+
+def blocks(bounds: Tensor, size: int) -> Tensor:
+    """Intervals in multiples of a size: they hide tiles together, and make full ones."""
+    return bounds // size * size
+
+
+def run_case(number: int, device: str) -> None:
+    choose = random.Random(10**6 + number)
+    what = signature(number % SIGNATURES)
+    torch.manual_seed(number)
+    dtype, heads, kv_heads, dropout_p = what["dtype"], what["heads"], what["kv_heads"], what["dropout_p"]
+    batch = choose.choice([1, 1, 2, 3])
+    q_len = random_length(choose)
+    kv_len = choose.choice([q_len, q_len, random_length(choose)])
+    layout = choose.choice(["model", "model", "contiguous", "part"])
+    query = random_tensor(batch, heads, q_len, what["dim"], dtype, device, layout)
+    key = random_tensor(batch, kv_heads, kv_len, what["dim"], dtype, device, layout)
+    value = random_tensor(batch, kv_heads, kv_len, what["dim_v"], dtype, device, layout)
+    bounds = random_intervals(choose.choice([1, batch]), what["mask_heads"], what["planes"], q_len, kv_len)
+    if choose.random() < 0.5:
+        bounds = blocks(bounds, choose.choice([16, 64]))
+    if choose.random() < 0.3:
+        bounds = bounds.sort(-1).values
+    bounds = bounds.to(device)
+    sinks = torch.randn(heads, device=device).to(dtype) if what["has_sinks"] else None
+    scale = choose.choice([None, None, 0.0, 0.37])
+    keep = None
+    if dropout_p:
+        torch.manual_seed(number)
+        seed = draw_seed(torch.device(device))
+        head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+        rows, columns = torch.arange(q_len, device=device)[:, None], torch.arange(kv_len, device=device)
+        keep = kept_elements(seed, head, rows, columns, dropout_p)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(number)
+        return flashmask_attention(q, k, v, mask, scale=scale, dropout_p=dropout_p, return_lse=True, **options)
+
+    def reference(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return reference_attention(*args, scale=scale, keep=keep, dropout_p=dropout_p, **options)
+
+    # The gradient of a score is a difference, P * (dP - delta): where a row sees one key, or dropout leaves one, it is
+    # 0, and what remains is rounding of the size of dP.
+    size = (what["dim"] ** -0.5 if scale is None else scale) * (what["dim_v"] * heads / kv_heads) ** 0.5
+    slack = 16 * torch.finfo(dtype).eps * max(size, 1.0)
+    assert_matches_reference(
+        attend, query, key, value, bounds, what["softcap"], sinks, reference=reference, slack=slack
+    )
+
+
+def failures(arguments: tuple[range, str]) -> list[str]:
+    numbers, device = arguments
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    found = []
+    for number in numbers:
+        try:
+            run_case(number, device)
+        except Exception as error:
+            found.append(f"case {number} {signature(number % SIGNATURES)}: {type(error).__name__}: {error}")
+    return found
+
+
+def chunks(first: int, cases: int, size: int) -> Iterator[range]:
+    for start in range(first, first + cases, size):
+        yield range(start, min(start + size, first + cases))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10000, help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    start, done, failed = time.perf_counter(), 0, []
+    work = list(chunks(arguments.first, arguments.cases, 20))
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for numbers, found in zip(work, pool.imap(failures, [(numbers, arguments.device) for numbers in work])):
+            done += len(numbers)
+            failed += found
+            print(*found, sep="\n", end="\n" if found else "", flush=True)
+    print(f"{done - len(failed)} of {done} cases passed in {time.perf_counter() - start:.0f} s")
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
