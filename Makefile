@@ -1,18 +1,20 @@
 # make demo    train on packed documents and compare with padding    make test      the tests that need no GPU
 # make lint    ruff and mypy                                         make check     lint and test
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
-# make sweep   compare every family of models with eager attention, write docs/models.md: ten minutes
+# make sweep   compare every family of models with eager attention, write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
+# make versions  run the core of the tests with the versions that are supported, or VERSIONS=oldest ... of them
 # PYTHON picks the interpreter of the environment, VENV its place.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_WORKERS ?= 2
+VERSIONS ?=
 
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-gpu sweep transformers-tests lint check clean
+.PHONY: demo test test-gpu sweep transformers-tests versions lint check clean
 
 # Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
 demo: $(READY)
@@ -29,6 +31,9 @@ sweep: $(READY)
 
 transformers-tests: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) tests/run_transformers_tests.py
+
+versions: $(READY)
+	$(RUN) tests/run_versions.py --workers $(PYTEST_WORKERS) $(VERSIONS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -15,7 +15,8 @@ from .integration import NAME
 def report() -> str:
     """The environment as lines of text, to be pasted into an issue."""
     rows = [("hf_flashmask", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [(package, _version_of(package)) for package in ("torch", "transformers", "triton", "accelerate")]
+    rows += [("torch", torch.__version__)]  # says which CUDA it was built for, wheels from PyPI do not
+    rows += [(package, _version_of(package)) for package in ("transformers", "triton", "accelerate")]
     rows += [("implementation", f'attn_implementation="{NAME}" is registered')]
     rows += [("cpu", "tiled PyTorch: exact, skips hidden tiles")]
     if torch.cuda.is_available():

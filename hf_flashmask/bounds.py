@@ -27,6 +27,7 @@ Shared arguments of the constructors:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -41,9 +42,12 @@ __all__ = [
     "causal_with_blocks",
     "check_bounds",
     "chunked",
+    "document_ends",
+    "document_starts",
     "from_block_mask",
     "from_cu_seqlens",
     "from_dense",
+    "from_document_ends",
     "from_document_ids",
     "from_padding_mask",
     "from_position_ids",
@@ -94,17 +98,18 @@ def causal(
     `[1, 1, C, S_k]`, C = 1 when aligned at the bottom right, else 2.
     """
     kv_len = q_len if kv_len is None else kv_len
+    _check_lengths(q_len, kv_len)
+    if _is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return torch.full((1, 1, 1, kv_len), q_len, dtype=torch.int32, device=device)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
-    aligned = _is_bottom_right(q_len, kv_len, q_offset, kv_offset)
-    return _planes(torch.full_like(diagonal, q_len), None if aligned else diagonal, q_len)
+    return _planes(torch.full_like(diagonal, q_len), diagonal, q_len)
 
 
 def bidirectional(q_len: int, kv_len: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
     """Every query sees every key. `[1, 1, 2, S_k]`."""
     kv_len = q_len if kv_len is None else kv_len
-    _check_lengths(q_len, kv_len)
-    ute = torch.zeros(kv_len, dtype=torch.int32, device=device)
-    return _planes(torch.full_like(ute, q_len), ute, q_len)
+    lts = causal(q_len, kv_len, device=device)
+    return torch.cat([lts, torch.zeros_like(lts)], dim=2)
 
 
 def sliding_window(
@@ -128,11 +133,12 @@ def sliding_window(
     if window < smallest:
         raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
     window = min(window, _FAR)
+    if is_causal and _is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return _planes(_diagonal(q_len, kv_len, q_offset, kv_offset, device, below=window), None, q_len)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
-    if not is_causal:
-        return _planes(diagonal + (window + 1), diagonal - window, q_len)
-    aligned = _is_bottom_right(q_len, kv_len, q_offset, kv_offset)
-    return _planes(diagonal + window, None if aligned else diagonal, q_len)
+    if is_causal:
+        return _planes(diagonal + window, diagonal, q_len)
+    return _planes(diagonal + (window + 1), diagonal - window, q_len)
 
 
 def chunked(
@@ -149,19 +155,21 @@ def chunked(
     """A query sees the keys of its own chunk of `chunk_size` positions (Llama 4).
 
     `left_padding` `[B]` shifts the chunk borders of each batch row: the first chunk begins after that many positions.
+    `[B, S_k]` shifts them for each key: packed documents have chunks of their own from their first position on.
     `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
     """
     kv_len = q_len if kv_len is None else kv_len
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     if left_padding is not None:
-        _check_int_tensor("left_padding", left_padding, (1,), "[B]")
+        dims = (1, 2) if left_padding.shape[-1:] == (kv_len,) else (1,)
+        _check_int_tensor("left_padding", left_padding, dims, "[B] or [B, S_k]")
         device = left_padding.device if device is None else device
     chunk_size = min(chunk_size, _FAR)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
-    position = torch.arange(kv_len, dtype=torch.int32, device=diagonal.device) + kv_offset
+    position = _diagonal(q_len, kv_len, 0, kv_offset, diagonal.device)
     if left_padding is not None:
-        position = position - left_padding[:, None]
+        position = position - (left_padding[:, None] if left_padding.ndim == 1 else left_padding)
     chunk_start = diagonal - position.remainder(chunk_size).to(torch.int32)
     if not is_causal:
         return _planes(chunk_start + chunk_size, chunk_start, q_len)
@@ -215,9 +223,9 @@ def from_document_ids(
         `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
     """
     document_ids = _check_per_position("document_ids", document_ids)
-    runs = _run_numbers(document_ids != _previous(document_ids))
+    ends = _run_ends(document_ids != _previous(document_ids))
     call = _resolve_call(document_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    return _from_runs(runs, document_ids < 0, call, is_causal)
+    return _from_runs(ends, document_ids < 0, call, is_causal)
 
 
 def from_position_ids(
@@ -242,10 +250,47 @@ def from_position_ids(
     Returns:
         `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
     """
+    ends = document_ends(position_ids)
+    call = _resolve_call(ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
+    return _from_runs(ends, None, call, is_causal)
+
+
+def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
+    """Where the document of each position ends, its last position + 1: int32 `[B, S]`, the LTS of `from_position_ids`.
+
+    Args:
+        position_ids: integers `[B or 1, S]` or `[S]`, below 2^30. A document starts wherever they do not increase.
+        is_token: bool `[B, S]`, False for padding. Padding starts no document, and belongs to the one before it.
+    """
     position_ids = _check_per_position("position_ids", position_ids)
-    runs = _run_numbers(position_ids <= _previous(position_ids))
-    call = _resolve_call(position_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    return _from_runs(runs, None, call, is_causal)
+    if is_token is None:
+        return _run_ends(position_ids <= _previous(position_ids))
+    # Tokens come before all padding. Each position is compared with the last token before it; before the first token
+    # that is padding, so that a document starts there.
+    position_ids = torch.add(position_ids, is_token, alpha=-_FAR)
+    tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
+    last_token = torch.searchsorted(tokens, tokens).expand_as(position_ids)
+    return _run_ends(position_ids <= _previous(position_ids.gather(1, last_token)))
+
+
+def document_starts(document_ends: Tensor) -> Tensor:
+    """Where the document of each position starts: int32 `[B, S]`, from `document_ends` of either sign."""
+    ends = document_ends.abs()
+    return torch.searchsorted(ends, ends, out_int32=True)
+
+
+def from_document_ends(document_ends: Tensor, *, is_causal: bool = True) -> Tensor:
+    """Packed documents from what `bounds.document_ends` found, with a minus for padding, whose keys are hidden.
+
+    Args:
+        document_ends: int32 `[B, S]`, S_q = S_k = S.
+
+    Returns:
+        `[B, 1, C, S]`, C = 1 when causal, else 2.
+    """
+    if is_causal:
+        return document_ends[:, None, None].contiguous()
+    return torch.stack([document_ends, document_starts(document_ends)], dim=1)[:, None]
 
 
 def from_cu_seqlens(
@@ -286,15 +331,14 @@ def from_cu_seqlens(
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)
     document_end = torch.searchsorted(keys, key, right=True, out_int32=True)
-    hidden = document_end == keys.shape[0]
-    document_end = document_end.clamp(max=keys.shape[0] - 1)
-    lts = rows[document_end].masked_fill(hidden, 0)
+    # Keys past the last document end where the first one starts: nothing sees them.
+    lts = torch.cat([rows, rows[:1]])[document_end]
     if is_causal and cu_seqlens_k is None and kv_len == q_len:
         return _planes(lts, None, q_len)
-    ute = rows[(document_end - 1).clamp(min=0)]
+    ute = torch.cat([rows[:1], rows])[document_end]
     if is_causal:
-        ute = torch.maximum(ute, key + rows[document_end] - keys[document_end])
-    return _planes(lts, ute.masked_fill(hidden, q_len), q_len)
+        ute = torch.maximum(ute, key + torch.cat([rows - keys, rows[:1]])[document_end])
+    return _planes(lts, ute, q_len)
 
 
 def from_padding_mask(
@@ -343,9 +387,10 @@ def causal_with_blocks(
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1, got {window}")
     block_ids = _check_per_position("block_ids", block_ids)
-    runs = _run_numbers(block_ids != _previous(block_ids))
+    ends = _run_ends(block_ids != _previous(block_ids))
     q_len, kv_len, q_offset, kv_offset = _resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    start, end = _run_ranges(runs, block_ids < 0, kv_len, kv_offset)
+    start = _of_keys(torch.searchsorted(ends, ends, out_int32=True), block_ids < 0, _FAR, kv_len, kv_offset)
+    end = _of_keys(ends, block_ids < 0, -_FAR, kv_len, kv_offset)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, block_ids.device)
     ute = torch.minimum(diagonal, start - q_offset)
     if window is None:
@@ -637,7 +682,7 @@ def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     _check_operands("intersect", bounds)
     planes = {mask.shape[2] for mask in bounds}
     if planes == {1}:
-        return torch.stack([mask.squeeze(2) for mask in _broadcast(bounds)]).amin(0).unsqueeze(2)
+        return reduce(torch.minimum, bounds).contiguous()
     simple = [_lower_upper(mask, q_len) for mask in bounds if mask.shape[2] <= 2]
     others = [mask for mask in bounds if mask.shape[2] > 2]
     if simple:
@@ -663,7 +708,7 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     if len(bounds) == 1:
         return bounds[0].contiguous()
     if all(mask.shape[2] == 1 for mask in bounds):
-        return torch.stack([mask.squeeze(2) for mask in _broadcast(bounds)]).amax(0).unsqueeze(2)
+        return reduce(torch.maximum, bounds).contiguous()
     families = [torch.stack(_disjoint(*_hidden_intervals(mask, q_len)), dim=0) for mask in bounds]
     count = sum(family.shape[3] for family in families)
     _check_intervals("union", count - len(bounds) + 1)
@@ -676,8 +721,11 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     return torch.stack([start, end], dim=3).flatten(2, 3)
 
 
-def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
-    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is."""
+def hide_keys(bounds: Tensor, hidden: Tensor, *, start: int = 0) -> Tensor:
+    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is.
+
+    `start`, 0 or less, is where the hidden rows of such a key begin.
+    """
     _check_form(bounds)
     if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
         raise ValueError(
@@ -686,10 +734,10 @@ def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
         )
     hidden = hidden[:, None, None, :]
     if bounds.shape[2] == 1:
-        return bounds.masked_fill(hidden, 0)
+        return bounds.masked_fill(hidden, start)
     # Plane 0 starts an interval and plane 1 ends one in every form, also in C = 2, where the column is then hidden by
     # LTS and by UTE alike: the kernels can skip it from either side.
-    starts = bounds[:, :, 0::2].masked_fill(hidden, 0)
+    starts = bounds[:, :, 0::2].masked_fill(hidden, start)
     ends = bounds[:, :, 1::2].masked_fill(hidden, _NO_END)
     return torch.stack([starts, ends], dim=3).flatten(2, 3)
 
@@ -868,14 +916,21 @@ def check_bounds(
 
 
 def _diagonal(
-    q_len: int, kv_len: int, q_offset: Offset | None, kv_offset: Offset, device: torch.device | str | None
+    q_len: int,
+    kv_len: int,
+    q_offset: Offset | None,
+    kv_offset: Offset,
+    device: torch.device | str | None,
+    below: int = 0,
 ) -> Tensor:
-    """The row at which each key's own position lies, int32 `[S_k]`; rows before it come before the key."""
+    """The row `below` that at which each key's own position lies, int32 `[S_k]`; rows before it come before the key."""
     _check_lengths(q_len, kv_len)
     if device is None:
         device = next((offset.device for offset in (q_offset, kv_offset) if isinstance(offset, Tensor)), None)
-    shift = q_len - kv_len if q_offset is None else kv_offset - q_offset
-    return torch.arange(kv_len, dtype=torch.int32, device=device) + shift
+    shift = below + (q_len - kv_len if q_offset is None else kv_offset - q_offset)
+    if isinstance(shift, Tensor):
+        return torch.arange(kv_len, dtype=torch.int32, device=device) + shift
+    return torch.arange(shift, shift + kv_len, dtype=torch.int32, device=device)
 
 
 def _is_bottom_right(q_len: int, kv_len: int, q_offset: Offset | None, kv_offset: Offset) -> bool:
@@ -902,41 +957,39 @@ def _resolve_call(
     return q_len, kv_len, positions - q_len if q_offset is None else q_offset, kv_offset
 
 
-def _run_numbers(starts: Tensor) -> Tensor:
-    """Number the runs of a sequence, int32 `[B, S]`, from bool `[B, S]`: whether a run starts here."""
-    return starts.cumsum(-1, dtype=torch.int32).contiguous()
-
-
 def _previous(values: Tensor) -> Tensor:
     """The value before each one, and the first one before itself: `[B, S]`."""
     return torch.cat([values[:, :1], values[:, :-1]], dim=1)
 
 
-def _run_ranges(runs: Tensor, outside: Tensor | None, kv_len: int, kv_offset: Offset) -> tuple[Tensor, Tensor]:
-    """First and past-the-last position of each key's run, `[B, S_k]`; an endless negative range for keys in none."""
-    positions = runs.shape[-1]
-    start = torch.searchsorted(runs, runs, out_int32=True)
-    end = torch.searchsorted(runs, runs, right=True, out_int32=True)
+def _run_ends(starts: Tensor) -> Tensor:
+    """Past-the-last position of each position's run, int32 `[B, S]`, from bool `[B, S]`: whether a run starts here."""
+    runs = starts.cumsum(-1, dtype=torch.int32).contiguous()
+    return torch.searchsorted(runs, runs, right=True, out_int32=True)
+
+
+def _of_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_offset: Offset) -> Tensor:
+    """The edge of each key's run, `[B, S_k]`, from that of each position; `nowhere` for keys in none."""
     if outside is not None:
-        start, end = start.masked_fill(outside, _FAR), end.masked_fill(outside, -_FAR)
+        edge = edge.masked_fill(outside, nowhere)
+    positions = edge.shape[-1]
     if kv_len == positions and not isinstance(kv_offset, Tensor) and kv_offset == 0:
-        return start, end
+        return edge
     # One more position stands for all those that the ids do not reach.
-    start = torch.nn.functional.pad(start, (0, 1), value=_FAR)
-    end = torch.nn.functional.pad(end, (0, 1), value=-_FAR)
-    key = torch.arange(kv_len, device=runs.device) + kv_offset
-    key = torch.where((key < 0) | (key > positions), positions, key)
-    return start[:, key], end[:, key]
+    edge = torch.nn.functional.pad(edge, (0, 1), value=nowhere)
+    key = torch.arange(kv_len, device=edge.device) + kv_offset
+    return edge[:, torch.where((key < 0) | (key > positions), positions, key)]
 
 
-def _from_runs(runs: Tensor, hidden: Tensor | None, call: tuple[int, int, Offset, Offset], is_causal: bool) -> Tensor:
+def _from_runs(ends: Tensor, hidden: Tensor | None, call: tuple[int, int, Offset, Offset], is_causal: bool) -> Tensor:
     q_len, kv_len, q_offset, kv_offset = call
-    start, end = _run_ranges(runs, hidden, kv_len, kv_offset)
+    lts = _of_keys(ends, hidden, -_FAR, kv_len, kv_offset) - q_offset
     if not is_causal:
-        return _planes(end - q_offset, start - q_offset, q_len)
+        starts = torch.searchsorted(ends, ends, out_int32=True)
+        return _planes(lts, _of_keys(starts, hidden, _FAR, kv_len, kv_offset) - q_offset, q_len)
     if _is_bottom_right(*call):
-        return _planes(end - q_offset, None, q_len)
-    return _planes(end - q_offset, _diagonal(*call, runs.device), q_len)
+        return _planes(lts, None, q_len)
+    return _planes(lts, _diagonal(*call, ends.device), q_len)
 
 
 def _lower_upper(bounds: Tensor, q_len: int | None) -> tuple[Tensor, Tensor]:
@@ -1075,7 +1128,10 @@ def _check_per_position(name: str, value: Tensor) -> Tensor:
 
 def _check_form(bounds: Tensor, name: str = "bounds") -> None:
     if _dtype_or_type(bounds) != torch.int32:
-        raise TypeError(f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {_dtype_or_type(bounds)}")
+        raise TypeError(
+            f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {_dtype_or_type(bounds)}; a tensor is "
+            "converted with .to(torch.int32)"
+        )
     planes = bounds.shape[2] if bounds.ndim == 4 else 0
     if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
         raise ValueError(

@@ -14,6 +14,7 @@ interval of rows around the key's own position. Overlays are converted outside o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ __all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree"]
 logger = logging.get_logger(__name__)
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)  # torch 2.9 cannot compile the properties of a named tuple
+class _Call:
     """The rows and keys of one attention call, as Transformers passes them to a mask function."""
 
     batch: int
@@ -41,7 +43,7 @@ class _Call(NamedTuple):
     kv_offset: int
     device: torch.device | str
     has_user_functions: bool
-    documents: _Documents | None
+    document_ends: Tensor | None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -50,18 +52,18 @@ class _Call(NamedTuple):
 
 
 class _Documents(NamedTuple):
-    """Packed documents: first row and past-the-last row of each token's own, and its position there, `[B, S]` each."""
+    """Packed documents: first row and past-the-last row of each token's own, and the position there, `[B, S]` each."""
 
-    ids: Tensor
     starts: Tensor
     ends: Tensor
     position_ids: Tensor
+    is_padding: Tensor
 
     @classmethod
-    def of(cls, document_ids: Tensor) -> _Documents:
-        starts = torch.searchsorted(document_ids, document_ids)
-        ends = torch.searchsorted(document_ids, document_ids, right=True)
-        return cls(document_ids, starts, ends, torch.arange(document_ids.shape[1], device=document_ids.device) - starts)
+    def of(cls, document_ends: Tensor) -> _Documents:
+        starts = bounds.document_starts(document_ends)
+        index = torch.arange(starts.shape[1], device=starts.device)
+        return cls(starts, document_ends.abs(), index - starts, document_ends < 0)
 
 
 class Tree(NamedTuple):
@@ -89,7 +91,7 @@ class _UnknownFunctionError(Exception):
 
 
 class _Leaf(NamedTuple):
-    """A mask function that is no AND, and the positions it counts in where documents are packed."""
+    """A mask function that is no AND, and the positions that it counts in where Transformers found documents."""
 
     function: Callable
     position_ids: Tensor | None
@@ -98,7 +100,7 @@ class _Leaf(NamedTuple):
 def from_mask_function(
     mask_function: Callable,
     *,
-    document_ids: Tensor | None = None,
+    document_ends: Tensor | None = None,
     batch_size: int,
     q_len: int,
     kv_len: int,
@@ -114,9 +116,10 @@ def from_mask_function(
 
     Args:
         mask_function: any function of `(batch_idx, head_idx, q_idx, kv_idx)`. As in Transformers, the head is always 0.
-        document_ids: `[B, S]`, the packed documents, where queries and keys are the same tokens: numbers that do not
-            decrease. Functions are given the positions in a document, as if it were alone; what they look up in a
-            tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up at the row of the token.
+        document_ends: int32 `[B, S]`, the packed documents, where queries and keys are the same tokens: past-the-last
+            row of each token's own (`bounds.document_ends`), with a minus for padding, whose keys are hidden. Functions
+            are given the positions in a document, as if it were alone; what they look up in a tensor that is as long as
+            the row, `ids[batch_idx, q_idx]`, is looked up at the row of the token.
         batch_size: B, the range of the function's first argument.
         q_len, kv_len: S_q and S_k.
         q_offset, kv_offset: the indices of the first query and the first key. `q_offset` may be a 0-d tensor.
@@ -129,9 +132,10 @@ def from_mask_function(
         NotImplementedError: when a key needs more hidden intervals than bounds hold; the message names the function and
             the key.
     """
-    documents = None if document_ids is None else _Documents.of(document_ids)
-    call = _Call(batch_size, q_len, kv_len, q_offset, kv_offset, device, has_user_functions, documents)
-    if not torch.compiler.is_dynamo_compiling() or (_is_plain(mask_function) and documents is None):
+    if document_ends is not None and document_ends.stride(0) == 0:
+        document_ends = document_ends[:1]
+    call = _Call(batch_size, q_len, kv_len, q_offset, kv_offset, device, has_user_functions, document_ends)
+    if not torch.compiler.is_dynamo_compiling() or _is_plain(mask_function):
         return _read(mask_function, call)
     if has_user_functions or getattr(mask_function, "__name__", "") == "or_mask":
         return _read_outside_of_the_graph(mask_function, call)
@@ -220,12 +224,14 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
 
 def _read(mask_function: Callable, call: _Call) -> Tensor:
     """By structure where that is known, else by evaluation, which may need fewer intervals."""
-    documents = call.documents
+    ends = call.document_ends
     try:
-        if documents is None:
-            return _convert(mask_function, call, None, is_causal=False)
-        visible = _convert(mask_function, call, documents.position_ids, is_causal=False)
-        return bounds.intersect(visible, bounds.from_document_ids(documents.ids, is_causal=visible.shape[2] == 1))
+        if ends is not None and mask_function is masking_utils.causal_mask_function:
+            return bounds.from_document_ends(ends)
+        visible = _convert(mask_function, call, None, is_causal=False)
+        if ends is None:
+            return visible
+        return bounds.intersect(visible, bounds.from_document_ends(ends, is_causal=visible.shape[2] == 1))
     except _UnknownFunctionError as unknown:
         named = unknown.function
     except bounds.TooManyIntervalsError:
@@ -308,15 +314,15 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
         if call.has_user_functions and not _are_documents(document_ids, call):
             raise _UnknownFunctionError(leaf.function)
         return bounds.from_document_ids(document_ids, is_causal=is_causal, **call.place)
-    if factory == "chunked_overlay" and leaf.position_ids is not None:
-        # Chunks are the documents of a document, and start where it starts: left padding is outside of it.
-        chunk_ids = leaf.position_ids // arguments["chunk_size"]
-        return bounds.from_document_ids(chunk_ids, is_causal=is_causal, **call.place)
     if factory == "chunked_overlay":
-        left_padding = arguments["left_padding"]
-        return bounds.chunked(
-            arguments["chunk_size"], left_padding=left_padding, is_causal=is_causal, device=call.device, **call.place
-        )
+        # The chunks of packed documents start where their document starts: left padding is outside of it.
+        first = arguments["left_padding"]
+        if leaf.position_ids is not None:
+            first = torch.arange(call.kv_len, device=call.device) - leaf.position_ids
+        elif call.document_ends is not None:
+            first = bounds.document_starts(call.document_ends)
+        chunk_size = arguments["chunk_size"]
+        return bounds.chunked(chunk_size, left_padding=first, is_causal=is_causal, device=call.device, **call.place)
     if factory == "sliding_window_bidirectional_overlay" and arguments["sliding_window"] >= 0:
         part = bounds.sliding_window(arguments["sliding_window"], **call.place, is_causal=False, device=call.device)
     elif factory == "blockwise_overlay" and _are_runs(arguments["block_sequence_ids"], call):
@@ -348,8 +354,8 @@ def _are_runs(ids: Tensor, call: _Call) -> bool:
     """
     if call.q_len == 1:
         return False
-    if call.documents is not None:
-        ids = torch.where(ids < 0, ids, call.documents.ids * (ids.amax() + 1) + ids)
+    if call.document_ends is not None:
+        ids = torch.where(ids < 0, ids, call.document_ends.abs().long() * (ids.amax() + 1) + ids)
     starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & (ids >= 0)
     ordered = ids.sort(dim=-1).values
     distinct = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered >= 0)
@@ -381,8 +387,8 @@ _TILE = 2**22
 
 def _evaluate(mask_function: Callable, call: _Call) -> Iterator[Tensor]:
     """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated as Transformers' `sdpa_mask` does it."""
-    if call.documents is not None:
-        mask_function = _in_documents(mask_function, call.documents)
+    if call.document_ends is not None:
+        mask_function = _in_documents(mask_function, _Documents.of(call.document_ends), call.batch)
     rows = torch.arange(call.q_len, device=call.device) + call.q_offset
     keys = torch.arange(call.kv_len, device=call.device) + call.kv_offset
     batch, head = torch.arange(call.batch, device=call.device), torch.zeros(1, dtype=torch.long, device=call.device)
@@ -403,13 +409,15 @@ def _evaluate(mask_function: Callable, call: _Call) -> Iterator[Tensor]:
         yield visible.transpose(2, 3)
 
 
-def _in_documents(mask_function: Callable, documents: _Documents) -> Callable:
+def _in_documents(mask_function: Callable, documents: _Documents, batch_size: int) -> Callable:
+    starts, ends, position_ids, is_padding = (values.expand(batch_size, -1) for values in documents)
+
     def in_documents(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        same_document = documents.ids[batch, row] == documents.ids[batch, key]
-        query_position, key_position = documents.position_ids[batch, row], documents.position_ids[batch, key]
-        with _LookUpByRow(documents.ids.shape[1]) as look_up:
-            look_up.follow(query_position, documents.starts[batch, row], documents.ends[batch, row] - 1)
-            look_up.follow(key_position, documents.starts[batch, key], documents.ends[batch, key] - 1)
+        same_document = (ends[batch, row] == ends[batch, key]) & ~is_padding[batch, key]
+        query_position, key_position = position_ids[batch, row], position_ids[batch, key]
+        with _LookUpByRow(ends.shape[1]) as look_up:
+            look_up.follow(query_position, starts[batch, row], ends[batch, row] - 1)
+            look_up.follow(key_position, starts[batch, key], ends[batch, key] - 1)
             return mask_function(batch, head, query_position, key_position) & same_document
 
     return in_documents
@@ -461,7 +469,7 @@ _CANDIDATES, _ROUNDS = 16, 6  # they reach across 16^6 rows; a number that depen
 
 def _search(mask_function: Callable, call: _Call) -> Tensor:
     """LTS and UTE of every key, searched for from its own row on: in each round in steps of a sixteenth."""
-    documents = call.documents
+    documents = None if call.document_ends is None else _Documents.of(call.document_ends)
     batch = torch.arange(call.batch, device=call.device)[:, None, None]
     head = torch.zeros_like(batch)
     # The function's indices of the keys and of the first and last row to look at, and what is a local row there.
@@ -485,5 +493,7 @@ def _search(mask_function: Callable, call: _Call) -> Tensor:
         first = torch.maximum(first - step * count_visible(down), lowest)
         last = torch.minimum(last + step * count_visible(up), highest)
     hidden = count_visible(own_row) == 0
+    if documents is not None:
+        hidden = hidden | documents.is_padding[:, None]
     lts, ute = (last + local + 1).masked_fill(hidden, 0), (first + local).masked_fill(hidden, call.q_len)
     return torch.stack([lts, ute], dim=2).to(torch.int32)

@@ -3,13 +3,15 @@
 How a mask travels, once per forward pass:
 
 1. Transformers calls `flashmask_mask` with a mask function, cache offsets and 2-D padding. It returns None where
-   nothing is hidden, and bounds for everything else.
-2. Every attention layer calls `flashmask_attention_forward`, which adds the packed documents: the mask function is not
-   told about `cu_seq_lens_q`, and learns of `position_ids` only in some models and only without cache and padding.
+   nothing is hidden, and bounds for everything else, with the packed documents where the model passes `position_ids`.
+2. Every attention layer calls `flashmask_attention_forward`, which adds the documents that are still missing: no mask
+   function is told about `cu_seq_lens_q`, and those of many models are not told about `position_ids`.
 
-Bounds that documents may still be added to carry a mark: 2C + 3 planes instead of C, a number that bounds cannot have.
-Plain causal attention is a tensor without planes.
-Bounds without the mark are final: they came from the user, or belong to a step with a cache.
+Bounds that documents may still be added to are marked by views, which cost nothing: they are uint32, and the heads tell
+whether those of `position_ids` are among them (`_mark`). Plain causal attention is a tensor without planes.
+int32 bounds are final: they came from the user, or belong to a step with a cache.
+Nothing here reads a tensor on the host, except in a decoding step, to find out whether it needs a mask at all; what
+`conversion` reads, it says.
 
 Prefix trees are one tensor of bounds for all layers; `flashmask_mask` adds the windows and chunks of each layer type.
 """
@@ -21,7 +23,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 from weakref import ref
 
 import torch
@@ -67,7 +69,7 @@ def flashmask_mask(
     """Bounds for a Transformers mask function and a 2-D mask.
 
     The arguments are those of `transformers.masking_utils.sdpa_mask`. `attention_mask` `[B, S]` is bool, False for
-    padding, whose keys are hidden and whose rows are not; or the integers of `_encode_documents`.
+    padding, whose keys are hidden and whose rows are not; or int32, the documents of `_find_documents`.
 
     Returns:
         Bounds `[B or 1, 1, C, kv_length]`; where queries and keys are the same tokens, with the mark, and without
@@ -82,13 +84,10 @@ def flashmask_mask(
         _masks_of_users[bounds] = True
         return bounds
     is_square = _is_square(q_length, kv_length, q_offset, kv_offset)
-    document_ids, padding_mask = None, _mask_of_keys(attention_mask, kv_length, kv_offset)
-    if padding_mask is not None and padding_mask.dtype != torch.bool:
-        document_ids, padding_mask = padding_mask // 2, padding_mask % 2 == 1
+    has_documents = attention_mask is not None and attention_mask.dtype == torch.int32
+    padding_mask = None if has_documents else _mask_of_keys(attention_mask, kv_length, kv_offset)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
-    if (is_square or is_last_row) and document_ids is None:
-        if padding_mask is not None and not is_tracing(padding_mask) and bool(padding_mask.all()):
-            padding_mask = None
+    if (is_square or is_last_row) and not has_documents:
         # In a decoding step windows and chunks hide nothing until they are full.
         is_causal = mask_function is masking_utils.causal_mask_function or (
             is_last_row and kv_offset == 0 and kv_length <= (local_size or 0)
@@ -96,11 +95,11 @@ def flashmask_mask(
         can_rebuild = (is_causal and allow_is_causal_skip) or (
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
-        if padding_mask is None and can_rebuild:
+        if can_rebuild and (padding_mask is None or (is_last_row and _has_no_padding(padding_mask))):
             return _plain_causal(kv_length, device) if is_square and is_causal else None
     bounds = from_mask_function(
         mask_function,
-        document_ids=document_ids,
+        document_ends=attention_mask if has_documents else None,
         batch_size=batch_size,
         q_len=q_length,
         kv_len=kv_length,
@@ -110,8 +109,13 @@ def flashmask_mask(
         has_user_functions=use_vmap,
     )
     if padding_mask is not None:
-        bounds = _bounds.hide_keys(bounds, ~padding_mask)
-    return _mark(bounds, padding_mask) if is_square else bounds
+        bounds = _bounds.hide_keys(bounds, padding_mask == 0, start=-1)
+    return _mark(bounds, padding_mask, has_documents) if is_square else bounds
+
+
+def _has_no_padding(padding_mask: Tensor) -> bool:
+    """Read on the host: in a decoding step that is less than a mask costs, and the step waits for its token anyway."""
+    return not is_tracing(padding_mask) and bool(padding_mask.all())
 
 
 def _is_square(q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
@@ -127,37 +131,31 @@ def _mask_of_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int)
         raise ValueError(
             f"`attention_mask` must be 2-D [B, S] or bounds [B or 1, H or 1, C, S_k], got {list(attention_mask.shape)}"
         )
-    missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
-    return nn.functional.pad(attention_mask, (0, missing))[:, kv_offset : kv_offset + kv_length]
+    missing = kv_offset + kv_length - attention_mask.shape[1]
+    if missing > 0:
+        attention_mask = nn.functional.pad(attention_mask, (0, missing))
+    return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _number_documents(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
-    """The packed documents counted from 0, `[B, S]`: one starts wherever the position does not increase.
+def _find_documents(
+    position_ids: Tensor, attention_mask: Tensor | None = None, is_token: Tensor | None = None
+) -> Tensor:
+    """Documents and padding as one int32 2-D mask: the ends of `bounds.document_ends`, with a minus for padding.
 
-    Padding, where bool `is_token` `[B, S]` is False, belongs to the document before it: what a row of padding computes
-    after the last document, such as the first token that `generate` adds to a right-padded row, depends on that.
+    Padding belongs to the document before it: what a row of padding computes after the last document, such as the first
+    token that `generate` adds to a right-padded row, depends on that.
+
+    Args:
+        position_ids: `[B or 1, S]`.
+        attention_mask: what the model was called with, of which bool `is_token` `[B, S]` was made for this layer type.
     """
-    if is_token is None:
-        starts = position_ids[:, 1:] <= position_ids[:, :-1]
-    else:
-        position_ids, is_token = torch.broadcast_tensors(position_ids, is_token)
-        index = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last_token = torch.where(is_token, index, -1).cummax(-1).values[:, :-1]
-        previous = position_ids.gather(1, last_token.clamp(min=0))
-        starts = is_token[:, 1:] & ((position_ids[:, 1:] <= previous) | (last_token < 0))
-    return nn.functional.pad(starts.cumsum(-1), (1, 0))
 
+    def find() -> Tensor:
+        ends = _bounds.document_ends(position_ids, is_token)
+        return ends if is_token is None else torch.where(is_token, ends, -ends)
 
-def _encode_documents(document_ids: Tensor, is_token: Tensor | None) -> Tensor:
-    """Documents and padding as one 2-D mask, `2 * (document + 1) + is_token`.
-
-    No sum of these is 0, so that Transformers counts no left padding (`create_chunked_causal_mask`): chunks start with
-    their document.
-    """
-    return 2 * (document_ids + 1) + (1 if is_token is None else is_token.to(document_ids.dtype))
-
-
-_MARKED_PLANES = frozenset(2 * num_planes + 3 for num_planes in (1, *range(2, 2 * _bounds.MAX_INTERVALS + 1, 2)))
+    sources = (position_ids,) if attention_mask is None else (position_ids, attention_mask)
+    return cast(Tensor, once_per_forward_pass(find, "documents", sources))
 
 
 def _plain_causal(kv_length: int, device: torch.device | str) -> Tensor:
@@ -169,25 +167,28 @@ def _is_plain_causal(mask: Tensor) -> bool:
     return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[2] == 0
 
 
-def _mark(bounds: Tensor, is_token: Tensor | None) -> Tensor:
-    """Bounds to which `_build_bounds` may add documents. The planes of the mark say which keys are no padding."""
-    num_planes = bounds.shape[2]
-    if is_token is None:
-        return nn.functional.pad(bounds, (0, 0, 0, num_planes + 3), value=1)
-    mark = is_token.to(torch.int32)[:, None, None, :].expand(-1, bounds.shape[1], num_planes + 3, -1)
-    return torch.cat([bounds, mark], dim=2)
+_WITH_DOCUMENTS, _WITHOUT_DOCUMENTS, _WITHOUT_DOCUMENTS_PADDED = 1, 2, 3
+"""What the number of heads of marked bounds says: whether `position_ids` were read, and whether there is padding."""
+
+
+def _mark(bounds: Tensor, is_token: Tensor | None, has_documents: bool) -> Tensor:
+    """A view of bounds to which documents may be added. Padded bounds start with less than 0 exactly for padding."""
+    if has_documents:
+        heads = _WITH_DOCUMENTS
+    elif is_token is None:
+        heads = _WITHOUT_DOCUMENTS
+    else:
+        heads = _WITHOUT_DOCUMENTS_PADDED
+    return bounds.view(torch.uint32).expand(-1, heads, -1, -1)
 
 
 def _is_marked(bounds: Tensor) -> bool:
     """Whether bounds, or the lack of them, came from `flashmask_mask` and are not final."""
-    is_bounds = bounds.dtype == torch.int32 and bounds.ndim == 4
-    return is_bounds and (bounds.shape[2] in _MARKED_PLANES or _is_plain_causal(bounds))
+    return bounds.dtype == torch.uint32 or _is_plain_causal(bounds)
 
 
-def _unmark(bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds, and bool `[B or 1, S]`, which keys are no padding."""
-    num_planes = (bounds.shape[2] - 3) // 2
-    return bounds[:, :, :num_planes], bounds[:, 0, num_planes] == 1
+def _unmark(marked: Tensor) -> Tensor:
+    return marked[:, :1].view(torch.int32)
 
 
 # Prefix trees
@@ -284,7 +285,7 @@ def flashmask_attention_forward(
         value: `[B, H_kv, S_k, D_v]`.
         attention_mask: None, or int32 bounds `[B or 1, H or 1, C, S_k]`: those of `flashmask_mask`, or the user's own.
             The user's are final: nothing is added to them, neither documents nor the layer's sliding window.
-        dropout: must be 0.
+        dropout: probability with which a weight is dropped. Models pass 0 unless they are in training mode.
         scaling: factor of the scores, by default `D ** -0.5`.
         is_causal: by default `module.is_causal`, or True without it. Used when `attention_mask` is None.
         sliding_window: a query sees keys at most `sliding_window - 1` away, None and 0 mean no window. Used when
@@ -301,7 +302,7 @@ def flashmask_attention_forward(
     Raises:
         NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
     """
-    _refuse_unsupported_arguments(module, dropout, kwargs)
+    _refuse_unsupported_arguments(module, kwargs)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bounds = attention_mask
     if bounds is not None and _is_plain_causal(bounds):
@@ -310,6 +311,8 @@ def flashmask_attention_forward(
         documents: tuple[Tensor, ...] = ()
         if query.shape[2] == key.shape[2] and not _is_cross_attention(module, is_causal, kwargs):
             documents = _document_tensors(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        if bounds is not None and bounds.shape[1] == _WITH_DOCUMENTS and cu_seq_lens_q is None:
+            documents = ()
         layer = _Layer(query.shape[2], key.shape[2], is_causal, sliding_window or None, cu_seq_lens_q is not None)
         sources = documents if bounds is None else (bounds, *documents)
         build = functools.partial(_build_bounds, bounds, documents, layer, query.device)
@@ -317,6 +320,7 @@ def flashmask_attention_forward(
     else:
         _refuse_router_losses(bounds, kwargs)
         if bounds.dtype == torch.bool or bounds.is_floating_point():
+            _check_dense_mask(bounds, query, key)
             convert = functools.partial(from_dense_mask, bounds, query.shape[2])
             bounds = once_per_forward_pass(convert, "dense", (bounds,))
         _check_final_bounds(cast(Tensor, bounds), query, key)
@@ -326,7 +330,7 @@ def flashmask_attention_forward(
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
     few_rows = query.shape[2] < key.shape[2] and query.shape[2] <= _FEW_ROWS and not torch.is_grad_enabled()
     is_small_mask = query.shape[2] == 1 if bounds is None else bounds.shape[1] == 1
-    if few_rows and is_small_mask and softcap is None and s_aux is None:
+    if few_rows and is_small_mask and softcap is None and s_aux is None and dropout == 0:
         output = _attend_few_rows(query, key, value, bounds, scaling)
     else:
         output = flashmask_attention(
@@ -338,6 +342,7 @@ def flashmask_attention_forward(
             scale=scaling,
             softcap=softcap,
             sinks=s_aux,
+            dropout_p=dropout,
             deterministic=bool(kwargs.get("deterministic")),
         )
     return output.transpose(1, 2).contiguous(), None
@@ -361,7 +366,8 @@ def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor |
     output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scaling)
     if visible is not None:
         # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
-        output = output.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+        sees_nothing = once_per_forward_pass(lambda: ~visible.any(-1, keepdim=True), "sees_nothing", (visible,))
+        output = output.masked_fill(cast(Tensor, sees_nothing), 0.0)
     return output.unflatten(2, (group, q_len)).flatten(1, 2)
 
 
@@ -414,18 +420,23 @@ def _build_bounds(
     is_causal, parts = layer.is_causal, []
     is_token: Tensor | None = None
     if mask is not None:
-        mask, is_token = _unmark(mask)
-        parts.append(mask)
-        is_causal = mask.shape[2] == 1
+        bounds = _unmark(mask)
+        parts.append(bounds)
+        is_causal = bounds.shape[2] == 1
+        is_token = bounds[:, 0, 0] >= 0 if mask.shape[1] == _WITHOUT_DOCUMENTS_PADDED else None
     elif layer.sliding_window is not None and layer.sliding_window < max(layer.q_len, layer.kv_len):
         window = layer.sliding_window if is_causal else layer.sliding_window - 1
         parts.append(_bounds.sliding_window(window, layer.q_len, layer.kv_len, is_causal=is_causal, device=device))
     if documents and layer.has_cu_seq_lens:
         rows, keys = documents[0], documents[1] if len(documents) > 1 else None
-        parts.append(_bounds.from_cu_seqlens(rows, layer.q_len, cu_seqlens_k=keys, is_causal=is_causal))
+        build = functools.partial(_bounds.from_cu_seqlens, rows, layer.q_len, cu_seqlens_k=keys, is_causal=is_causal)
+        parts.append(cast(Tensor, once_per_forward_pass(build, ("cu_seq_lens", layer.q_len, is_causal), documents)))
+    elif documents and is_token is not None:
+        # The bounds of the mask function hide the padding.
+        ends = _bounds.document_ends(documents[0], is_token)
+        parts.append(_bounds.from_document_ends(ends, is_causal=is_causal))
     elif documents:
-        document_ids = _number_documents(documents[0], is_token)
-        parts.append(_bounds.from_document_ids(document_ids, is_causal=is_causal))
+        parts.append(_bounds.from_document_ends(_find_documents(documents[0]), is_causal=is_causal))
     if not parts:
         return None
     return (parts[0] if len(parts) == 1 else _bounds.intersect(*parts, q_len=layer.q_len)).contiguous()
@@ -444,10 +455,14 @@ def _document_tensors(
             )
         differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
         return (cu_seq_lens_q, cu_seq_lens_k) if differ else (cu_seq_lens_q,)  # type: ignore[return-value]
-    # Multimodal models have positions in several dimensions, which do not count tokens.
+    return (position_ids,) if _are_of_tokens(position_ids, batch, q_len) else ()
+
+
+def _are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
+    """Multimodal models have positions in several dimensions, which do not count tokens."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.is_floating_point():
-        return ()
-    return (position_ids,) if position_ids.shape[0] in (1, batch) and position_ids.shape[1] == q_len else ()
+        return False
+    return position_ids.shape[0] in (1, batch) and position_ids.shape[1] == length
 
 
 def _is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
@@ -487,23 +502,17 @@ _UNSUPPORTED_ARGUMENTS = {
 }
 
 
-def _refuse_unsupported_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse_unsupported_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for argument, meaning in _UNSUPPORTED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
             raise NotImplementedError(
                 f'attn_implementation="flashmask" does not support `{argument}` ({meaning}), which '
                 f"{type(module).__name__} passes; use another implementation for this model."
             )
-    if dropout > 0:
-        raise NotImplementedError(
-            f'attn_implementation="flashmask" does not support attention dropout, {type(module).__name__} asks for '
-            f"{dropout}; set {_dropout_setting(module, dropout)} = 0 before the model is created, or use "
-            'attn_implementation="sdpa".'
-        )
     if kwargs.get("output_attentions"):
         logger.warning_once(
             'attn_implementation="flashmask" never computes the attention weights: `output_attentions=True` returns '
-            'None for them. Use attn_implementation="eager" to get them.'
+            'none of them. Use attn_implementation="eager" to get them.'
         )
 
 
@@ -520,11 +529,20 @@ def _refuse_router_losses(bounds: Tensor, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _dropout_setting(module: nn.Module, dropout: float) -> str:
-    """How the model's configuration calls its attention dropout."""
-    settings = getattr(getattr(module, "config", None), "__dict__", {})
-    names = [name for name, value in settings.items() if "drop" in name and "att" in name and value == dropout]
-    return " and ".join(f"config.{name}" for name in names) or "the attention dropout of its config"
+def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    batch, heads, q_len, _ = query.shape
+    kv_len, shape = key.shape[2], attention_mask.shape
+    fits = all(size in (1, expected) for size, expected in zip(shape, (batch, heads, q_len)))
+    if attention_mask.ndim != 4 or not fits or shape[3] != kv_len:
+        raise ValueError(
+            f"`attention_mask` is a dense mask of shape {list(shape)}; expected [B or 1, H or 1, S_q or 1, S_k] with "
+            f"B = {batch}, H = {heads}, S_q = {q_len} and S_k = {kv_len}"
+        )
+    if attention_mask.device != query.device:
+        raise ValueError(
+            f"`attention_mask` is on {attention_mask.device}, the queries are on {query.device}; move it there with "
+            ".to()"
+        )
 
 
 def _check_final_bounds(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
@@ -536,6 +554,14 @@ def _check_final_bounds(attention_mask: Tensor, query: Tensor, key: Tensor) -> N
         kv_len=key.shape[2],
         device=query.device,
     )
+
+
+def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
+        raise ValueError(
+            f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
+            "or bounds [B or 1, H or 1, C, S_k]"
+        )
 
 
 KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
@@ -565,6 +591,9 @@ def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, 
 
 def _reason_against(model: PreTrainedModel) -> str | None:
     """Why a model cannot use the attention interface with bounds, known before it is built."""
+    settings = getattr(model.config, "position_embeddings_type", None), model.main_input_name
+    if settings in _BIASED_POSITIONS:
+        return _ADDS_A_BIAS
     return _reason_against_config(model.config) or _reason_against_class(type(model))  # type: ignore[arg-type]
 
 
@@ -596,8 +625,19 @@ _SELECTING_LAYERS = {
     "heavily_compressed_attention",
     "minimax_m3_sparse",
 }
+_ADDS_A_BIAS = "it adds a bias to its attention scores"
 _SETTINGS_OF_A_BIAS = ("relative_attention_num_buckets", "rel_extent")
+_SWITCHES_OF_A_BIAS = ("use_relative_position_bias", "use_shared_relative_position_bias")
+_BIASED_POSITIONS = {
+    (embeddings, sound) for embeddings in ("relative", "relative_key") for sound in ("input_values", "input_features")
+}
+"""Position embeddings of Conformers, and what they read: the text part of SeamlessM4T has the same configuration."""
+_PARTS_THAT_KEEP_EAGER = {"phi4_multimodal_audio", "phi4_multimodal_vision"}
+"""A bias, and layers that call themselves causal and are not: the language model does not depend on either."""
 _MODELS_WITH_DENSE_MASKS = {
+    "nemotron_asr_streaming_encoder": _ADDS_A_BIAS,
+    "parakeet_encoder": _ADDS_A_BIAS,
+    "swin": _ADDS_A_BIAS,
     "doge": "its layers compute with a dense mask",
     "t5gemma2_decoder": "it joins the masks of two sequences as if they were dense",
 }
@@ -608,7 +648,11 @@ def _reason_against_config(config: Any) -> str | None:
     if selecting:
         return f"each query of its layers of type {min(selecting)!r} attends only to keys that it selects"
     if any(hasattr(config, name) for name in _SETTINGS_OF_A_BIAS):
-        return "it adds a bias to its attention scores"
+        return _ADDS_A_BIAS
+    if any(getattr(config, name, False) for name in _SWITCHES_OF_A_BIAS):
+        return _ADDS_A_BIAS
+    if config.model_type == "siglip2_vision_model" and config.vision_use_head:
+        return "the head that pools its patches computes with a dense mask (set vision_use_head = False to do without)"
     return _MODELS_WITH_DENSE_MASKS.get(config.model_type)
 
 
@@ -674,7 +718,8 @@ def _wrap_dispatch(original: Callable) -> Callable:
                 "it; in a composite model the other parts can still use flashmask, as in "
                 'attn_implementation={"": "eager", "text_config": "flashmask"}.'
             )
-        if _supports_more_than_eager(_family_of(type(self))) and not _supports_more_than_eager(type(self)):
+        supports_less = _supports_more_than_eager(_family_of(type(self))) and not _supports_more_than_eager(type(self))
+        if supports_less or self.config.model_type in _PARTS_THAT_KEEP_EAGER:
             # The audio encoder of Gemma 4, for example.
             logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
             return "eager"
@@ -717,19 +762,17 @@ def _wrap_preprocess(original: Callable) -> Callable:
         if tree is not None:
             _, _, _, *sizes = original(config, inputs_embeds, None, past_key_values, None, *args, **kwargs)
             return False, _send_tree(tree), None, *sizes
-        arguments = original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
-        early_exit, mask, document_ids, *sizes = arguments
+        arguments = original(config, inputs_embeds, attention_mask, past_key_values, None, *args, **kwargs)
+        early_exit, mask, _, *sizes = arguments
         if early_exit and mask is not None and not _is_marked(mask):
             _refuse_bounds_shared_by_layer_types(config, mask)
             if not is_tracing(mask):
                 _masks_of_users[mask] = True
-        if not early_exit and position_ids is not None and position_ids.ndim == 2 and _is_square(*sizes):
-            if document_ids is None:
-                document_ids = _number_documents(position_ids, mask)
-                is_one = not is_tracing(document_ids) and not bool(document_ids.any())
-                document_ids = None if is_one else document_ids
-            if document_ids is not None:
-                mask = _encode_documents(document_ids.expand(inputs_embeds.shape[0], -1), mask)
+        if not early_exit and mask is not None and _is_square(*sizes):
+            _check_padding_mask(mask, *inputs_embeds.shape[:2])
+        if not early_exit and _is_square(*sizes) and _are_of_tokens(position_ids, *inputs_embeds.shape[:2]):
+            documents = _find_documents(position_ids, attention_mask, _mask_of_keys(mask, *sizes[1::2]))
+            mask = documents.expand(inputs_embeds.shape[0], -1)
         return early_exit, mask, None, *sizes
 
     return preprocess_mask_arguments

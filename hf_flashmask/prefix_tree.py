@@ -1,8 +1,8 @@
 """Merge the common prefixes of token sequences into prefix trees, laid out as one packed row.
 
 The row holds every shared token once, in depth-first order, so that causal bounds with LTS = end of the subtree show
-each token exactly the tokens before it in its own sequences. Everything happens on the device of the input, with
-tensor operations over sequences and positions, and one read-back for the length of the result.
+each token exactly the tokens before it in its own sequences. Tokens are compared and placed on the device of the input;
+the order of the sequences, a table of their number squared, is worked out on the host after the only read-back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["PrefixTree", "from_sequences", "merge_prefixes"]
 
@@ -30,7 +30,7 @@ class PrefixTree:
         depth: `[1, N]`, the number of tokens before it in its sequences: distances between tokens count in these.
         index: `[R, S]`, the place in the row of each token that was given, -1 for padding.
         num_tokens: number of tokens that were given, padding not counted.
-        max_branches: the largest number of sequences that end in leaves of one tree.
+        max_branches: the largest number of leaves of one tree.
     """
 
     input_ids: Tensor
@@ -57,7 +57,7 @@ def from_sequences(
     if not rows:
         raise ValueError("`sequences` is empty: there is nothing to merge")
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     is_token = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
     return merge_prefixes(input_ids, is_token, one_label_per_token=one_label_per_token, max_branches=max_branches)
 
@@ -89,31 +89,34 @@ def merge_prefixes(
         ValueError: for wrong shapes, and for `position_ids` that do not increase within a row.
     """
     _check_batch(input_ids, attention_mask, position_ids)
+    num_sequences = input_ids.shape[0]
     is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     depth = is_token.cumsum(1) - 1
-    lengths = is_token.sum(1)
     # Which tokens are the same: their ids and, where they matter, their positions.
     identity = input_ids if position_ids is None else input_ids.long() * 2**32 + position_ids
-    shared = _common_prefixes(_left_aligned(identity, is_token), lengths)
-    if one_label_per_token:
-        is_same = (shared == lengths) & (shared == lengths[:, None])
-        shared = torch.where(is_same, shared, (shared - 1).clamp(min=0))
-    forest = _Forest.of(shared, lengths, input_ids.shape[1])
-    if max_branches is not None and input_ids.shape[0] > max_branches:
-        group = forest.number_in_tree(shared) // max_branches
-        forest = _Forest.of(torch.where(group == group[:, None], shared, 0), lengths, input_ids.shape[1])
-
-    figures = torch.stack([forest.tail.sum(), forest.branches.max(), lengths.sum(), _restarts(position_ids, is_token)])
-    num_rows, branches, num_tokens, restarts = figures.tolist()  # the only read-back
-    if restarts:
+    first_difference = _first_differences(_left_aligned(identity, is_token, depth))
+    figures = torch.cat([first_difference, is_token.sum(1)[:, None], _restarts(position_ids, is_token)[:, None]], 1)
+    # The only read-back. Operations on small tensors cost less here than launches do.
+    shared, lengths, restarts = figures.cpu().split([num_sequences, 1, 1], dim=1)
+    if restarts.any():
         raise ValueError("`position_ids` must increase within a row: rows of packed documents cannot be merged")
+    shared = torch.minimum(shared, torch.minimum(lengths, lengths.T))
+    if one_label_per_token:
+        is_same = (shared == lengths) & (shared == lengths.T)
+        shared = torch.where(is_same, shared, (shared - 1).clamp(min=0))
+    forest = _Forest.of(shared, lengths[:, 0])
+    if max_branches is not None and num_sequences > max_branches:
+        group = forest.number_in_tree(shared) // max_branches
+        forest = _Forest.of(torch.where(group == group[:, None], shared, 0), lengths[:, 0])
+
+    num_rows = int(forest.tail.sum())
     first_row, end_row = forest.rows(depth.clamp(min=0))
     index = torch.where(is_token, first_row, num_rows)
 
     def in_row(values: Tensor) -> Tensor:
         """`[R, S]` -> `[1, N]`. Tokens that were merged write the same value to the same place."""
         row = values.new_empty(num_rows + 1)
-        row[index.flatten()] = values.flatten()
+        row[index] = values
         return row[None, :num_rows]
 
     row_depth = in_row(depth)
@@ -122,95 +125,97 @@ def merge_prefixes(
         position_ids=row_depth if position_ids is None else in_row(position_ids.expand_as(input_ids)),
         bounds=in_row(end_row.to(torch.int32))[:, None, None].contiguous(),
         depth=row_depth,
-        index=torch.where(is_token, first_row, -1),
-        num_tokens=num_tokens,
-        max_branches=branches,
+        index=first_row.masked_fill_(~is_token, -1),
+        num_tokens=int(lengths.sum()),
+        max_branches=int(forest.branches.max()),
     )
 
 
-def _left_aligned(values: Tensor, is_token: Tensor) -> Tensor:
+def _left_aligned(values: Tensor, is_token: Tensor, depth: Tensor) -> Tensor:
     """The tokens of each row from its first column on; what follows them is arbitrary."""
-    place = torch.where(is_token, is_token.cumsum(1) - 1, values.shape[1])
     aligned = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    return aligned.scatter_(1, place, values)[:, :-1]
+    return aligned.scatter_(1, torch.where(is_token, depth, values.shape[1]), values)[:, :-1]
 
 
-def _common_prefixes(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Number of leading tokens that every two rows have in common, `[R, R]`."""
+def _first_differences(tokens: Tensor) -> Tensor:
+    """The first column in which every two rows differ, `[R, R]`; their length where they do not."""
     num_rows, longest = tokens.shape
     if longest == 0:
-        return lengths.new_zeros(num_rows, num_rows)
-    column = torch.arange(longest, dtype=torch.int32, device=tokens.device)
+        return torch.zeros(num_rows, num_rows, dtype=torch.int64, device=tokens.device)
+    column = torch.arange(longest, device=tokens.device)
     step = max(1, _COMPARED_AT_ONCE // (num_rows * longest))
-    first_difference = [torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)]
-    return torch.minimum(torch.cat(first_difference).long(), torch.minimum(lengths[:, None], lengths))
+    return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
 
 
 def _restarts(position_ids: Tensor | None, is_token: Tensor) -> Tensor:
-    """How often the positions of a row's tokens do not increase."""
+    """How often the positions of each row's tokens do not increase, `[R]`."""
     if position_ids is None:
-        return is_token.new_zeros((), dtype=torch.int64)
+        return is_token.new_zeros(is_token.shape[0], dtype=torch.int64)
     position_ids = position_ids.long().expand_as(is_token)
     highest = torch.where(is_token, position_ids, -1).cummax(1).values
-    return (is_token[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum()
+    return (is_token[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum(1)
 
 
 class _Forest(NamedTuple):
-    """Where the tokens of R sequences go. A sequence is stored from the first token that no earlier sequence has: its
-    tail, consecutive tokens of the row.
+    """Where the tokens of R sequences go. A sequence is stored from the first token that no sequence before it has: its
+    tail, consecutive tokens of the row. `skipped` and `tail` are in depth-first order. All are on the host.
 
     Attributes:
-        owner: `[R, S + 1]`, the sequence that stores the token at a depth, R past the end of the sequence.
-        subtree_end: `[R, S + 1]`, the row's end of that token's subtree.
-        start: `[R]`, where the tail begins in the row.
-        skipped: `[R]`, number of tokens before the tail.
-        tail: `[R]`, its length.
-        order: bool `[R, R]`, whether the first sequence goes before the second.
-        branches: `[R]`, number of tails in the same tree.
+        rank: `[R]`, the place of a sequence in depth-first order.
+        before: bool `[R, R]`, whether the first sequence goes before the second.
+        skipped: `[R]`, number of tokens before the tail: those that a sequence shares with the one before it.
+        tail: `[R]`, length of the tail.
+        branches: `[R]`, number of leaves of the same tree.
     """
 
-    owner: Tensor
-    subtree_end: Tensor
-    start: Tensor
+    rank: Tensor
+    before: Tensor
     skipped: Tensor
     tail: Tensor
-    order: Tensor
     branches: Tensor
 
     @classmethod
-    def of(cls, shared: Tensor, lengths: Tensor, longest: int) -> _Forest:
+    def of(cls, shared: Tensor, lengths: Tensor) -> _Forest:
         """`shared` `[R, R]`: number of leading tokens that two sequences store once."""
-        num_rows = lengths.shape[0]
-        number = torch.arange(num_rows, device=lengths.device)
-        owner = _over_sharers(shared, number.expand(num_rows, -1), longest, "amin", num_rows)
-        skipped = (owner < number[:, None]).sum(1)
+        number = torch.arange(lengths.shape[0], device=lengths.device)
+        # Where two sequences part, the one whose branch appears first goes first, and one that ends there before both.
+        # Sequences that are the same keep their order.
+        branch = torch.where(shared < lengths[:, None], _first_of_branch(shared), -1)
+        before = (branch < branch.T) | ((branch == branch.T) & (number[:, None] < number))
+        rank = before.sum(0)
+        skipped = torch.where(before, shared, 0).amax(0)
         tail = lengths - skipped
-        # Where two sequences part, the one whose branch was stored first goes first, and one that ends there before
-        # both. Sequences that are the same keep their order.
-        branch = torch.where(shared < lengths[:, None], owner.gather(1, shared), -1)
-        order = (branch < branch.T) | ((branch == branch.T) & (number[:, None] < number))
-        start = (order * tail[:, None]).sum(0)
-        subtree_end = _over_sharers(shared, (start + tail).expand(num_rows, -1), longest, "amax", 0)
-        branches = ((shared > 0) & (tail > 0)).sum(1)
-        return cls(owner, subtree_end, start, skipped, tail, order, branches)
+        goes_on = (before & (shared >= lengths[:, None])).any(1)
+        branches = ((shared > 0) & ~goes_on).sum(1)
+        order = rank.argsort()
+        return cls(rank, before, skipped[order], tail[order], branches)
 
     def rows(self, depth: Tensor) -> tuple[Tensor, Tensor]:
-        """For each sequence's tokens at `depth` `[R, S]`: their row, and the end of their subtree."""
-        owner = self.owner.gather(1, depth).clamp(max=self.tail.shape[0] - 1)
-        return self.start[owner] + depth - self.skipped[owner], self.subtree_end.gather(1, depth)
+        """For each sequence's tokens at `depth` `[R, S]`: their row, and the end of their subtree. On its device."""
+        num_sequences, length = depth.shape
+        end = self.tail.cumsum(0)
+        offset = end - self.tail - self.skipped
+        # From the last sequence to the first: what the one after each skips, and where its tail begins.
+        next_skipped = nn.functional.pad(self.skipped[1:], (0, 1)).flip(0)
+        next_start, last_rank = end.flip(0), num_sequences - 1 - self.rank
+        vectors = torch.stack([offset, self.skipped, next_skipped, next_start, self.rank, last_rank]).to(depth.device)
+        offset, skipped, next_skipped, next_start, rank, last_rank = vectors[..., None].unbind()
+        column = torch.arange(length, device=depth.device)
+        # The token at a depth is in the last tail so far that reaches up to it; later tails are further down.
+        row = (column + offset).masked_fill_(column < skipped, -1).cummax(0).values
+        # Its subtree ends where the next sequence that does not share it begins.
+        subtree_end = torch.where(next_skipped <= column, next_start, end[-1].item()).cummin(0).values
+        return row[rank, depth], subtree_end[last_rank, depth]
 
     def number_in_tree(self, shared: Tensor) -> Tensor:
         """How many sequences of its own tree go before each one, `[R]`."""
-        return (self.order & (shared > 0)).sum(0)
+        return (self.before & (shared > 0)).sum(0)
 
 
-def _over_sharers(shared: Tensor, values: Tensor, longest: int, reduce: str, nothing: int) -> Tensor:
-    """Minimum or maximum of `values` `[R, R]` over the sequences that share the token at a depth, `[R, S + 1]`."""
-    table = values.new_full((shared.shape[0], longest + 2), nothing)
-    table.scatter_reduce_(1, shared, values, reduce)
-    table = table.flip(1)
-    table = table.cummin(1).values if reduce == "amin" else table.cummax(1).values
-    return table.flip(1)[:, 1:]
+def _first_of_branch(shared: Tensor) -> Tensor:
+    """Where two sequences part: the first of all sequences that go on as the first one does, `[R, R]`."""
+    step = max(1, _COMPARED_AT_ONCE // shared.shape[0] ** 2)
+    return torch.cat([(own[:, None] > own[:, :, None]).byte().argmax(2) for own in shared.split(step)])
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:

@@ -13,6 +13,7 @@ import inspect
 import json
 import multiprocessing
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from tiny_families import VOCABULARY, WINDOW, tiny_config
+from tiny_families import TEXT_TOKENS, WINDOW, tiny_config
+from tiny_media import (
+    IMAGE_SIZES,
+    image_inputs,
+    join_images,
+    sound_inputs,
+    tensors_of,
+    video_inputs,
+    with_images,
+)
 from tiny_models import packed, padded
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -64,7 +74,71 @@ def families() -> list[Family]:
             # Models of speech are listed as encoder-decoders.
             own_kind = "multimodal" if kind == "encoder-decoder" and not is_encoder_decoder else kind
             found.setdefault(model_class, Family(model_class.config_class.model_type, own_kind, model_class))
+    images = [
+        Family(family.name, "images", family.model_class)
+        for family in found.values()
+        if family.kind != "encoder" and _takes_images(family.model_class)
+    ]
+    return [*found.values(), *images, *_encoders()]
+
+
+def _takes_images(model_class: type) -> bool:
+    return "pixel_values" in inspect.signature(model_class.forward).parameters
+
+
+_MEDIA = {
+    "pixel_values",
+    "pixel_values_videos",
+    "hidden_states",
+    "input_features",
+    "input_values",
+}
+_PARTS_OF_MEDIA = {
+    *("grid_thw", "image_grid_thw", "image_sizes", "merge_sizes", "target_sizes", "spatial_shapes"),
+    *("pixel_position_ids", "pixel_attention_mask", "patch_attention_mask", "input_features_mask"),
+}
+_LEFT_ALONE = {
+    *("attention_mask", "bool_masked_pos", "interpolate_pos_encoding", "kwargs"),
+    *("mask_time_indices", "noise", "output_attention_mask", "output_attentions", "output_hidden_states"),
+    *("padding_mask", "return_dict", "self", "skip_predictor", "use_vit_merger", "context_mask", "target_mask"),
+}
+"""Arguments of encoders that may be left out."""
+
+
+def _encoders() -> list[Family]:
+    """Encoders of images, video and sound: models of their own, and the parts of others."""
+    found: dict[str, Family] = {}
+    for model_class in _all_models():
+        if model_class.config_class is None or model_class.config_class.model_type in found:
+            continue
+        parameters = set(inspect.signature(model_class.forward).parameters)
+        media = parameters & _MEDIA
+        is_known = parameters <= _MEDIA | _PARTS_OF_MEDIA | _LEFT_ALONE
+        if not media or not is_known or (media == {"hidden_states"} and "grid_thw" not in parameters):
+            continue
+        if re.search(r"^class \w*Attention", inspect.getsource(sys.modules[model_class.__module__]), re.MULTILINE):
+            kind = "sound encoder" if media & {"input_features", "input_values"} else "image encoder"
+            found[model_class.config_class.model_type] = Family(model_class.config_class.model_type, kind, model_class)
     return list(found.values())
+
+
+def _all_models() -> Iterator[type[transformers.PreTrainedModel]]:
+    modules = {}
+    for mapping in (modeling_auto.MODEL_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        for config_class in mapping:
+            # Some names are of classes that do not exist, or need another library.
+            with contextlib.suppress(ValueError, ImportError):
+                model_class = mapping[config_class]
+                model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+                reads_text = model_class.main_input_name == "input_ids"
+                modules[sys.modules[model_class.__module__]] = None
+                if not reads_text:
+                    yield model_class
+    for module in modules:
+        for model_class in reversed(vars(module).values()):  # a wrapper comes after what it wraps
+            is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+            if is_model and re.search(r"(Vision|Audio)\w*(Model|Encoder|Transformer)$|Encoder$", model_class.__name__):
+                yield model_class
 
 
 # Building
@@ -114,8 +188,9 @@ class Outcome(NamedTuple):
     eager_is_exact: bool = False
 
 
+_NO_SUCH_INPUT = "no such input"
 LENGTHS = [5, 1, 8, 6]
-SCENARIOS = [
+TEXT_SCENARIOS = [
     "plain",
     "gradients",
     "packed",
@@ -125,17 +200,78 @@ SCENARIOS = [
     "generate",
     "static cache",
 ]
+SCENARIOS = {
+    "decoder": TEXT_SCENARIOS,
+    "encoder": TEXT_SCENARIOS,
+    "encoder-decoder": TEXT_SCENARIOS,
+    "multimodal": TEXT_SCENARIOS,
+    "images": ["plain", "gradients", "packed", "packed, cache", "left padding", "generate", "static cache"],
+    "image encoder": ["plain", "gradients", "packed"],
+    "sound encoder": ["plain", "gradients"],
+}
+"""What is compared for each kind of family."""
 
 
 class Pair:
-    """A model under flashmask and under eager, with the same weights."""
+    """A model under flashmask and under eager, with the same weights, and what both are run on."""
 
     def __init__(self, family: Family, eager: transformers.PreTrainedModel) -> None:
         self.family, self.eager = family, eager
         self.ours = copy.deepcopy(eager)
         self.ours.set_attn_implementation(integration.NAME)
         torch.manual_seed(2)
-        self.documents = [torch.randint(3, VOCABULARY, (1, length)) for length in LENGTHS]
+
+    def runs(self, scenario: str) -> Runs | None:
+        """What to compare, or None where the family has no such inputs."""
+        raise NotImplementedError
+
+    def _same_call(self, call: Callable[[transformers.PreTrainedModel], Tensor]) -> Runs:
+        """Eager is the truth."""
+        return Runs(lambda: call(self.ours), lambda: call(self.eager), lambda: call(self.eager))
+
+    def _gradients(self, call: Callable[[transformers.PreTrainedModel], Tensor]) -> Runs:
+        """Of all parameters, each relative to its own size: those of a random function of what `call` computes."""
+        seed = int(torch.randint(1000, ()))
+
+        def gradients(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
+            model.zero_grad()
+            with torch.enable_grad():
+                values = call(model)
+                generator = torch.Generator().manual_seed(seed)
+                (values * torch.randn(values.shape[-1], generator=generator)).sum().backward()
+            return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+        @functools.cache
+        def scales() -> dict[str, float]:
+            largest = {name: float(gradient.abs().max()) for name, gradient in gradients(self.eager).items()}
+            return {name: max(value, 1e-3 * max(largest.values())) for name, value in largest.items()}
+
+        def relative(model: transformers.PreTrainedModel) -> Tensor:
+            return torch.cat([gradient.flatten() / scales()[name] for name, gradient in gradients(model).items()])
+
+        return self._same_call(relative)._replace(tolerance=GRADIENT_TOLERANCE)
+
+    def _generate(self, inputs: dict[str, Any], **arguments: Any) -> Runs:
+        arguments = {
+            **inputs,
+            "max_new_tokens": 2 * WINDOW,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "use_cache": True,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            **arguments,
+        }
+        # Greedy: the logits of two steps agree only if the tokens before them do.
+        return self._same_call(lambda model: torch.stack(model.generate(**arguments).logits))
+
+
+class TextPair(Pair):
+    """Given random tokens."""
+
+    def __init__(self, family: Family, eager: transformers.PreTrainedModel) -> None:
+        super().__init__(family, eager)
+        self.documents = [torch.randint(3, TEXT_TOKENS, (1, length)) for length in LENGTHS]
         self.is_encoder_decoder = family.kind == "encoder-decoder"
         self.takes_positions = not self.is_encoder_decoder and self._takes_positions()
 
@@ -155,43 +291,22 @@ class Pair:
         return model(**inputs).logits
 
     def runs(self, scenario: str) -> Runs | None:
-        """What to compare, or None where the family has no such inputs."""
         runs: dict[str, Callable[[], Runs | None]] = {
-            "plain": self._plain,
-            "gradients": self._gradients,
+            "plain": lambda: self._same_call(self._random_call()),
+            "gradients": lambda: self._gradients(self._random_call()),
             "packed": lambda: self._packed(**({} if self.family.kind == "encoder" else {"use_cache": False})),
             "packed, cache": lambda: self._packed(use_cache=True),
             "left padding": lambda: self._padded("left"),
             "right padding": lambda: self._padded("right"),
-            "generate": self._generate,
-            "static cache": lambda: self._generate(cache_implementation="static"),
+            "generate": self._generate_from_padded,
+            "static cache": lambda: self._generate_from_padded(cache_implementation="static"),
         }
         needs_cache = scenario in ("packed, cache", "generate", "static cache")
         return None if needs_cache and self.family.kind == "encoder" else runs[scenario]()
 
-    def _plain(self) -> Runs:
-        tokens = torch.randint(3, VOCABULARY, (2, 20))
-        return _same_call(lambda model: self.logits(model, input_ids=tokens), self)
-
-    def _gradients(self) -> Runs:
-        tokens, weights = torch.randint(3, VOCABULARY, (2, 20)), torch.randn(VOCABULARY)
-
-        def gradients(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
-            model.zero_grad()
-            with torch.enable_grad():
-                logits = self.logits(model, input_ids=tokens)
-                (logits * weights[: logits.shape[-1]]).sum().backward()
-            return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-        @functools.cache
-        def scales() -> dict[str, float]:
-            largest = {name: float(gradient.abs().max()) for name, gradient in gradients(self.eager).items()}
-            return {name: max(value, 1e-3 * max(largest.values())) for name, value in largest.items()}
-
-        def relative(model: transformers.PreTrainedModel) -> Tensor:
-            return torch.cat([gradient.flatten() / scales()[name] for name, gradient in gradients(model).items()])
-
-        return _same_call(relative, self)._replace(tolerance=GRADIENT_TOLERANCE)
+    def _random_call(self) -> Callable[[transformers.PreTrainedModel], Tensor]:
+        tokens = torch.randint(3, TEXT_TOKENS, (2, 20))
+        return lambda model: self.logits(model, input_ids=tokens)
 
     def _packed(self, **arguments: Any) -> Runs | None:
         if not self.takes_positions:
@@ -222,28 +337,181 @@ class Pair:
         )
         return Runs(ours, alone, eager)
 
-    def _generate(self, **arguments: Any) -> Runs:
+    def _generate_from_padded(self, **arguments: Any) -> Runs:
         batch = padded(self.documents, "right" if self.is_encoder_decoder else "left")
-        arguments = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "max_new_tokens": 2 * WINDOW,
-            "do_sample": False,
-            "pad_token_id": 0,
-            "use_cache": True,
-            "return_dict_in_generate": True,
-            "output_logits": True,
-            **arguments,
-        }
+        del batch["position_ids"]
         if self.is_encoder_decoder:
             arguments["decoder_start_token_id"] = 1
-        # Greedy: the logits of two steps agree only if the tokens before them do.
-        return _same_call(lambda model: torch.stack(model.generate(**arguments).logits), self)
+        return self._generate(batch, **arguments)
 
 
-def _same_call(call: Callable[[transformers.PreTrainedModel], Tensor], pair: Pair) -> Runs:
-    """Eager is the truth."""
-    return Runs(lambda: call(pair.ours), lambda: call(pair.eager), lambda: call(pair.eager))
+class ImagePair(Pair):
+    """Given documents of text and two images each."""
+
+    def __init__(self, family: Family, eager: transformers.PreTrainedModel) -> None:
+        super().__init__(family, eager)
+        self.parameters = set(inspect.signature(eager.forward).parameters)
+        self.model = eager if hasattr(eager, "get_rope_index") else eager.base_model
+        self.has_axes = hasattr(self.model, "get_rope_index")
+        """Whether the positions in an image have several axes."""
+        # The first ends with an image, the second begins with one: in a packed row the two touch.
+        self.documents = [self._document((3, 2, 0), IMAGE_SIZES), self._document((0, 4, 3), IMAGE_SIZES[::-1])]
+
+    def _document(self, texts: tuple[int, ...], sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The arguments of a call, `[1, S]`, and its images."""
+        images, lengths = zip(*(self._image(size) for size in sizes))
+        document = with_images(texts, lengths)
+        types = document.pop("token_type_ids")
+        for name in {"token_type_ids", "mm_token_type_ids"} & self.parameters:
+            document[name] = types
+        return {**document, **join_images(images, same_row=True)}
+
+    def _image(self, size: tuple[int, int]) -> tuple[dict[str, Tensor], int]:
+        """One image, and the number of tokens that it takes."""
+        model = self.eager.base_model if hasattr(self.eager.base_model, "get_image_features") else self.eager
+        get_features = model.get_image_features
+        config = getattr(self.eager.config, "vision_config", None) or self.eager.config
+        errors = []
+        for image in image_inputs(set(inspect.signature(get_features).parameters), config, size):
+            features = _attempt(lambda image=image: _features(get_features(**image)))
+            if not isinstance(features, str):
+                return image, features.numel() // self.eager.get_input_embeddings().weight.shape[1]
+            errors.append(features)
+        raise ValueError(f"takes none of the images: {errors}")
+
+    def runs(self, scenario: str) -> Runs | None:
+        rows = join_documents(self.documents, "left")
+        runs: dict[str, Callable[[], Runs | None]] = {
+            "plain": lambda: self._same_call(self._random_call()),
+            "gradients": lambda: self._gradients(self._random_call()),
+            "packed": lambda: self._packed(use_cache=False),
+            "packed, cache": lambda: self._packed(use_cache=True),
+            "left padding": lambda: self._padded(rows),
+            "generate": lambda: self._generate(rows),
+            "static cache": lambda: self._generate(rows, cache_implementation="static"),
+        }
+        return runs[scenario]()
+
+    def _random_call(self) -> Callable[[transformers.PreTrainedModel], Tensor]:
+        lengths = (2, 3, 4), (5, 3, 1)
+        rows = join_documents([self._document(texts, IMAGE_SIZES) for texts in lengths])
+        return lambda model: model(**rows).logits
+
+    def _packed(self, **arguments: Any) -> Runs | None:
+        if "position_ids" not in self.parameters:
+            return None
+        row = {**join_documents(self.documents, same_row=True), **arguments}
+
+        def logits(model: transformers.PreTrainedModel) -> Tensor:
+            positions = torch.cat([self._positions(document) for document in self.documents], dim=-1)
+            return model(**row, position_ids=positions).logits
+
+        def alone() -> Tensor:
+            return torch.cat([self.eager(**document).logits for document in self.documents], dim=1)
+
+        return Runs(lambda: logits(self.ours), alone, lambda: logits(self.eager))
+
+    def _positions(self, document: dict[str, Tensor]) -> Tensor:
+        """`[1, S]`, or `[4, 1, S]`: where positions have three axes, the tokens are counted before."""
+        length = document["input_ids"].shape[1]
+        counted = torch.arange(length)[None]
+        if not self.has_axes:
+            return counted
+        known = set(inspect.signature(self.model.get_rope_index).parameters)
+        arguments = {name: value for name, value in document.items() if name in known}
+        axes, _ = self.model.get_rope_index(**arguments, attention_mask=torch.ones(1, length, dtype=torch.long))
+        return torch.cat([counted[None], axes])
+
+    def _padded(self, rows: dict[str, Tensor]) -> Runs:
+        tokens = rows["attention_mask"].bool()
+        rows = dict(rows)
+        if not self.has_axes and "position_ids" in self.parameters:
+            rows["position_ids"] = (rows["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+        def alone() -> Tensor:
+            return torch.cat([self.eager(**document).logits[0] for document in self.documents])
+
+        ours, eager = (lambda: self.ours(**rows).logits[tokens]), (lambda: self.eager(**rows).logits[tokens])
+        return Runs(ours, alone, eager)
+
+
+def _features(output: Any) -> Tensor:
+    return tensors_of(output.last_hidden_state if output.pooler_output is None else output.pooler_output)
+
+
+_ROWS = {"input_ids", "token_type_ids", "mm_token_type_ids"}
+
+
+def join_documents(documents: list[dict[str, Tensor]], side: str = "left", same_row: bool = False) -> dict[str, Tensor]:
+    """Documents with images in one row, or in one row each, with a 2-D mask where one has to be padded."""
+    images = [{name: value for name, value in document.items() if name not in _ROWS} for document in documents]
+    batch = join_images(images, same_row=same_row)
+    for name in documents[0].keys() & _ROWS:
+        rows = [document[name] for document in documents]
+        batch[name] = torch.cat(rows, dim=1) if same_row else padded(rows, side)["input_ids"]
+    if not same_row and len({document["input_ids"].shape[1] for document in documents}) > 1:
+        batch["attention_mask"] = padded([document["input_ids"] for document in documents], side)["attention_mask"]
+    return batch
+
+
+class EncoderPair(Pair):
+    """An encoder of images or sounds."""
+
+    def __init__(self, family: Family, eager: transformers.PreTrainedModel) -> None:
+        super().__init__(family, eager)
+        self.parameters = set(inspect.signature(eager.forward).parameters)
+        self.images: list[dict[str, Tensor]] = []
+        """Of different sizes, where the encoder takes those."""
+        if family.kind == "image encoder":
+            with contextlib.suppress(ValueError):
+                self.images = [
+                    self._first_that_works(image_inputs(self.parameters, eager.config, size)) for size in IMAGE_SIZES
+                ]
+        if self.images:
+            self.inputs = join_images(self.images, same_row=False)
+        elif family.kind == "image encoder":
+            self.inputs = self._first_that_works(video_inputs(eager.config))
+        else:
+            self.inputs = self._first_that_works(sound_inputs(eager.config))
+
+    def _first_that_works(self, candidates: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        errors = []
+        for inputs in candidates:
+            if inputs.keys() <= self.parameters:
+                values = _attempt(lambda inputs=inputs: self._values(self.eager, inputs))
+                if not isinstance(values, str):
+                    return inputs
+                errors.append(values)
+        raise ValueError(f"takes none of the inputs: {errors}")
+
+    def _values(self, model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(4)  # some hide random patches
+        return tensors_of(model(**inputs, return_dict=True))
+
+    def runs(self, scenario: str) -> Runs | None:
+        if scenario == "plain":
+            return self._same_call(lambda model: self._values(model, self.inputs))
+        if scenario == "gradients":
+            return self._gradients(lambda model: self._values(model, self.inputs))
+        return self._packed()
+
+    def _packed(self) -> Runs | None:
+        if not self.parameters & {"grid_thw", "image_grid_thw"}:
+            return None
+
+        def states(model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+            return model(**inputs, return_dict=True)[0]
+
+        def alone() -> Tensor:
+            values = [states(self.eager, image) for image in self.images]
+            return torch.cat(values, dim=values[0].ndim - 2)
+
+        return Runs(lambda: states(self.ours, self.inputs), alone, lambda: states(self.eager, self.inputs))
+
+
+def pair_of(family: Family) -> Pair:
+    pair_class = {"images": ImagePair, "image encoder": EncoderPair, "sound encoder": EncoderPair}
+    return pair_class.get(family.kind, TextPair)(family, build(family))
 
 
 def _attempt(run: Callable[[], Tensor]) -> Tensor | str:
@@ -335,8 +603,11 @@ def head_size_of(config: transformers.PreTrainedConfig) -> str:
         return str(query) if query == value else f"{query}, {value}"
     sizes = [fields.get("head_dim"), fields.get("global_head_dim")]
     if not sizes[0]:
-        with contextlib.suppress(AttributeError, TypeError, ZeroDivisionError):
-            sizes[0] = config.get_text_config().hidden_size // config.get_text_config().num_attention_heads
+        with contextlib.suppress(AttributeError, TypeError, ZeroDivisionError, StopIteration):
+            text = config.get_text_config()
+            heads = next(getattr(text, name) for name in ("num_attention_heads", "num_heads") if hasattr(text, name))
+            width = text.embed_dim if text.model_type == "qwen2_vl_vision" else text.hidden_size
+            sizes[0] = width // heads
     return ", ".join(str(size) for size in dict.fromkeys(sizes) if size)
 
 
@@ -360,19 +631,21 @@ def sweep(family: Family) -> dict[str, Any]:
     except Exception as error:
         return {**result, "not run": _one_line(error)}
     try:
-        pair = Pair(family, build(family))
+        pair = pair_of(family)
     except Exception as error:
         return {**result, "not run": _one_line(error)}
     with attention_calls() as calls:
         outcomes = {}
-        for scenario in SCENARIOS:
+        for scenario in SCENARIOS[family.kind]:
             runs = pair.runs(scenario)
-            outcomes[scenario] = Outcome("impossible", "no such input") if runs is None else judge(runs)
+            outcomes[scenario] = Outcome("impossible", _NO_SUCH_INPUT) if runs is None else judge(runs)
         result["features"] = features_of(pair.ours, calls)
     if outcomes["plain"].status == "impossible":
         return {**result, "not run": outcomes["plain"].detail}
     if not calls and outcomes["plain"].status == "exact":
-        return {**result, "not run": "it has no attention layers"}
+        keeps_eager = pair.ours.config._attn_implementation != integration.NAME
+        reason = "it keeps eager attention inside of models that use flashmask"
+        return {**result, "not run": reason if keeps_eager else "it has no attention layers"}
     return {**result, "outcomes": {scenario: outcome._asdict() for scenario, outcome in outcomes.items()}}
 
 
@@ -423,6 +696,9 @@ _TITLES = {
     "encoder": "Encoders",
     "encoder-decoder": "Encoders with decoders",
     "multimodal": "Models of images, video and speech, given text",
+    "images": "Models of images and text, given both",
+    "image encoder": "Encoders of images and video",
+    "sound encoder": "Encoders of sound",
 }
 _INTRODUCTION = """# Models
 
@@ -436,6 +712,10 @@ writes this page.
   eager attention.
 - *generate*, *static cache*: the logits of greedy generation from a left-padded batch. The truth is eager attention.
 
+A document with images holds two, of different sizes where the model takes those; one document ends with an image and
+the next begins with one. Models whose positions have several axes get `position_ids` `[4, B, S]`: the tokens counted
+from 0 in each document, then the axes. Encoders of images get two images; *packed* means that these are one sequence.
+
 "yes" is the truth up to rounding. "as eager" is what eager computes from the same inputs, and not the truth: the model
 itself, not its attention, mixes the documents or counts padding. "no" is neither. "-": the family has no such inputs,
 or eager attention fails on them.
@@ -444,13 +724,16 @@ or eager attention fails on them.
 
 def render(results: dict[str, Any]) -> str:
     families = results["families"]
-    text = [_INTRODUCTION.format(version=results["transformers"]), *_summary_table(families)]
+    text = [_INTRODUCTION.format(version=results["transformers"])]
+    text += [*_summary_table(families, "decoder", "decoders"), ""]
+    text += _summary_table(families, "images", "models given images and text")
     for kind, title in _TITLES.items():
+        scenarios = SCENARIOS[kind]
         rows = [(name, result) for name, result in families.items() if result["kind"] == kind and "outcomes" in result]
-        text += ["", f"## {title}", "", "| family | head size | attention | " + " | ".join(SCENARIOS) + " | |"]
-        text.append("|---|---|---|" + "---|" * (len(SCENARIOS) + 1))
+        text += ["", f"## {title}", "", "| family | head size | attention | " + " | ".join(scenarios) + " | |"]
+        text.append("|---|---|---|" + "---|" * (len(scenarios) + 1))
         for name, result in rows:
-            marks = [_MARKS[result["outcomes"][scenario]["status"]] for scenario in SCENARIOS]
+            marks = [_MARKS[result["outcomes"][scenario]["status"]] for scenario in scenarios]
             cells = [_bare(name), result["head size"], ", ".join(result["features"]), *marks, _note(result)]
             text.append("| " + " | ".join(cells) + " |")
     text += [
@@ -471,34 +754,39 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _summary_table(families: dict[str, Any]) -> list[str]:
-    lines = ["| decoders that are right | " + " | ".join(SCENARIOS) + " |", "|---|" + "--:|" * len(SCENARIOS)]
-    outcomes = [
-        result["outcomes"] for result in families.values() if result["kind"] == "decoder" and "outcomes" in result
-    ]
+def _summary_table(families: dict[str, Any], kind: str, title: str) -> list[str]:
+    scenarios = SCENARIOS[kind]
+    lines = [f"| {title} that are right | " + " | ".join(scenarios) + " |", "|---|" + "--:|" * len(scenarios)]
+    outcomes = [result["outcomes"] for result in families.values() if result["kind"] == kind and "outcomes" in result]
     counts: dict[str, Callable[[dict[str, Any]], bool]] = {
         "flashmask": lambda outcome: outcome["status"] == "exact",
         "eager": lambda outcome: outcome["eager_is_exact"],
         "families with such inputs": lambda outcome: outcome["status"] != "impossible",
     }
     for name, is_counted in counts.items():
-        numbers = [str(sum(is_counted(outcome[scenario]) for outcome in outcomes)) for scenario in SCENARIOS]
+        numbers = [str(sum(is_counted(outcome[scenario]) for outcome in outcomes)) for scenario in scenarios]
         lines.append(f"| {name} | " + " | ".join(numbers) + " |")
     return lines
 
 
 def _note(result: dict[str, Any]) -> str:
     """Why some columns are not "yes"."""
-    outcomes, notes = result["outcomes"], []
-    if outcomes["packed"]["status"] in ("as eager", "differs"):
+    status, notes = {name: outcome["status"] for name, outcome in result["outcomes"].items()}, []
+    if status.get("packed") in ("as eager", "differs"):
         if "recurrent layers" in result["features"]:
             notes.append("recurrent layers carry their state from one document to the next")
-        elif outcomes["packed"]["status"] == "as eager":
+        elif status["packed"] == "as eager":
             notes.append("attention is not told `position_ids`: pass bounds to pack")
-    if outcomes["packed"]["status"] == "impossible" and result["kind"] != "encoder-decoder":
+    reads_text = result["kind"] in ("decoder", "encoder", "multimodal", "images")
+    if status.get("packed") == "impossible" and reads_text and result["outcomes"]["packed"]["detail"] == _NO_SUCH_INPUT:
         notes.append("takes no `position_ids`")
-    if outcomes["left padding"]["status"] == "as eager":
-        notes.append("positions count the padding on the left")
+    if status.get("left padding") == "as eager":
+        is_about_images = result["kind"] == "images"
+        notes.append(
+            "what it makes of a document depends on the rest of the batch"
+            if is_about_images
+            else "positions count the padding on the left"
+        )
     return "; ".join(notes)
 
 
@@ -528,7 +816,7 @@ def _reason(message: str) -> str:
 def _reason_without_error(reason: str) -> str:
     """The errors are in the JSON: they are about tiny sizes and missing inputs, not about attention."""
     if re.match(r"\w+Error: ", reason):
-        return "not built tiny from its configuration alone, or computes nothing from text alone"
+        return "not built tiny from its configuration alone, or computes nothing from the inputs tried"
     return reason
 
 

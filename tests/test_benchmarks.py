@@ -1,14 +1,551 @@
-"""The figures that the project publishes."""
+"""The figures that the project publishes: what is measured, how it is counted, gathered and reported.
+
+What needs no GPU is tested here: that the forms of a mask are one mask, that the truth is right and wrong results are
+found, that pieces of a run come together, and that the report says what the rows say.
+"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
-REPORT = Path(__file__).parents[1] / "benchmarks/report.py"
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+
+from flashmask_kernels import flashmask_attention, reference_attention
+from hf_flashmask.bounds import from_cu_seqlens, to_dense, visible_pairs
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # its files import each other by name
+
+import attention_gpu  # noqa: E402
+import masking_gpu  # noqa: E402
+import masks  # noqa: E402
+import measurement  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+import training_gpu  # noqa: E402
+import truth  # noqa: E402
+import tune  # noqa: E402
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    check = subprocess.run([sys.executable, str(REPORT), "--check"], capture_output=True, text=True)
+def test_the_pages_say_what_the_results_say() -> None:
+    check = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), "--check"], capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_without_a_gpu_a_gpu_benchmark_says_so() -> None:
+    with pytest.raises(SystemExit, match="torch finds none"):
+        measurement.require_gpu()
+
+
+# Masks
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(("length", "documents", "seed"), [(203, 4, 0), (149, 1, 1), (260, 9, 2)])
+def test_all_forms_of_a_mask_are_one_mask(length: int, documents: int, seed: int, heads: int) -> None:
+    row = masks.random_row(length, documents, seed)
+    for name, form in masks.mask_forms(row, heads=heads, seed=seed).items():
+        mask = form()
+        visible = to_dense(mask.bounds())
+        if mask.mask_mod is None:
+            assert visible.all(), name
+        else:
+            theirs = create_mask(mask.mask_mod, 1, visible.shape[1], length, length, device="cpu")
+            assert torch.equal(theirs, visible), name
+        if mask.varlen is not None:
+            assert torch.equal(dense_of(mask.varlen)[None, None], visible), name
+
+
+def dense_of(varlen: masks.Varlen) -> Tensor:
+    """What variable-length kernels document: documents apart, causal, a window of keys up to the query's own."""
+    length = sum(varlen.lengths)
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    document = torch.arange(len(varlen.lengths)).repeat_interleave(torch.tensor(varlen.lengths))
+    visible = document[:, None] == document
+    if varlen.is_causal:
+        visible = visible & (key <= query)
+    return visible if varlen.window is None else visible & (query - key < varlen.window)
+
+
+def test_a_mask_can_be_built_again_and_again() -> None:
+    row = masks.random_row(131, 3)
+    for name, form in masks.mask_forms(row).items():
+        mask = form()
+        assert torch.equal(mask.bounds(), mask.bounds()), name
+        assert torch.equal(mask.bounds(), masks.paper_masks(row)[name]), name
+
+
+def test_every_mask_of_the_benchmark_exists_and_has_a_name_in_the_report() -> None:
+    table = masks.mask_forms(masks.random_row(64, 2))
+    assert set(table) == {*attention_gpu.PAPER_MASKS, *attention_gpu.MORE_MASKS} == set(report.MASK_NAMES)
+    assert len(attention_gpu.PAPER_MASKS) == 12
+    for name in attention_gpu.WITHOUT_DOCUMENTS:
+        other = masks.paper_masks(masks.random_row(64, 5, seed=1))[name]
+        assert torch.equal(masks.paper_masks(masks.random_row(64, 2))[name], other), name
+
+
+@pytest.mark.parametrize("tile_size", [16, 32])
+def test_sparsity_counts_the_tiles_that_one_interval_hides(tile_size: int) -> None:
+    length = 203
+    for name, bounds in masks.paper_masks(masks.random_row(length, 5, seed=4), heads=2).items():
+        padded = torch.nn.functional.pad(to_dense(bounds), (0, -length % tile_size, 0, -length % tile_size))
+        tiles = padded.unflatten(2, (-1, tile_size)).unflatten(4, (-1, tile_size))
+        hidden = float((~tiles.any(5).any(3)).float().mean())
+        sparsity = masks.tile_sparsity(bounds, tile_size)
+        if name in ("full", "causal", "causal_document", "document", "sliding_window", "share_question"):
+            assert sparsity == pytest.approx(hidden), name
+        else:
+            assert sparsity <= hidden + 1e-6, name
+    # Rows 0-15 hidden by the first interval, 16-31 by the second: a tile of 32 rows needs both.
+    both = torch.tensor([0, 16, 16, 32], dtype=torch.int32)[None, None, :, None].expand(1, 1, 4, 32)
+    assert not to_dense(both, 32).any()
+    assert masks.tile_sparsity(both, 32) == 0
+    assert masks.tile_sparsity(both, 16) == 1
+
+
+def test_document_lists_are_drawn_the_same_each_time_or_read(tmp_path: Path) -> None:
+    for length, fewest in ((8192, 3), (32768, 10), (131072, 11)):
+        rows = masks.rows_of(length, 5)
+        assert rows == masks.rows_of(length, 5)
+        assert all(sum(row.lengths) == length and fewest <= len(row.lengths) <= fewest + 4 for row in rows)
+        assert len({tuple(row.lengths) for row in rows}) == 5
+    sample = {"documents": [[2, 5], [0, 4]], "qk_sparse": [0, 1]}
+    (tmp_path / "lists.json").write_text(json.dumps({"9": [sample, sample, sample]}))
+    assert masks.rows_of(9, 2, tmp_path) == [masks.PackedRow([5, 4], [2, 0], [False, True])] * 2
+    with pytest.raises(ValueError, match="has document lists of 10 tokens"):
+        masks.rows_of(10, 1, tmp_path)
+
+
+# Truth
+
+
+def random_inputs(batch: int, heads: int, kv_heads: int, length: int, dim: int) -> list[Tensor]:
+    shapes = [(batch, length, count, dim) for count in (heads, kv_heads, kv_heads, heads)]
+    return [torch.randn(shape).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", ["causal_document", "prefix_lm_document", "global_sliding_window", "qk_sparse"])
+def test_the_truth_in_pieces_is_dense_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "SCORES", 97 * 20)  # pieces of 20 rows, the last of 17
+    bounds = masks.paper_masks(masks.random_row(97, 4, seed=1))[name]
+    query, key, value, d_out = random_inputs(1, 4, 2, 97, 8)
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out, _ = reference_attention(*leaves, bounds)
+    expected = (out, *torch.autograd.grad(out, leaves, d_out))
+    for ours, theirs in zip(truth.attend_in_float32(query, key, value, d_out, bounds), expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "mask_heads"), [(2, 4, 2, 1), (1, 3, 3, 3), (2, 4, 1, 4)])
+def test_wrong_results_are_found(batch: int, heads: int, kv_heads: int, mask_heads: int) -> None:
+    bounds = masks.paper_masks(masks.random_row(65, 3), heads=mask_heads)["random_eviction"]
+    query, key, value, d_out = random_inputs(batch, heads, kv_heads, 65, 16)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    expected = truth.Truth(*leaves, d_out, bounds)
+    out = flashmask_attention(*leaves, bounds)
+    right = truth.Attended(out.detach(), *torch.autograd.grad(out, leaves, d_out))
+    assert max(expected.check(right).values()) < 1e-5
+    for name in truth.Attended._fields:
+        for row, head in ((0, 0), (-1, -1)):
+            wrong = getattr(right, name).clone()
+            wrong[row, head, 40:] *= 1.05
+            with pytest.raises(ValueError, match=f"wrong result.*{name}"):
+                expected.check(right._replace(**{name: wrong}))
+            wrong[row, head, 3, 3] = float("nan")
+            with pytest.raises(ValueError, match="nan"):
+                expected.check(right._replace(**{name: wrong}))
+
+
+# What is measured
+
+
+def test_peers_have_the_masks_that_they_can_express() -> None:
+    row = masks.random_row(64, 3)
+    expressed: dict[str, set[str]] = {}
+    for name, form in masks.mask_forms(row).items():
+        case = peers.Case(form(), 1, 64, 4, 2, 16, torch.float32, "cpu")
+        for peer, make in peers.PEERS.items():
+            if make(case) is not None:
+                expressed.setdefault(peer, set()).add(name)
+    everything = set(report.MASK_NAMES)
+    packed = {"full", "causal", "sliding_window", "causal_document", "document"}
+    assert expressed == {
+        "flashmask": everything,
+        "flex_attention": everything,
+        "flex_attention on FA4": everything,
+        "sdpa, dense mask": everything,
+        "FA2 varlen": packed,
+        "FA4 varlen": packed,
+        "cuDNN": {"full", "causal"},
+    }
+    long = peers.Case(masks.mask_forms(row)["causal"](), 1, 65536, 4, 2, 16)
+    assert peers.sdpa_dense(long) is None
+
+
+def test_one_row_of_the_pipeline_but_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+
+    def clock(function: Any, **_: Any) -> dict[str, float]:
+        calls.append(function())
+        return {"milliseconds": 2.0, "spread": 0.0}
+
+    for name in ("time_on_gpu", "time_on_cpu"):
+        monkeypatch.setattr(attention_gpu, name, clock)
+    monkeypatch.setattr(attention_gpu, "peak_memory", lambda function: len(function()))
+    mask = masks.mask_forms(masks.random_row(80, 3))["prefix_lm_document"]()
+    *inputs, d_out = random_inputs(2, 4, 2, 80, 16)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    expected = truth.Truth(*inputs, d_out, mask.bounds())
+    for peer in ("flashmask", "sdpa, dense mask"):
+        calls.clear()
+        attention = peers.PEERS[peer](peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu"))
+        row = attention_gpu.measure(attention, tuple(inputs), d_out, expected)
+        parts = {"forward", "backward", "mask", "mask_host", "end_to_end"}
+        assert row["milliseconds"] == {**dict.fromkeys(parts, 2), "total": 4}
+        assert max(row["relative_error"].values()) < 1e-5
+        assert row["peak_mib"] == 3
+        assert calls[0].shape == d_out.shape
+        assert [gradient.shape for gradient in calls[1]] == [tensor.shape for tensor in inputs]
+
+    deaf = peers.Attention(None, lambda query, key, value, _: flashmask_attention(query, key, value, is_causal=True))
+    with pytest.raises(ValueError, match="wrong result"):
+        attention_gpu.measure(deaf, tuple(inputs), d_out, expected)
+
+
+def test_flops_count_visible_pairs() -> None:
+    bounds = from_cu_seqlens(torch.tensor([0, 10, 30, 64], dtype=torch.int32), 64)
+    pairs = int(visible_pairs(bounds, 64))
+    assert pairs == sum(n * (n + 1) // 2 for n in (10, 20, 34)) == int(to_dense(bounds).sum())
+    flops = measurement.visible_flops(pairs, heads=6, head_dim=16)
+    # Two products of 2 D operations forward; backward five.
+    assert flops["forward"] == 6 * pairs * 2 * (2 * 16)
+    assert flops["backward"] == 6 * pairs * 5 * (2 * 16)
+    assert flops["total"] == flops["forward"] + flops["backward"]
+    assert measurement.tflops({"forward": 3e12, "backward": 1e12}, {"forward": 2.0}) == {"forward": 1500.0}
+
+
+def test_the_papers_protocol_has_128k_tokens_and_a_hidden_size_of_4096() -> None:
+    shapes = attention_gpu.shapes("paper", [8192, 32768, 131072], [64, 128], [(1, 1)])
+    assert len(shapes) == 6
+    for shape in shapes:
+        assert shape.batch * shape.length == 128 * 1024
+        assert shape.heads * shape.head_dim == 4096
+        assert shape.kv_heads == shape.heads
+    assert attention_gpu.shapes("bar", [512], [64], [(32, 8), (32, 32)]) == [(1, 512, 32, 8, 64), (1, 512, 32, 32, 64)]
+
+
+def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*arguments: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["attention_gpu.py", *arguments])
+        return attention_gpu.parse_arguments()
+
+    default = parse()
+    assert (default.lengths, default.head_dims, default.heads) == ([32768], [128], [(32, 8)])
+    assert default.masks == list(attention_gpu.PAPER_MASKS)
+    assert "flashmask" in default.peers
+    paper = parse("--protocol", "paper")
+    assert (paper.lengths, paper.head_dims) == ([8192, 32768, 131072], [64, 128])
+    assert parse("--heads", "32/8", "16").heads == [(32, 8), (16, 16)]
+    assert len(parse("--masks", "all").masks) == 15
+    assert parse("--protocol", "sparsity").peers == ["flashmask"]
+
+
+# Runs in pieces
+
+
+def run(folder: Path, **settings: Any) -> measurement.Run:
+    return measurement.Run("speed", {"dtype": "bfloat16", **settings}, ("mask", "length"), folder)
+
+
+def test_pieces_of_a_run_come_together(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    first.add({"mask": "causal", "length": 1, "milliseconds": 5})
+    first.add({"mask": "full", "length": 1, "error": "out of memory"})
+    second = run(tmp_path)
+    assert second.path == first.path
+    assert second.has({"mask": "causal", "length": 1})
+    assert not second.has({"mask": "full", "length": 1})  # it failed: --missing tries again
+    assert not second.has({"mask": "causal", "length": 2})
+    second.add({"mask": "full", "length": 1, "milliseconds": 7})
+    second.add({"mask": "causal", "length": 2, "milliseconds": 9})
+    written = json.loads(first.path.read_text())
+    assert [row["milliseconds"] for row in written["rows"]] == [5, 7, 9]
+    assert {"device", "date", "torch", "triton", "kernels", "updated"} <= set(written["environment"])
+    assert written["settings"] == {"dtype": "bfloat16"}
+
+
+def test_other_kernels_or_settings_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path)
+    first.add({"mask": "causal", "length": 1, "milliseconds": 5})
+    assert run(tmp_path, vocabulary=7).path != first.path
+    monkeypatch.setattr(measurement, "kernels_hash", lambda: "another")
+    other = run(tmp_path)
+    assert other.path != first.path
+    assert other.rows == []
+    other.add({"mask": "causal", "length": 1, "milliseconds": 4})
+    other.result["environment"]["updated"] = "2999-01-01"
+    other.path.write_text(json.dumps(other.result))
+    latest = measurement.latest_run("speed", tmp_path)
+    assert latest is not None
+    assert [row["milliseconds"] for row in latest["rows"]] == [4]
+    assert measurement.latest_run("nothing", tmp_path) is None
+
+
+def test_the_day_does_not_begin_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(tmp_path).path
+    environment = measurement.environment
+    monkeypatch.setattr(measurement, "environment", lambda device: {**environment(device), "date": "1999-12-31"})
+    assert run(tmp_path).path == before
+
+
+def test_a_deadline() -> None:
+    assert not measurement.Deadline(None).is_over()
+    assert not measurement.Deadline(60).is_over()
+    assert measurement.Deadline(0).is_over()
+
+
+# Training
+
+
+def test_documents_of_training_are_log_normal_and_fill_the_row() -> None:
+    lengths = [n for seed in range(200) for n in training_gpu.document_lengths(32768, seed)[:-1]]
+    assert 650 < torch.tensor(lengths).median() < 750
+    assert min(lengths) >= training_gpu.SHORTEST_DOCUMENT
+    assert training_gpu.document_lengths(8192, 1) != training_gpu.document_lengths(8192, 2)
+    batch = training_gpu.packed_batch(8192, 3, 97, "cpu")
+    lengths = training_gpu.document_lengths(8192, 3)
+    assert sum(lengths) == 8192
+    assert batch["varlen"]["cu_seq_lens_q"].tolist() == [0, *accumulate(lengths)]
+    assert batch["varlen"]["max_length_q"] == max(lengths)
+    starts = batch["position_ids"][0] == 0
+    assert starts.sum() == len(lengths)
+    assert torch.equal(batch["labels"][0] == -100, starts)
+    assert batch["num_items_in_batch"] == 8192 - len(lengths)
+
+
+def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    trainee = training_gpu.Trainee(shape, 97, "cpu", torch.float32)
+    batch = training_gpu.packed_batch(1200, 3, 97, "cpu")
+    alone = trainee.each_document_alone(batch)
+    assert alone.hidden_states.shape == (1200, 32)
+    for implementation in ("flashmask", "sdpa"):
+        trainee.use(implementation)
+        assert max(trainee.first_step([batch]).check(alone).values()) < 1e-4
+    one_document = {**batch, "position_ids": torch.arange(1200)[None]}
+    with pytest.raises(ValueError, match="hidden_states"):
+        trainee.first_step([one_document]).check(alone)
+    trainee.use(training_gpu.FLOOR)
+    with pytest.raises(ValueError, match="wrong result"):
+        trainee.first_step([batch]).check(alone)
+    # The floor does everything but attention: all parameters get gradients.
+    trainee.gradients(batch)
+    assert all(parameter.grad is not None for parameter in trainee.model.parameters())
+    weights = [parameter.clone() for parameter in trainee.model.parameters()]
+    trainee.step(batch)
+    assert not any(torch.equal(old, new) for old, new in zip(weights, trainee.model.parameters()))
+
+
+# Tuning
+
+
+def test_candidates_take_every_field_of_a_configuration() -> None:
+    grid = {"block_m": (32, 64), "block_n": (64,), "num_warps": (4, 8), "num_stages": (2,)}
+    found = tune.candidates(["forward", "query_gradient"], [64], grid)
+    assert len(found) == len(set(found)) == 2 * 2 * 2
+    assert {candidate.config.block_m for candidate in found} == {32, 64}
+    assert {candidate.config.use_descriptors for candidate in found} == {False}  # its default
+    assert set(tune.GRID) <= set(tune.Config._fields)
+
+
+def test_the_fastest_over_all_workloads_goes_into_the_table() -> None:
+    workloads = (tune.FIRST, *tune.THEN)
+    steady, uneven, unfinished = (tune.Config(size, 64, 4, 2, True) for size in (64, 128, 32))
+    rows = [
+        {"kernel": kernel, "head_dim": 128, "config": config._asdict(), "mask": mask, "length": n, "milliseconds": time}
+        for kernel in tune.Configs._fields
+        for config, times in ((steady, (2, 2, 2, 2)), (uneven, (1, 4, 4, 4)), (unfinished, (1,)))
+        for (mask, n), time in zip(workloads, times)
+    ]
+    rows.append({"kernel": "forward", "head_dim": 64, "config": steady._asdict(), "registers": 168, "spills": 0})
+    assert [config for _, config in tune.ranking(rows, "forward", 128, workloads)] == [steady, uneven]
+    assert {config for _, config in tune.ranking(rows, "forward", 128, [tune.FIRST])[:2]} == {uneven, unfinished}
+    (line,) = tune.table_rows(rows)
+    table = eval("{" + line + "}", vars(tune))
+    assert table == {128: tune.Configs(steady, steady, steady)}
+
+
+# Report
+
+
+def row(mask: str, implementation: str, milliseconds: float, **more: Any) -> dict[str, Any]:
+    shape = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128, **more}
+    flops = {"forward": 1e12, "backward": 2.5e12, "total": 3.5e12}
+    times = {"forward": milliseconds / 4, "backward": 0.75 * milliseconds, "total": milliseconds, "mask": 0.02}
+    return {
+        "protocol": "bar",
+        "mask": mask,
+        "sample": 0,
+        "batch": 1,
+        "implementation": implementation,
+        "visible": 0.5,
+        "tile_sparsity": 0.25,
+        "milliseconds": times,
+        "tflops": measurement.tflops(flops, times),
+        "tflops_tiles": measurement.tflops(flops, times),
+        "peak_mib": 100.0,
+        **shape,
+    }
+
+
+@pytest.fixture
+def speed() -> dict[str, Any]:
+    rows = [
+        row("causal", "flashmask", 10),
+        row("causal", "flex_attention", 11),
+        row("causal_document", "flashmask", 2),
+        row("causal_document", "flex_attention", 4),
+        row("causal_document", "flashmask", 1, length=8192),
+        row("causal_document", "flex_attention", 1.5, length=8192),
+        {**row("full", "cuDNN", 1), "error": "RuntimeError: no such kernel\nand more"},
+        row("causal_document", "flashmask", 3, protocol="sparsity", sample=5),
+        row("causal", "flashmask", 10, protocol="paper", heads=32, kv_heads=32, batch=4),
+        row("document", "flashmask", 10, protocol="paper", heads=32, kv_heads=32, batch=4),
+        row("document", "flashmask", 30, protocol="paper", heads=32, kv_heads=32, batch=4, sample=1),
+    ]
+    environment = {"device": "A GPU", "torch": "2.11", "triton": "3.6", "date": "2026-01-01"}
+    settings = {"dtype": "bfloat16", "not_installed": {"FA4 varlen": "flash_attn.cute is not installed"}}
+    return {"environment": environment, "settings": settings, "rows": rows}
+
+
+def test_the_table_of_masks(speed: dict[str, Any]) -> None:
+    text = "\n".join(report.attention_section(speed))
+    assert "**A GPU**, bfloat16, 32 query and 8 key heads of size 128, one row of 32,768 tokens" in text
+    assert "| causal | 50.0% | 350 | 318 | 1.10 |" in text
+    assert "| packed documents | 50.0% | 1750 | 875 | 2.00 |" in text
+    assert "Geometric mean: 1.48 times as fast as `flex_attention`." in text  # (1.1 * 2) ** 0.5
+    assert "flashmask 0.02 ms, flex_attention 0.02 ms; ours is 4.0% of one layer's forward pass" in text
+    assert "| 8,192 | 32/8 | 128 | 1 | 1.50 | 1.50 (packed documents) |" in text
+    assert "| 32,768 | 32/8 | 128 | 2 | 1.48 | 1.10 (causal) |" in text
+
+
+def test_the_papers_tables_stand_beside_the_authors_figures(speed: dict[str, Any]) -> None:
+    published = json.loads(report.PUBLISHED.read_text())
+    text = "\n".join(report.paper_section(speed, published))
+    assert "| mask | sparsity | flashmask | published, V3 | published, V1 |" in text
+    assert "| causal | 0.250 | 350 | 608 | 345 |" in text
+    # Two samples: 7 TFLOP in 40 ms.
+    assert "| documents, bidirectional | 0.250 | 175 | 476 | 234 |" in text
+    assert published["hardware"] in text
+    for figures in published["rows"]:
+        assert figures["mask"] in attention_gpu.PAPER_MASKS
+        if "forward" in figures:  # the three of a row belong together
+            total = 3.5 / (1 / figures["forward"] + 2.5 / figures["backward"])
+            assert total == pytest.approx(figures["total"], rel=5e-3)
+
+
+def test_short_rows_are_reported_with_their_launches(speed: dict[str, Any]) -> None:
+    assert report.short_rows_section(speed) == []
+    for name, time in (("flashmask", 0.3), ("FA2 varlen", 0.4)):
+        short = row("causal_document", name, 1, length=1024)
+        short["milliseconds"]["end_to_end"] = time
+        speed["rows"].append(short)
+    text = "\n".join(report.short_rows_section(speed))
+    assert "| tokens | heads | size | flashmask | FA2 varlen |" in text
+    assert "| 1,024 | 32/8 | 128 | 0.30 | 0.40 |" in text
+
+
+def test_what_failed_is_reported(speed: dict[str, Any]) -> None:
+    text = "\n".join(report.failures(speed))
+    assert "- cuDNN: `RuntimeError: no such kernel` on full (32,768, 32/8, 128)" in text
+    assert "- FA4 varlen: flash_attn.cute is not installed" in text
+    assert "cuDNN" not in "\n".join(report.attention_section(speed))
+
+
+def test_the_table_of_training() -> None:
+    step = {"shape": "1b", "workload": "steps", "tokens_per_second": 45000, "peak_mib": 20480}
+    result = {
+        "environment": {"device": "A GPU", "torch": "2.11", "triton": "3.6", "date": "2026-01-01"},
+        "settings": {"median_document": 700, "vocabulary": 32768, "shapes": training_gpu.SHAPES},
+        "rows": [
+            {**step, "length": 8192, "implementation": "flashmask"},
+            {**step, "length": 8192, "implementation": "sdpa", "tokens_per_second": 25000},
+            {**step, "length": 32768, "implementation": "flashmask"},
+            {**step, "length": 32768, "implementation": "sdpa", "error": "OutOfMemoryError: ..."},
+            {"shape": "1b", "length": 0, "workload": "longest", "implementation": "flashmask", "longest": 196608},
+        ],
+    }
+    text = "\n".join(report.training_section(result))
+    assert "| model | tokens | flashmask | sdpa |" in text
+    assert "| Llama 3.2 1B's shape, 16 layers | 8,192 | 45,000 (20) | 25,000 (20) |" in text
+    assert "| Llama 3.2 1B's shape, 16 layers | 32,768 | 45,000 (20) | - |" in text
+    assert "| Llama 3.2 1B's shape, 16 layers | longest row | 196,608 | - |" in text
+
+
+def test_pictures(speed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PICTURE", tmp_path / "shared_prompts.png")
+    report.draw_speed_per_mask(speed)
+    report.draw_speed_over_sparsity(speed)
+    report.draw_memory_over_length(speed)
+    step = {"shape": "1b", "workload": "steps", "length": 8192, "implementation": "flashmask", "tokens_per_second": 5}
+    report.draw_training({"rows": [step]})
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "speed_per_mask.png",
+        "speed_over_sparsity.png",
+        "memory_over_length.png",
+        "training.png",
+    }
+
+
+# Making masks, and decoding
+
+
+@pytest.mark.parametrize("layers", masking_gpu.MASKS)
+def test_all_implementations_make_the_same_masks(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        masking_gpu.check_makers(masking_gpu.MASKS[layers], "cpu")
+        monkeypatch.setattr(masking_gpu, "make_bounds", lambda layers, *_: [from_cu_seqlens(CU_SEQLENS, 1100)] * 2)
+        with pytest.raises(AssertionError, match="flashmask makes another"):
+            masking_gpu.check_makers(masking_gpu.MASKS[layers], "cpu")
+
+
+CU_SEQLENS = torch.tensor([0, 7, 1100], dtype=torch.int32)
+
+
+def test_decoding_is_checked() -> None:
+    inputs, is_token = masking_gpu.decoding_inputs(37, "cpu"), masking_gpu.left_padding(37, "cpu")
+    with torch.no_grad():
+        for padding in (None, is_token):
+            for make, attend in masking_gpu.decoders(37, padding, "cpu").values():
+                out = attend(*inputs, make())
+                masking_gpu.check_decoding(out, inputs, padding)
+                with pytest.raises(AssertionError):
+                    masking_gpu.check_decoding(out, inputs, is_token if padding is None else None)
+
+
+def test_the_report_of_making_masks() -> None:
+    row = {"what": "making", "mask": "packed documents", "length": 30000, "launches": 9, "reads": 0, "peak_mib": 1.26}
+    rows = [
+        {**row, "implementation": "flashmask", "milliseconds": {"device": 0.05, "host": 0.21}},
+        {**row, "implementation": "flex_attention", "milliseconds": {"device": 2.5, "host": 3.0}, "reads": 2},
+        {**row, "implementation": "sdpa", "milliseconds": {"device": 1.0, "host": 2.0}, "length": 8192},
+        {"what": "decoding", "length": 1024, "padded": False, "implementation": "flashmask"},
+    ]
+    lines = report.masking_section({"environment": measurement.environment("cpu"), "rows": rows})
+    assert "30,000 tokens" in lines[0]
+    assert lines[-1] == ("| packed documents | 0.05 / 0.21 ms, 9, 0, 1.3 MiB | 2.50 / 3.00 ms, 9, 2, 1.3 MiB | - |")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -20,8 +20,11 @@ from hf_flashmask.bounds import (
     causal_with_blocks,
     check_bounds,
     chunked,
+    document_ends,
+    document_starts,
     from_cu_seqlens,
     from_dense,
+    from_document_ends,
     from_document_ids,
     from_padding_mask,
     from_position_ids,
@@ -690,3 +693,23 @@ def test_from_dense_names_the_first_column_that_needs_too_many_intervals():
     mask[1, 0, ::4, 4] = False
     with pytest.raises(ValueError, match=r"key column 3 \(batch 1, head 0\) needs 35 hidden intervals.*at most 16"):
         from_dense(mask)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(-1, 3), st.booleans()), min_size=7, max_size=7), min_size=1, max_size=3))
+def test_document_ends_beside_padding(rows):
+    """A document starts at a token whose position is not above that of the token before it, never at padding."""
+    position_ids = torch.tensor([[position for position, _ in row] for row in rows])
+    is_token = torch.tensor([[token for _, token in row] for row in rows])
+    ends = document_ends(position_ids, is_token)
+    starts = document_starts(torch.where(is_token, ends, -ends))
+    assert ends.dtype == starts.dtype == torch.int32
+    for row, row_ends, row_starts in zip(rows, ends.tolist(), starts.tolist(), strict=True):
+        tokens = [index for index, (_, token) in enumerate(row) if token]
+        borders = [now for last, now in pairwise(tokens) if row[now][0] <= row[last][0]]
+        for index in range(tokens[0] if tokens else 7, 7):
+            assert row_ends[index] == min((border for border in borders if border > index), default=7)
+            assert row_starts[index] == max((border for border in borders if border <= index), default=tokens[0])
+    made = from_document_ends(torch.where(is_token, ends, -ends), is_causal=False)
+    same = (ends[:, :, None] == ends[:, None, :]) & is_token[:, None, :]
+    assert_mask(made, same[:, None].numpy(), 7)
+    assert_mask(from_document_ends(torch.where(is_token, ends, -ends)), same.tril()[:, None].numpy(), 7)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, MistralConfig, PreTrainedConfig, StaticCache, masking_utils
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.moonshine_streaming import modeling_moonshine_streaming
-from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming
 from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
@@ -26,9 +28,14 @@ from hf_flashmask import bounds
 from hf_flashmask.conversion import Tree, from_dense_mask, from_mask_function, in_tree
 from hf_flashmask.integration import _is_marked, _is_plain_causal, _unmark, flashmask_mask
 
+SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
+HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
+needs_blocks = pytest.mark.skipif(not HAS_BLOCKS, reason="this version of Transformers has no blocks")
+if SINCE_5_13:
+    from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming
+
 BATCH, LENGTH, WINDOW = 3, 14, 5
 
-HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # Transformers has blocks since 5.6
 moonshine_window = modeling_moonshine_streaming.sliding_window_mask_function
 
 
@@ -59,7 +66,7 @@ def visible_in(mask: Tensor | None, q_len: int, kv_len: int) -> Tensor:
         return torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
     if _is_plain_causal(mask):
         return bounds.to_dense(bounds.causal(q_len, kv_len), q_len)
-    return bounds.to_dense(_unmark(mask)[0] if _is_marked(mask) else mask, q_len)
+    return bounds.to_dense(_unmark(mask) if _is_marked(mask) else mask, q_len)
 
 
 def random_ids(length: int, *, negative: bool) -> Tensor:
@@ -94,8 +101,10 @@ def transformers_functions(total: int) -> st.SearchStrategy[Callable]:
         st.builds(modeling_gemma3._bidirectional_window_overlay, sizes),
         st.builds(modeling_t5gemma2.sliding_window_mask_function, sizes, st.booleans()),
         st.builds(moonshine_window, st.tuples(sizes, sizes)),
-        st.builds(modeling_nemotron_asr_streaming.chunked_limited_mask_function, st.integers(-1, 9), st.integers(0, 4)),
     ]
+    if SINCE_5_13:
+        chunked_limited = modeling_nemotron_asr_streaming.chunked_limited_mask_function
+        leaves.append(st.builds(chunked_limited, st.integers(-1, 9), st.integers(0, 4)))
     if HAS_BLOCKS:
         leaves.append(st.builds(masking_utils.blockwise_overlay, tensors(total, st.integers(-1, 2))))
     return st.one_of(leaves)
@@ -186,7 +195,7 @@ def packed_positions() -> Tensor:
 @pytest.mark.parametrize("chunk_size", [1, 3, 4, 20])
 def test_packed_documents_as_transformers_composes_them(chunk_size: int) -> None:
     position_ids = packed_positions()
-    ids = masking_utils.find_packed_sequence_indices(position_ids)
+    ids, ends = masking_utils.find_packed_sequence_indices(position_ids), bounds.document_ends(position_ids)
 
     def intersect_with_documents(mask_function: Callable, position_ids: Tensor, ids: Tensor) -> Callable:
         return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(ids))
@@ -205,7 +214,7 @@ def test_packed_documents_as_transformers_composes_them(chunk_size: int) -> None
             return shown & (ids[batch, row] == ids[batch, key])
 
         by_ids = from_mask_function(
-            mask_function, document_ids=ids, batch_size=BATCH, q_len=LENGTH, kv_len=LENGTH, has_user_functions=False
+            mask_function, document_ends=ends, batch_size=BATCH, q_len=LENGTH, kv_len=LENGTH, has_user_functions=False
         )
         assert torch.equal(bounds.to_dense(by_ids), dense(each_document_alone, LENGTH, LENGTH))
 
@@ -225,7 +234,7 @@ def test_too_many_intervals_name_the_function_and_the_key() -> None:
 @pytest.mark.parametrize(
     ("factory", "ids"),
     [
-        ("blockwise_overlay", [[0, 0, -1, 0]]),
+        pytest.param("blockwise_overlay", [[0, 0, -1, 0]], marks=needs_blocks),
         ("packed_sequence_mask_function", [[0, 1, 0, 1]]),
         ("packed_sequence_mask_function", [[0, 0, -1, -1]]),
     ],
@@ -263,11 +272,11 @@ def test_known_functions_are_never_read_on_the_host() -> None:
             masking_utils.packed_sequence_mask_function(ids), masking_utils.sliding_window_causal_mask_function(WINDOW)
         ),
     ):
-        for document_ids in (None, ids):
+        for document_ends in (None, bounds.document_ends(packed_positions())):
             with Operations() as operations:
                 from_mask_function(
                     mask_function,
-                    document_ids=document_ids,
+                    document_ends=document_ends,
                     batch_size=BATCH,
                     q_len=LENGTH,
                     kv_len=LENGTH,
@@ -337,6 +346,11 @@ CREATORS = {
 }
 
 
+def takes(creator: str, argument: str) -> bool:
+    """Blocks came with Transformers 5.9, in chunks with 5.20."""
+    return argument in inspect.signature(CREATORS[creator]).parameters
+
+
 def config_for(creator: str, attn_implementation: str) -> PreTrainedConfig:
     config = MistralConfig(
         num_hidden_layers=2 if creator == "hybrid" else 1, sliding_window=WINDOW if "sliding" in creator else None
@@ -386,7 +400,7 @@ def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> No
     if data.draw(st.booleans()):
         for name in ("or_mask_function", "and_mask_function"):
             overlays[name] = data.draw(st.none() | compositions(transformers_functions(20) | functions_of_users(20)))
-        if HAS_BLOCKS and not creator.startswith("bidirectional"):
+        if takes(creator, "block_sequence_ids"):
             overlays["block_sequence_ids"] = data.draw(st.none() | tensors(past + q_len, st.integers(-1, 2)))
     masks = {}
     for attn_implementation in ("flashmask", "eager"):
@@ -405,8 +419,8 @@ def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> No
         pairs = [(masks["flashmask"], masks["eager"])]
     for converted, expected in pairs:
         if converted is not None and _is_marked(converted) and not _is_plain_causal(converted):
-            is_token = _unmark(converted)[1]
-            assert torch.equal(is_token.expand(BATCH, -1), mask_2d.bool())
+            assert converted.shape[1] == 2 + (padding != "none")
+            assert torch.equal((_unmark(converted)[:, 0, 0] >= 0).expand(BATCH, -1), mask_2d.bool())
         # A cache of sliding layers has fewer keys than there were tokens.
         visible = visible_in(converted, q_len, past + q_len if expected is None else expected.shape[-1])
         assert visible.all() if expected is None else torch.equal(visible.expand_as(expected), expected == 0)
@@ -444,7 +458,7 @@ def test_documents_beside_padding(creator: str, padding_position: int, use_cache
         past_key_values=DynamicCache(config=config) if use_cache else None,
         position_ids=position_ids,
     )
-    visible = bounds.to_dense(_unmark(marked)[0])[:, 0]
+    visible = bounds.to_dense(_unmark(marked))[:, 0]
     tokens = mask_2d.bool()
     assert torch.equal(visible[tokens], expected[tokens])
     assert not visible.transpose(1, 2)[~tokens].any()
@@ -461,9 +475,15 @@ def gemma3(layer_type: str) -> Callable:
     return create
 
 
+def image_ids(token_types: Tensor) -> Tensor:
+    """A number for each run of 1, and -1 elsewhere."""
+    starts = torch.diff(token_types, prepend=torch.zeros_like(token_types[:, :1])) == 1
+    return torch.where(token_types == 1, starts.cumsum(-1), -1)
+
+
 def gemma3_before_blocks(token_types: Tensor, **arguments: Any) -> Tensor:
     """Transformers 5.4 lets the tokens of an image see each other like this."""
-    block_ids = modeling_gemma3.get_block_sequence_ids_for_mask(token_types)
+    block_ids = image_ids(token_types)
 
     def same_image(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         q_idx, kv_idx = (torch.where(index < block_ids.shape[1], index, 0) for index in (q_idx, kv_idx))
@@ -501,22 +521,20 @@ def table_of_distances(token_types: Tensor, **arguments: Any) -> Tensor:
 
 
 def llama4_with_images(token_types: Tensor, **arguments: Any) -> Tensor:
-    block_ids = modeling_gemma3.get_block_sequence_ids_for_mask(token_types)
     return masking_utils.create_chunked_causal_mask(
-        or_mask_function=masking_utils.blockwise_overlay(block_ids), **arguments
+        or_mask_function=masking_utils.blockwise_overlay(image_ids(token_types)), **arguments
     )
 
 
 OVERLAYS = {
-    "gemma3": gemma3("full_attention"),
-    "gemma3_sliding": gemma3("sliding_attention"),
     "gemma3_before_blocks": gemma3_before_blocks,
-    "paligemma": blocks_of(0),
-    "molmo2": blocks_of(1),
     "next_to_type_1": next_to_type_1,
     "distances": table_of_distances,
-    "chunks_with_images": llama4_with_images,
 }
+if HAS_BLOCKS:
+    OVERLAYS |= {"paligemma": blocks_of(0), "molmo2": blocks_of(1), "chunks_with_images": llama4_with_images}
+if SINCE_5_13:
+    OVERLAYS |= {"gemma3": gemma3("full_attention"), "gemma3_sliding": gemma3("sliding_attention")}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -563,6 +581,7 @@ def test_overlays_in_packed_rows(name: str, first_position: int, data: st.DataOb
 def test_compiled_creators(creator: str) -> None:
     """Closures cannot be read there, nothing may be read from the device, and new lengths compile nothing."""
     config = config_for(creator, "flashmask")
+    takes_positions = takes(creator, "position_ids") or takes(creator, "kwargs")
 
     def create(embeddings: Tensor, mask_2d: Tensor | None, position_ids: Tensor | None) -> dict[str, Tensor | None]:
         masks = CREATORS[creator](
@@ -570,7 +589,7 @@ def test_compiled_creators(creator: str) -> None:
             inputs_embeds=embeddings,
             attention_mask=mask_2d,
             past_key_values=None,
-            position_ids=position_ids,
+            **({"position_ids": position_ids} if takes_positions else {}),
         )
         return masks if creator == "hybrid" else {creator: masks}
 
@@ -622,6 +641,7 @@ def test_compiled_static_cache(creator: str) -> None:
     torch._dynamo.reset()
 
 
+@needs_blocks
 def test_compiled_overlays() -> None:
     """They are read outside of the graph; with `fullgraph=True` the error says so."""
     ids = torch.tensor([[0, 0, 1, 1, -1, -1, 2, 2, 2]])
@@ -643,8 +663,9 @@ def test_what_a_prefix_tree_cannot_hold_is_named() -> None:
     assert torch.equal(in_tree(masking_utils.causal_mask_function, tree), tree.bounds)
     with pytest.raises(NotImplementedError, match=r"bidirectional_mask_function.*must be causal"):
         in_tree(masking_utils.bidirectional_mask_function, tree)
-    blocks = masking_utils.blockwise_overlay(torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(NotImplementedError, match=r"or_mask.*must be causal"):
-        in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, blocks), tree)
-    with pytest.raises(NotImplementedError, match=r"blockwise_overlay.*windows and chunks only"):
-        in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, blocks), tree)
+    for factory in ["packed_sequence_mask_function"] + ["blockwise_overlay"] * HAS_BLOCKS:
+        overlay = getattr(masking_utils, factory)(torch.zeros(1, 4, dtype=torch.long))
+        with pytest.raises(NotImplementedError, match=r"or_mask.*must be causal"):
+            in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, overlay), tree)
+        with pytest.raises(NotImplementedError, match=rf"{factory}.*windows and chunks only"):
+            in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, overlay), tree)

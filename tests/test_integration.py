@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import build, config_of, eager_twin, packed, random_documents
+from tiny_models import build, config_of, cumulative_lengths, eager_twin, packed, random_documents
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
 
 import hf_flashmask
+from flashmask_kernels import ops, reference_attention
+from flashmask_kernels.dropout import draw_seed, kept_elements
+from flashmask_kernels.portable.configs import Config, Configs
 from hf_flashmask import bounds, integration
 from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
 
@@ -398,6 +402,45 @@ def test_layer_types_share_among_themselves(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0] is not seen[1]
 
 
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non_reentrant"])
+@pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gemma2", 2)])
+def test_layers_share_the_schedules_of_their_bounds(
+    name: str, kinds: int, checkpointing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernels there are three, forward, dK and dV, dQ: each needs one schedule for each kind of layer."""
+    configs = Configs(*(Config(*tile, 4, 2) for tile in ((32, 16), (16, 32), (16, 16))))
+    monkeypatch.setattr(ops, "_configs", lambda *args: configs)
+    builds = []
+    build_schedule = ops._build_schedule
+    monkeypatch.setattr(ops, "_build_schedule", lambda *args: builds.append(args[1:]) or build_schedule(*args))
+    layer_types = ["sliding_attention", "full_attention"] * 2 if kinds == 2 else None
+    model = build(name, num_hidden_layers=4, layer_types=layer_types).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    row = packed(random_documents([5, 8]))
+    logits = model(**row, use_cache=False).logits
+    assert len(builds) == kinds
+    logits.square().mean().backward()
+    assert len(builds) == 3 * kinds
+    assert len(set(builds)) == 3
+    torch.testing.assert_close(logits, eager_twin(model)(**row, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_batch_makes_its_bounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, made = spy_on_kernel(monkeypatch), []
+    original = integration.from_mask_function
+    monkeypatch.setattr(integration, "from_mask_function", lambda *args, **kw: made.append(kw) or original(*args, **kw))
+    model = build("gemma2", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    tokens = torch.cat(random_documents([9, 9]))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    model(tokens, attention_mask=mask)
+    assert len(made) == 2
+    assert seen[0] is seen[2] is not seen[1]
+    assert seen[1] is seen[3]
+
+
 def test_changed_positions_are_noticed() -> None:
     inputs = random_inputs(batch=1)
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 6]])
@@ -428,12 +471,12 @@ def test_a_tree_does_not_outlive_the_call(name: str) -> None:
 def test_bounds_do_not_outlive_the_positions() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     flashmask_attention_forward(attention_module(), *random_inputs(batch=1), None, position_ids=position_ids)
-    (built,) = integration._built_bounds[position_ids].values()
-    alive = weakref.ref(built.bounds)
+    alive = [weakref.ref(built.bounds) for built in integration._built_bounds[position_ids].values()]
     before = len(integration._built_bounds)
-    del position_ids, built
+    del position_ids
     gc.collect()
-    assert alive() is None
+    assert alive
+    assert all(bounds() is None for bounds in alive)
     assert len(integration._built_bounds) == before - 1
 
 
@@ -476,12 +519,29 @@ def test_arguments_that_change_the_result_are_refused(argument: str) -> None:
     ("name", "setting"),
     [("llama", "attention_dropout"), ("bert", "attention_probs_dropout_prob"), ("gpt2", "attn_pdrop")],
 )
-def test_dropout_names_the_setting(name: str, setting: str) -> None:
-    model = build(name, **{setting: 0.25})
-    tokens = random_documents([6])[0]
-    model(tokens)
-    with pytest.raises(NotImplementedError, match=rf"asks for 0.25; set config\.{setting} = 0 before"):
-        model.train()(tokens)
+def test_attention_dropout_acts_in_training_only(name: str, setting: str) -> None:
+    others = {"resid_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}
+    model, plain = build(name, **{setting: 0.25}, **others), build(name, **{setting: 0.0}, **others)
+    tokens = random_documents([9])[0]
+    torch.testing.assert_close(model(tokens).logits, plain(tokens).logits)
+    model.train()
+    plain.train()
+    first, second = (model(tokens).logits for _ in range(2))
+    assert (first - second).abs().max() > 1e-3
+    torch.testing.assert_close(plain(tokens).logits, plain(tokens).logits)
+
+
+def test_attention_dropout_drops_weights() -> None:
+    query, key, value = random_inputs()
+    batch, heads, q_len, _ = query.shape
+    torch.manual_seed(5)
+    head = torch.arange(batch * heads).view(batch, heads, 1, 1)
+    rows, columns = torch.arange(q_len)[:, None], torch.arange(key.shape[2])
+    keep = kept_elements(draw_seed(torch.device("cpu")), head, rows, columns, 0.4)
+    expected, _ = reference_attention(query, key, value, bounds.causal(q_len), keep=keep, dropout_p=0.4)
+    torch.manual_seed(5)
+    output, _ = flashmask_attention_forward(attention_module(), query, key, value, None, dropout=0.4)
+    torch.testing.assert_close(output.transpose(1, 2), expected)
 
 
 def test_output_attentions_warns(caplog: pytest.LogCaptureFixture) -> None:
@@ -490,6 +550,8 @@ def test_output_attentions_warns(caplog: pytest.LogCaptureFixture) -> None:
     _, weights = flashmask_attention_forward(attention_module(), *random_inputs(), None, output_attentions=True)
     assert weights is None
     assert "never computes the attention weights" in caplog.text
+    assert caplog.text.count('Use attn_implementation="eager"') == 1
+    assert not any(build("llama")(torch.arange(6)[None], output_attentions=True).attentions)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "mistral"])
@@ -517,8 +579,6 @@ def test_dense_mask_is_converted_once(
     [
         (torch.full((2, 1, 7, 7), -0.5), NotImplementedError, r"cannot add a bias.*sdpa"),
         (torch.zeros(2, 1, 7, 7, requires_grad=True), NotImplementedError, r"cannot add a bias.*sdpa"),
-        (torch.ones(2, 1, 6, 7, dtype=torch.bool), ValueError, r"dense mask of shape \[2, 1, 6, 7\].* 7 \(the number"),
-        (torch.ones(2, 1, 7, 6, dtype=torch.bool), ValueError, r"last dimension must be the key length, 7"),
         (torch.ones(2, 1, 1, 7, dtype=torch.long), TypeError, r"int64"),
         (torch.ones(2, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
         (torch.ones(2, 1, 3, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
@@ -532,6 +592,31 @@ def test_dense_mask_is_converted_once(
 def test_masks_that_are_no_bounds_are_refused(mask: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as raised:
         flashmask_attention_forward(attention_module(), *random_inputs(), mask)
+    assert "`attention_mask`" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(2, 1, 7, 6, dtype=torch.bool), ValueError, r"dense mask of shape \[2, 1, 7, 6\].*S_k = 7"),
+        (torch.ones(2, 1, 6, 7), ValueError, r"dense mask of shape \[2, 1, 6, 7\].*S_q = 7"),
+        (torch.ones(3, 1, 7, 7, dtype=torch.bool), ValueError, r"dense mask of shape \[3, 1, 7, 7\].*B = 2"),
+        (torch.ones(2, 3, 7, 7, dtype=torch.bool), ValueError, r"dense mask of shape \[2, 3, 7, 7\].*H = 4"),
+        (torch.ones(2, 1, 7, 7, dtype=torch.bool, device="meta"), ValueError, r"is on meta.*\.to\(\)"),
+        (torch.randn(2, 1, 7, 7), NotImplementedError, r"cannot add a bias.*sdpa"),
+        (bounds.causal(7).long(), TypeError, r"int32.*got torch.int64; .*\.to\(torch.int32\)"),
+        (bounds.causal(7).transpose(2, 3), ValueError, r"C = 1 or an even number"),
+        (bounds.causal(6), ValueError, r"the last dimension must be the key length, 7"),
+        (bounds.causal(7).to("meta"), ValueError, r"is on meta.*\.to\(\)"),
+        (torch.ones(2, 6, dtype=torch.long), ValueError, r"shape \[2, 6\]; expected \[2, 7\]"),
+        (torch.ones(2, 9, dtype=torch.long), ValueError, r"shape \[2, 9\]; expected \[2, 7\]"),
+        (torch.ones(3, 7, dtype=torch.long), ValueError, r"shape \[3, 7\]; expected \[2, 7\]"),
+        (torch.ones(2, 7, 7, dtype=torch.bool), ValueError, r"shape \[2, 7, 7\]; expected \[2, 7\]"),
+    ],
+)
+def test_a_model_says_what_is_wrong_with_a_mask(mask: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        build("llama")(torch.cat(random_documents([7, 7])), attention_mask=mask)
     assert "`attention_mask`" in str(raised.value)
 
 
@@ -578,3 +663,79 @@ def test_environment_report() -> None:
 def test_package_names() -> None:
     assert isinstance(hf_flashmask.bounds, types.ModuleType)
     assert hf_flashmask.__version__.count(".") == 2
+
+
+# What masks cost
+
+
+class MaskOperations(TorchDispatchMode):
+    """Counts what the making of masks, Transformers' part and ours, launches on a GPU, and how often it waits."""
+
+    FILES = ("hf_flashmask/integration.py", "masking_utils.py")
+    WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
+    NOTHING = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::detach", "aten::alias", "aten::lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith("aten::") and name not in self.NOTHING and not func.is_view and self._is_of_masks():
+            # Padding is a fill and a copy; sums of bool are sums of a copy.
+            is_two = name == "aten::constant_pad_nd" or (name == "aten::cumsum" and args[0].dtype == torch.bool)
+            self.waits += name in self.WAITS
+            self.launches += 0 if name in self.WAITS else 1 + is_two
+        return result
+
+    def _is_of_masks(self) -> bool:
+        frame, files = sys._getframe(1), []
+        while frame is not None:
+            files.append(frame.f_code.co_filename)
+            frame = frame.f_back
+        in_kernels = any("flashmask_kernels" in file for file in files)
+        return any(file.endswith(self.FILES) for file in files) and not in_kernels
+
+
+# At most so many launches for a whole model: of documents alone, beside padding, and with `cu_seq_lens_q` as well.
+LAUNCHES = {
+    "llama": (5, 13, 23),
+    "mistral": (8, 16, 26),
+    "gemma2": (8, 17, 31),  # layers of two kinds
+    "gpt_oss": (8, 33, 20),  # the same, and the mask function is not told about `position_ids`
+    "llama4": (19, 28, 42),
+    "bert": (8, 25, 8),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_making_masks_takes_few_launches_and_never_waits_for_the_device(name: str) -> None:
+    alone, padded, with_lengths = LAUNCHES[name]
+    model, documents = build(name), random_documents([5, 1, 9])
+    ones = torch.ones(1, 15, dtype=torch.long)
+    ends = {"cu_seq_lens_q": cumulative_lengths(documents), "cu_seq_lens_k": cumulative_lengths(documents)}
+    for call, launches in (
+        ({"use_cache": False}, alone),
+        ({"use_cache": True}, alone),
+        ({"use_cache": False, "attention_mask": ones}, padded),
+        ({"use_cache": True, "attention_mask": ones.index_fill(1, torch.tensor([13, 14]), 0)}, padded),
+        ({"use_cache": False, **ends}, with_lengths),
+    ):
+        with torch.no_grad(), MaskOperations() as operations:
+            model(**packed(documents), **call)
+        assert operations.waits == 0, call
+        assert operations.launches <= launches, call
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_gap_in_the_positions_is_not_the_end_of_a_document(name: str, use_cache: bool) -> None:
+    """Models of long contexts are trained on positions with gaps (PoSE)."""
+    model = build(name)
+    row = packed(random_documents([6, 9]))
+    row["position_ids"][0, 9:] += 20
+    first, second = ({key: value[:, part] for key, value in row.items()} for part in (slice(6), slice(6, None)))
+    # With a cache eager attention does not look for documents.
+    expected = torch.cat([eager_twin(model)(**part, use_cache=True).logits for part in (first, second)], dim=1)
+    torch.testing.assert_close(model(**row, use_cache=use_cache).logits, expected, rtol=1e-4, atol=1e-5)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-import transformers
+from peft import LoraConfig, get_peft_model
 from random_trees import random_sequences
 from tiny_models import (
-    DECODERS,
     MODELS,
     VOCABULARY,
     WINDOW,
@@ -33,7 +34,6 @@ def additive(visible: Tensor) -> Tensor:
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
 
 
-WINDOWED = ["mistral", "gemma2", "gpt_oss", "afmoe", "llama4"]
 PACKED_CALLS = {
     "training": {"use_cache": False},
     "cache": {"use_cache": True},
@@ -153,37 +153,6 @@ def test_padded_logits_equal_each_document_alone(name: str, side: str) -> None:
         torch.testing.assert_close(logits[row, tokens], twin(document).logits[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", DECODERS)
-def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
-    model = build(name)
-    # Far into the padding on its right a row of a windowed layer sees nothing, and eager attention averages all keys.
-    lengths = [10, 9, 10] if side == "right" and name in WINDOWED else [9, 3, 7]
-    batch = padded(random_documents(lengths), side)
-    arguments = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "max_new_tokens": 2 * WINDOW,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "cache_implementation": cache,
-    }
-    # Generating with a static cache compiles the model on a GPU, and a copy made afterwards would run that code.
-    twin = eager_twin(model)
-    assert torch.equal(model.generate(**arguments), twin.generate(**arguments))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
-def test_a_cache_is_continued_by_several_tokens_at_once(name: str) -> None:
-    model = build(name)
-    document = random_documents([17])[0]
-    expected = eager_twin(model)(document).logits
-    cache = transformers.DynamicCache(config=model.config)
-    pieces = [model(piece, past_key_values=cache).logits for piece in document.split([6, 1, 7, 3], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3"])
 def test_bounds_of_a_prefix_tree_are_final(name: str) -> None:
     """The positions of a tree restart at its branches; they must not be read as documents."""
@@ -292,70 +261,87 @@ def test_float32_norms_in_a_bfloat16_model() -> None:
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.1)
 
 
-def test_autocast() -> None:
-    documents = random_documents(LENGTHS)
+# Not the models with experts: one rounding error sends a token to another expert.
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt2", "bert"])
+def test_autocast_is_as_exact_as_eager_attention(name: str) -> None:
+    model = build(name)
+    twin = eager_twin(model)
+    documents = random_documents([31, 7, 28, 1, 18])
+    weights = torch.randn(1, 85, VOCABULARY)
+
+    def computed(logits: Tensor, source: torch.nn.Module) -> dict[str, Tensor]:
+        source.zero_grad()
+        (logits * weights).sum().backward()
+        gradients = {key: value.grad.clone() for key, value in source.named_parameters() if value.grad is not None}
+        return {"logits": logits.detach().float(), **gradients}
+
+    truth = computed(logits_alone(twin, documents), twin)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = model(**packed(documents), use_cache=False).logits, logits_alone(twin, documents)
+    assert logits.dtype == expected.dtype
+    ours, eager = computed(logits, model), computed(expected, twin)
+    largest = max(float(value.norm()) for value in truth.values())
+    for key, exact in truth.items():
+        allowed = 1.5 * (eager[key] - exact).norm() + 1e-3 * largest
+        assert (ours[key] - exact).norm() <= allowed, key
+
+
+def test_autocast_computes_attention_in_its_dtype() -> None:
     model = build("llama")
-    expected = logits_alone(eager_twin(model), documents)
     seen = []
     attention = model.model.layers[0].self_attn
     attention.o_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(**packed(documents)).logits
+        model(**packed(random_documents(LENGTHS)))
     assert seen == [torch.bfloat16]
-    torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
-def test_compiled_without_graph_breaks(name: str) -> None:
-    model = build(name)
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "non_reentrant"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_lora_on_packed_documents(name: str, checkpointing: str | None) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], lora_dropout=0.0, init_lora_weights=False)
+    model = get_peft_model(build(name), adapter).train()
     twin = eager_twin(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    for lengths in (LENGTHS, [3, 8]):
-        documents = random_documents(lengths)
-        row = packed(documents)
-        expected = logits_alone(twin, documents)
-        ones = torch.ones_like(row["input_ids"])
-        torch.testing.assert_close(compiled(**row, use_cache=False).logits, expected, **TOLERANCE)
-        torch.testing.assert_close(compiled(**row, attention_mask=ones, use_cache=False).logits, expected, **TOLERANCE)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_compiled_generation_with_a_static_cache(name: str) -> None:
-    model = build(name)
-    batch = padded(random_documents([9, 3, 7]), "left")
-    arguments = {
-        "input_ids": batch["input_ids"],
-        "attention_mask": batch["attention_mask"],
-        "max_new_tokens": 2 * WINDOW,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "cache_implementation": "static",
-    }
-    expected = eager_twin(model).generate(**arguments)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-    assert torch.equal(model.generate(**arguments), expected)
-    torch._dynamo.reset()
-
-
-def test_compiled_left_padding_in_a_chunked_model() -> None:
-    model = build("llama4")
-    documents = random_documents([9, 6])
-    batch = padded(documents, "left")
-    logits = torch.compile(model, fullgraph=True, backend="eager")(**batch, use_cache=False).logits
-    for row, document in enumerate(documents):
-        tokens = batch["attention_mask"][row].bool()
-        torch.testing.assert_close(logits[row, tokens], eager_twin(model)(document).logits[0], **TOLERANCE)
-    torch._dynamo.reset()
-
-
-def test_compiled_gradients() -> None:
-    model = build("llama")
-    twin = eager_twin(model)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+        assert any(layer.gradient_checkpointing for layer in model.base_model.model.model.layers)
     documents = random_documents(LENGTHS)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(**packed(documents), use_cache=False).logits.square().mean().backward()
-    logits_alone(twin, documents).square().mean().backward()
-    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-6)
-    torch._dynamo.reset()
+    logits, expected = model(**packed(documents), use_cache=False).logits, logits_alone(twin, documents)
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    weights = torch.randn_like(expected)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    adapters = [(key, value) for key, value in model.named_parameters() if value.requires_grad]
+    references = dict(twin.named_parameters())
+    assert len(adapters) == 12
+    for parameter, value in adapters:
+        reference = references[parameter].grad
+        error = (value.grad - reference).abs().max() / reference.abs().max()
+        assert error < 2e-5, f"{parameter}: {error}"
+
+
+@pytest.mark.parametrize("placement", ["one_device", "disk"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_device_map(name: str, placement: str, tmp_path: Path) -> None:
+    """With half of the layers on the disk, the hooks of accelerate bring weights and copy what the layers are given."""
+    source = build(name)
+    source.save_pretrained(tmp_path)
+    twin = eager_twin(source)
+    device_map = {"": "cpu"}
+    if placement == "disk":
+        parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "cpu"}
+        device_map = {**parts, "model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = type(source).from_pretrained(
+        tmp_path, attn_implementation="flashmask", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    where = "meta" if placement == "disk" else "cpu"
+    assert model.model.layers[1].self_attn.q_proj.weight.device.type == where
+    documents = random_documents(LENGTHS)
+    with torch.no_grad():
+        logits = model(**packed(documents), use_cache=False).logits
+    torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
+    batch = padded(random_documents([9, 3, 7]), "left")
+    del batch["position_ids"]
+    greedy = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**batch, **greedy), twin.generate(**batch, **greedy))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import test_compiled_models
+import test_generation
 import test_models
 import test_shared_prefix
 import torch
@@ -70,7 +72,7 @@ def test_padded_logits_equal_each_document_alone(name: str, side: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
-    test_models.test_greedy_generation_equals_eager(name, side, cache)
+    test_generation.test_greedy_generation_equals_eager(name, side, cache)
 
 
 def test_bounds_of_a_prefix_tree_are_final() -> None:
@@ -79,7 +81,7 @@ def test_bounds_of_a_prefix_tree_are_final() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_without_graph_breaks(name: str) -> None:
-    test_models.test_compiled_without_graph_breaks(name)
+    test_compiled_models.test_compiled_without_graph_breaks(name)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

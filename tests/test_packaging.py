@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
+from run_versions import VERSIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"hf_flashmask": ROOT / "hf_flashmask", "flashmask_kernels": ROOT / "kernels/torch-ext/flashmask_kernels"}
@@ -92,6 +94,17 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
             is_needed = marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in extras)
             if is_needed and requirement.name != "hf-flashmask":
                 assert requirement.specifier.contains(versions[requirement.name]), (requirement, environment)
+
+
+def test_the_oldest_versions_that_are_allowed_are_tested() -> None:
+    oldest = {
+        pin.name: next(iter(pin.specifier)).version for pin in map(Requirement, VERSIONS["torch-2.9"].requirements)
+    }
+    needed = [Requirement(line) for line in importlib.metadata.requires("hf-flashmask") or [] if "extra" not in line]
+    assert {requirement.name for requirement in needed} == {"torch", "transformers", "triton"}
+    for requirement in needed:
+        (bound,) = requirement.specifier
+        assert (bound.operator, Version(bound.version)) == (">=", Version(oldest[requirement.name]))
 
 
 def test_kernels_need_neither_transformers_nor_the_plugin(tmp_path: Path) -> None:

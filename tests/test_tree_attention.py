@@ -389,9 +389,3 @@ def test_a_batch_of_rows_is_refused() -> None:
     twice = {name: packed[name].expand(2, -1) for name in ("input_ids", "position_ids")}
     with pytest.raises(ValueError, match="a packed prefix tree is one row"):
         forward(model, packed, **twice)
-
-
-def test_attention_dropout_is_refused() -> None:
-    model = tiny_models.build("llama", attn_implementation="tree_fa3", attention_dropout=0.1).train()
-    with pytest.raises(NotImplementedError, match=r"config\.attention_dropout = 0"):
-        forward(model, pack(random_rollouts(seed=1)))

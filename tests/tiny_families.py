@@ -9,6 +9,8 @@ from typing import Any
 import transformers
 
 VOCABULARY = 97
+TEXT_TOKENS, IMAGE_TOKEN = 88, 90
+"""Tokens below `TEXT_TOKENS` are text; `IMAGE_TOKEN` is replaced by what a model sees in an image."""
 WINDOW = 4
 
 _SIZES: list[tuple[int | float, str]] = [
@@ -32,7 +34,8 @@ _SIZES: list[tuple[int | float, str]] = [
         32,
         "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim dim_model_base lru_width "
         "input_embedding_size output_embedding_size hidden_size_global pronunciation_embed_dim shape_embed_dim "
-        "linear_attn_config backbone_hidden_size",
+        "linear_attn_config backbone_hidden_size pred_hidden_size encoder_hidden_size projector_hidden_size "
+        "adapter_in_dim adapter_out_dim",
     ),
     (
         48,
@@ -60,17 +63,31 @@ _SIZES: list[tuple[int | float, str]] = [
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
         "swa_num_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads "
         "linear_num_heads index_n_heads block_size chunk_size mamba_chunk_size num_decoder_attention_heads "
-        "num_encoder_attention_heads",
+        "num_encoder_attention_heads encoder_num_attention_heads decoder_num_attention_heads "
+        "encoder_num_key_value_heads decoder_num_key_value_heads frames_per_clip pred_num_attention_heads",
     ),
     (
         2,
         "num_key_value_heads num_kv_heads swa_num_key_value_heads num_global_key_value_heads num_hidden_layers n_layer "
         "n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers num_experts_per_tok "
         "num_experts_per_token moe_topk moe_k linear_num_key_heads zero_expert_num num_query_groups num_blocks "
-        "kv_n_heads",
+        "kv_n_heads encoder_num_hidden_layers decoder_num_hidden_layers pred_num_hidden_layers",
     ),
     (1, "n_group n_groups topk_group num_expert_group n_shared_experts first_k_dense_replace num_dense_layers"),
     (0, "pad_token_id"),
+    (IMAGE_TOKEN, "image_token_id image_token_index image_patch_id"),
+    (91, "video_token_id video_token_index"),
+    (92, "audio_token_id audio_token_index"),
+    (93, "image_start_token_id vision_start_token_id boi_token_id boi_token_index image_start_id"),
+    (94, "image_end_token_id vision_end_token_id eoi_token_id eoi_token_index image_end_id"),
+    # Vision towers: 8 x 8 patches.
+    (32, "image_size max_image_size crop_size"),
+    (2, "pooling_kernel_size"),
+    (4, "patch_size mm_tokens_per_image num_frames"),
+    (64, "num_position_embeddings num_patches"),
+    (8, "n_window pos_emb_height pos_emb_width position_embedding_size posemb_grid_size"),
+    (2, "depth"),
+    (32, "embed_dim out_hidden_size text_hidden_size projection_dim projection_hidden_size vision_output_dim"),
     (
         0.0,
         "attention_dropout hidden_dropout_prob attention_probs_dropout_prob dropout attn_pdrop resid_pdrop "
@@ -87,6 +104,8 @@ _ALWAYS_SET = {
     "num_experts_per_tok",
     "n_shared_experts",
     "moe_intermediate_size",
+    "image_token_id",
+    "image_token_index",
 }
 """Fields whose default may be None, which would turn off what is to be tested."""
 
@@ -98,6 +117,7 @@ _SHARED_CACHE = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+_WINDOWS_OF_IMAGES = {"window_size": 16, "fullatt_block_indexes": [1]}
 _MULTIMODAL_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "num_hidden_layers": 2, "attn_layer_indices": [1]},
@@ -135,12 +155,39 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
+    "cosmos3_edge_text": _MULTIMODAL_ROPE,
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "hunyuan_vl_text": _MULTIMODAL_ROPE,
+    "muse_glimmer": {"out_hidden_size": 128},
+    "muse_spark": {"out_hidden_size": 128},
     "glm4v_text": _MULTIMODAL_ROPE,
     "glm_ocr_text": _MULTIMODAL_ROPE,
     "paddleocr_vl_text": _MULTIMODAL_ROPE,
     "qwen2_5_omni_text": _MULTIMODAL_ROPE,
     "qwen2_5_vl_text": _MULTIMODAL_ROPE,
     "qwen2_vl_text": _MULTIMODAL_ROPE,
+    "exaone4_5_vision": _WINDOWS_OF_IMAGES,
+    "qwen2_5_omni_vision_encoder": _WINDOWS_OF_IMAGES,
+    "qwen2_5_vl_vision": _WINDOWS_OF_IMAGES,
+    "cohere_compass_vision": {"deepstack_visual_indexes": [0]},
+    "granite_docling_vision": {"deepstack_visual_indexes": [0]},
+    "qwen3_omni_moe_vision_encoder": {"deepstack_visual_indexes": [0]},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0]},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0]},
+    "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 32, "patch_size": 16},
+    "aria": {"projector_patch_to_query_dict": {64: 16}},
+    "gemma4": {"vision_config": {}},
+    "gemma4_unified": {"vision_config": {}},
+    "glm4v_moe_text": {"head_dim": 16, **_MULTIMODAL_ROPE},
+    "lfm2_vl": {"vision_config": {"vision_use_head": False}},
+    "llama4_vision_model": {"intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 8, "layers_block_type": None, "attn_layer_offset": 1},
     "zaya": {"num_experts_per_tok": 1},
@@ -155,6 +202,7 @@ def tiny_config(config_class: type[transformers.PreTrainedConfig], **settings: A
         settings: fields to set in the end, a dict for the configuration of a part.
     """
     default = config_class()
+    settings = {**_FAMILIES.get(config_class.model_type, {}), **settings}
     fields = {field.name: _default_value(default, field.name) for field in dataclasses.fields(config_class)}
     changes = {name: _tiny_value(name, value) for name, value in fields.items() if name in _VALUES}
     if "kv_lora_rank" in fields:
@@ -162,9 +210,9 @@ def tiny_config(config_class: type[transformers.PreTrainedConfig], **settings: A
     changes.update(_one_layer_of_each_kind(default, fields))
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
-        if part is not None:
-            changes[name] = tiny_config(type(part), **settings.pop(name, {}))
-    changes.update(_FAMILIES.get(config_class.model_type, {}))
+        if part is not None or name in settings:
+            part_class = config_class.sub_configs[name] if part is None else type(part)
+            changes[name] = tiny_config(part_class, **settings.pop(name, {}))
     changes.update(settings)
     return config_class(**changes)
 
@@ -178,6 +226,8 @@ def _tiny_value(name: str, default: Any) -> Any:
     if default is None and name not in _ALWAYS_SET:
         return None
     value = _VALUES[name]
+    if isinstance(default, list | tuple):
+        return type(default)([value] * len(default))
     return type(default)(value) if type(default) in (int, float) else value
 
 

@@ -39,6 +39,7 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
         # A softcap small enough to bend the scores of random weights.
         {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0, **_HYBRID},
     ),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8, **_HYBRID}),
     "gpt_oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -91,6 +92,7 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
 }
 DECODERS = [name for name in _ARCHITECTURES if name != "bert"]
 MODELS = [*DECODERS, "bert"]
+WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss", "afmoe", "llama4"]
 
 
 def config_of(name: str, **changes: object) -> transformers.PreTrainedConfig:
