@@ -1,203 +1,269 @@
-"""Attention forward and backward on one GPU: flashmask beside FlexAttention and SDPA with a dense mask.
+"""Attention forward and backward on one GPU: flashmask beside every other implementation that is installed.
 
-    python benchmarks/attention_gpu.py
+    python benchmarks/attention_gpu.py                     # twelve masks, 32K tokens, D = 128: about five minutes
+    python benchmarks/attention_gpu.py --lengths 8192 32768 --head-dims 64 128 --heads 32/8 32/32    # over half an hour
+    python benchmarks/attention_gpu.py --protocol paper    # the kernel tables of the FlashMask paper, about an hour
+    python benchmarks/attention_gpu.py --protocol sparsity # its figure of time over sparsity, a minute
 
-Every implementation computes the same mask on the same inputs in the same process and is compared with float32
-attention before it is timed. TFLOP/s count the visible (query, key) pairs only: 4 * H * D per pair forward, 2.5 times
-that backward. Building the mask is timed apart, and so is what flashmask and FlexAttention cache between calls.
+Protocols: `bar` has one row of tokens; `paper` is that of arXiv 2410.01359, 128K tokens in all and a hidden size of
+4096 without grouped heads; `sparsity` is its three document masks with more and more documents. A mask is the same for
+all heads. `--documents` is a folder with JSON files of document lists (see masks.read_rows); without it they are drawn.
+
+Everything can be run in pieces: rows of the same device, versions and kernels gather in one file, `--missing` measures
+only those that it lacks, and `--minutes` begins nothing new after so long.
+
+Every implementation computes the same mask on the same inputs in the same process. Before it is timed, its output and
+gradients are compared with float32 attention at the full length (truth.py). One that cannot express a mask has no row;
+one that fails has a row with the error. TFLOP/s count visible pairs (`tflops`) and, as the paper does, all of every
+tile of 128 x 128 that is not hidden (`tflops_tiles`). Forward is timed as in training, with what the backward needs
+saved. Making the mask is timed apart: what the device takes (`mask`), and host and device one after the other
+(`mask_host`); so are forward and backward of short rows (`end_to_end`), where launches count. Peak memory is that of
+mask, forward and backward, above the inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measurement import RESULTS, peak_memory, time_on_gpu, write_results
+from masks import PackedRow, mask_forms, random_row, rows_of, tile_sparsity
+from measurement import (
+    RESULTS,
+    Deadline,
+    Run,
+    peak_memory,
+    require_gpu,
+    tflops,
+    time_on_cpu,
+    time_on_gpu,
+    visible_flops,
+)
+from peers import PEERS, Attention, Case, missing_peers
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from truth import Attended, Truth
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention
-from hf_flashmask import bounds as bounds_of
+from hf_flashmask.bounds import visible_pairs
 
-HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
-DOCUMENTS = 8
-
-
-class Mask(NamedTuple):
-    """One mask in the forms that the implementations take."""
-
-    bounds: Tensor
-    mask_mod: Callable[..., Tensor]
-
-
-class Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-class Attention(NamedTuple):
-    """How to build the mask (milliseconds apart) and what to call then."""
-
-    build: Callable[[], Any]
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-
-
-def document_lengths(length: int) -> Tensor:
-    """Lengths of DOCUMENTS random documents, the same ones for every run."""
-    generator = torch.Generator().manual_seed(length)
-    cuts = torch.randperm(length - 1, generator=generator)[: DOCUMENTS - 1].sort().values + 1
-    return torch.diff(torch.cat([torch.zeros(1, dtype=torch.long), cuts, torch.tensor([length])]))
-
-
-def masks(length: int) -> dict[str, Mask]:
-    lengths = document_lengths(length).cuda()
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    document = torch.arange(DOCUMENTS, device="cuda").repeat_interleave(lengths)
-    # Each document is a question, half of it, and two answers that do not see each other.
-    start = cu_seqlens[:-1].long()
-    question, answer = lengths // 2, (lengths - lengths // 2) // 2
-    ends = torch.stack([start + lengths, start + question + answer, start + lengths], 1)
-    parts = torch.stack([question, answer, lengths - question - answer], 1)
-    subtree_end = ends.flatten().repeat_interleave(parts.flatten())
-    everything = torch.full((length,), length, device="cuda")
-
-    def table(ends: Tensor) -> Callable[..., Tensor]:
-        return lambda b, h, q, k: (q >= k) & (q < ends[k])
-
-    def lower(ends: Tensor) -> Tensor:
-        return ends.int().view(1, 1, 1, length)
-
-    return {
-        "causal": Mask(lower(everything), lambda b, h, q, k: q >= k),
-        "causal_document": Mask(
-            bounds_of.from_cu_seqlens(cu_seqlens, length),
-            lambda b, h, q, k: (q >= k) & (document[q] == document[k]),
-        ),
-        "shared_question": Mask(lower(subtree_end), table(subtree_end)),
-    }
+PAPER_MASKS = (
+    "full",
+    "causal",
+    "sliding_window",
+    "causal_document",
+    "document",
+    "share_question",
+    "global_sliding_window",
+    "causal_blockwise",
+    "prefix_lm_document",
+    "prefix_lm_causal",
+    "qk_sparse",
+    "random_eviction",
+)
+MORE_MASKS = ("hash_sparse", "block_causal_document", "random_intervals")
+WITHOUT_DOCUMENTS = {
+    "full",
+    "causal",
+    "sliding_window",
+    "global_sliding_window",
+    "prefix_lm_causal",
+    "hash_sparse",
+    "random_eviction",
+    "random_intervals",
+}
+SPARSITY_DOCUMENTS = (1, 2, 3, 5, 8, 12, 20)
+TOKENS, HIDDEN_SIZE = 131072, 4096  # of the paper
+SHORT = 4096  # tokens; up to here the host's launches are timed as well
+SECONDS = 0.5  # of measured time for one figure, if `FEWEST_REPEATS` take no longer
+KEY = ("protocol", "mask", "sample", "length", "batch", "heads", "kv_heads", "head_dim", "implementation")
 
 
-def implementations(mask: Mask, length: int) -> dict[str, Attention]:
-    # Without this the second length would get a kernel for any length, which is slower.
-    torch._dynamo.reset()
-    compiled_flex = torch.compile(flex_attention, dynamic=False)
-
-    def bounds_and_schedule() -> Tensor:
-        """A fresh bounds tensor and what the kernels make of it once per forward pass: their schedules."""
-        bounds = mask.bounds.clone()
-        query = torch.empty(1, 1, length, HEAD_DIM, device="cuda", dtype=DTYPE)
-        for kernel in ("forward", "key_value_gradient", "query_gradient"):
-            ops._schedule(kernel, bounds, query, query, ops._cached_schedule)
-        return bounds
-
-    def flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
-        return compiled_flex(query, key, value, block_mask=block_mask, enable_gqa=True)
-
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
-
-    found = {
-        "flashmask": Attention(bounds_and_schedule, flashmask_attention),
-        "flex_attention": Attention(
-            lambda: create_block_mask(mask.mask_mod, 1, 1, length, length, device="cuda", _compile=True), flex
-        ),
-    }
-    if length <= 8192:
-        found["sdpa, dense mask"] = Attention(lambda: bounds_of.to_dense(mask.bounds, length), sdpa)
-    return found
+class Shape(NamedTuple):
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
-def check(attention: Attention, mask: Mask, inputs: Inputs, d_out: Tensor) -> dict[str, float]:
-    """Relative errors of output and gradients against float32, in a row short enough for dense attention."""
-    wide = Inputs(*(tensor.detach().float().requires_grad_() for tensor in inputs))
-    expected, _ = reference_attention(*wide, mask.bounds)
-    out = attention.attend(*inputs, attention.build())
-    pairs = zip(
-        ("out", "d_query", "d_key", "d_value"),
-        (out, *torch.autograd.grad(out, inputs, d_out)),
-        (expected, *torch.autograd.grad(expected, wide, d_out.float())),
-    )
-    errors = {name: float((ours.float() - truth).norm() / truth.norm()) for name, ours, truth in pairs}
-    assert all(error < 1e-2 for error in errors.values()), errors
-    return errors
+def shapes(protocol: str, lengths: list[int], head_dims: list[int], heads: list[tuple[int, int]]) -> list[Shape]:
+    if protocol == "paper":
+        counts = [(HIDDEN_SIZE // dim, dim) for dim in head_dims]
+        return [Shape(max(TOKENS // n, 1), n, count, count, dim) for n in lengths for count, dim in counts]
+    return [Shape(1, n, count, kv, dim) for n in lengths for dim in head_dims for count, kv in heads]
 
 
-def random_inputs(length: int) -> tuple[Inputs, Tensor]:
+def document_rows(protocol: str, mask: str, length: int, samples: int, documents: Path | None) -> dict[int, PackedRow]:
+    """Rows by the number of their sample; of the protocol `sparsity`, by the number of their documents."""
+    if protocol == "sparsity":
+        return {count: random_row(length, count, seed=count) for count in SPARSITY_DOCUMENTS}
+    return dict(enumerate(rows_of(length, 1 if mask in WITHOUT_DOCUMENTS else samples, documents)))
+
+
+def random_inputs(shape: Shape) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """query, key and value laid out as models have them, `[B, S, H, D]`, and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
     def tensor(heads: int) -> Tensor:
-        return torch.randn(1, length, heads, HEAD_DIM, device="cuda", dtype=DTYPE).transpose(1, 2)
+        size = (shape.batch, shape.length, heads, shape.head_dim)
+        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
-    inputs = (tensor(count).requires_grad_() for count in (HEADS, KV_HEADS, KV_HEADS))
-    return Inputs(*inputs), tensor(HEADS)
+    query, key, value = (tensor(count).requires_grad_() for count in (shape.heads, shape.kv_heads, shape.kv_heads))
+    return (query, key, value), tensor(shape.heads)
 
 
-def measure(name: str, mask_name: str, length: int) -> dict[str, Any]:
-    short = 2048
-    short_mask = masks(short)[mask_name]
-    errors = check(implementations(short_mask, short)[name], short_mask, *random_inputs(short))
+def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: Tensor, truth: Truth) -> dict[str, Any]:
+    """Times, memory and errors. Raises what the implementation raises, and a ValueError where it is wrong."""
 
-    mask = masks(length)[mask_name]
-    attention = implementations(mask, length)[name]
-    inputs, d_out = random_inputs(length)
-    built = attention.build()
+    def build() -> Any:
+        return attention.build() if attention.build else None
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attention.attend(*inputs, built)
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attended, inputs, d_out, retain_graph=True)
 
-    out = attention.attend(*inputs, built)
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention.attend(*inputs, mask), inputs, d_out)
+
+    mask = build()
+    attended = attention.attend(*inputs, mask)
+    errors = truth.check(Attended(attended.detach(), *gradients()))
     times = {
-        "forward": time_on_gpu(forward),
-        "backward": time_on_gpu(lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)),
-        "mask": time_on_gpu(attention.build),
+        "forward": time_on_gpu(lambda: attention.attend(*inputs, mask), max_seconds=SECONDS),
+        "backward": time_on_gpu(gradients, max_seconds=SECONDS),
     }
-    memory = peak_memory(lambda: torch.autograd.grad(attention.attend(*inputs, attention.build()), inputs, d_out))
-    pairs = int(bounds_of.visible_pairs(mask.bounds, length))
-    flops = {"forward": 4.0 * pairs * HEADS * HEAD_DIM, "backward": 10.0 * pairs * HEADS * HEAD_DIM}
+    if attention.build:
+        times["mask"] = time_on_gpu(build, max_seconds=SECONDS)
+        times["mask_host"] = time_on_cpu(build, repeats=15)
+    if d_out.shape[2] <= SHORT:
+        times["end_to_end"] = time_on_cpu(step, repeats=50)
+    milliseconds = {part: summary["milliseconds"] for part, summary in times.items()}
     return {
-        "mask": mask_name,
-        "length": length,
-        "visible": round(pairs / length**2, 4),
-        "implementation": name,
-        "milliseconds": {part: summary["milliseconds"] for part, summary in times.items()},
+        "milliseconds": {**milliseconds, "total": round(milliseconds["forward"] + milliseconds["backward"], 4)},
         "spread": {part: summary["spread"] for part, summary in times.items()},
-        "tflops": {part: round(flops[part] / times[part]["milliseconds"] / 1e9, 1) for part in flops},
-        "peak_mib": memory,
-        "relative_error": {part: float(f"{error:.1e}") for part, error in errors.items()},
+        "peak_mib": peak_memory(lambda: torch.autograd.grad(attention.attend(*inputs, build()), inputs, d_out)),
+        "relative_error": errors,
     }
+
+
+def measure_mask(
+    what: dict[str, Any], documents: PackedRow, shape: Shape, peers: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows of all peers for one mask on one shape. ``what`` goes into each."""
+    # Otherwise FlexAttention would compile the second length for any length, which is slower.
+    torch._dynamo.reset()
+    mask = mask_forms(documents, seed=what["sample"], device="cuda")[what["mask"]]()
+    case = Case(mask, **shape._asdict())
+    attentions = {peer: attention for peer in peers if (attention := PEERS[peer](case)) is not None}
+    if not attentions:
+        return
+    bounds = mask.bounds()
+    inputs, d_out = random_inputs(shape)
+    truth = Truth(*inputs, d_out, bounds)
+    pairs = int(visible_pairs(bounds, shape.length))
+    sparsity = tile_sparsity(bounds)
+    heads = shape.batch * shape.heads
+    flops = visible_flops(pairs, heads, shape.head_dim)
+    tile_flops = visible_flops(round((1 - sparsity) * shape.length**2), heads, shape.head_dim)
+    for peer, attention in attentions.items():
+        row = {**what, "implementation": peer, "visible": round(pairs / shape.length**2, 4)}
+        row["tile_sparsity"] = round(sparsity, 4)
+        try:
+            row |= measure(attention, inputs, d_out, truth)
+        except Exception as error:  # whatever a peer raises is its result
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+        else:
+            row["tflops"] = tflops(flops, row["milliseconds"])
+            row["tflops_tiles"] = tflops(tile_flops, row["milliseconds"])
+        yield row
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()  # raises here if the error has left the device unusable: nothing after it would count
+
+
+def line(row: dict[str, Any]) -> str:
+    shape = f"{row['heads']}/{row['kv_heads']} x {row['head_dim']}"
+    name = f"{row['length']:7} {shape:>11} {row['mask']:21} {row['implementation']:22}"
+    if "error" in row:
+        return f"{name} {row['error'].splitlines()[0][:160]}"
+    speed, time = row["tflops"], row["milliseconds"]
+    mask = f"mask {time['mask']:7.3f} ms" if "mask" in time else ""
+    mask += f" end to end {time['end_to_end']:7.3f} ms" if "end_to_end" in time else ""
+    parts = "  ".join(f"{part} {speed[part]:6.1f}" for part in ("forward", "backward", "total"))
+    return f"{name} {parts} TFLOP/s {mask}"
+
+
+def head_counts(text: str) -> tuple[int, int]:
+    heads, _, kv_heads = text.partition("/")
+    return int(heads), int(kv_heads or heads)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--protocol", choices=["bar", "paper", "sparsity"], default="bar")
+    parser.add_argument("--masks", nargs="+", choices=["all", *PAPER_MASKS, *MORE_MASKS], help="default: the paper's")
+    parser.add_argument("--lengths", type=int, nargs="+", help="default: 32768; all three of the paper")
+    parser.add_argument("--head-dims", type=int, nargs="+", help="default: 128; 64 and 128 of the paper")
+    parser.add_argument("--heads", type=head_counts, nargs="+", help="as 32/8; not for `paper`")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), help="default: all that are installed")
+    parser.add_argument("--samples", type=int, default=1, help="document lists of each length (default: %(default)s)")
+    parser.add_argument("--documents", type=Path, help="folder with document lists; default: draw them")
+    parser.add_argument("--missing", action="store_true", help="only what the file of this run lacks")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
+    arguments = parser.parse_args()
+    is_paper, is_sparsity = arguments.protocol == "paper", arguments.protocol == "sparsity"
+    arguments.lengths = arguments.lengths or ([8192, 32768, 131072] if is_paper else [32768])
+    arguments.head_dims = arguments.head_dims or ([64, 128] if is_paper else [128])
+    arguments.heads = arguments.heads or [(32, 32) if is_sparsity else (32, 8)]
+    if is_sparsity:
+        arguments.masks = arguments.masks or ["causal_document", "document", "share_question"]
+        arguments.peers = arguments.peers or ["flashmask"]
+    arguments.masks = arguments.masks or list(PAPER_MASKS)
+    if "all" in arguments.masks:
+        arguments.masks = [*PAPER_MASKS, *MORE_MASKS]
+    missing = missing_peers()
+    arguments.peers = arguments.peers or [peer for peer in PEERS if peer not in missing]
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
-    arguments = parser.parse_args()
-    torch._dynamo.config.cache_size_limit = 64
+    arguments = parse_arguments()
+    require_gpu()
     # FlexAttention's compiled backward would otherwise free what a second timed run needs.
     torch._functorch.config.donated_buffer = False
-    rows = []
-    for length in arguments.lengths:
-        for mask_name, mask in masks(length).items():
-            for name in implementations(mask, length):
-                torch.manual_seed(0)
-                rows.append(measure(name, mask_name, length))
-                row = rows[-1]
-                print(
-                    f"{length:7} {mask_name:16} {name:18} forward {row['tflops']['forward']:6.1f}  backward "
-                    f"{row['tflops']['backward']:6.1f} TFLOP/s  mask {row['milliseconds']['mask']:7.3f} ms",
-                    flush=True,
-                )
+    for peer, reason in missing_peers().items():
+        print(f"no {peer}: {reason}")
     settings = {
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "documents": DOCUMENTS,
+        "dtype": "bfloat16",
+        "documents": "given" if arguments.documents else "drawn",
+        "not_installed": missing_peers(),
     }
-    print("wrote", write_results("attention_gpu", "cuda", settings, rows, arguments.output))
+    run = Run("attention_gpu", settings, KEY, arguments.output)
+    deadline = Deadline(arguments.minutes)
+    failed = 0
+    for shape in shapes(arguments.protocol, arguments.lengths, arguments.head_dims, arguments.heads):
+        for mask in arguments.masks:
+            rows = document_rows(arguments.protocol, mask, shape.length, arguments.samples, arguments.documents)
+            for sample, documents in rows.items():
+                if deadline.is_over():
+                    print("out of time: go on with --missing")
+                    return
+                what = {"protocol": arguments.protocol, "mask": mask, "sample": sample, **shape._asdict()}
+                peers = [
+                    peer
+                    for peer in arguments.peers
+                    if not (arguments.missing and run.has({**what, "implementation": peer}))
+                ]
+                for row in measure_mask(what, documents, shape, peers):
+                    run.add(row)
+                    print(line(row), flush=True)
+                    failed += row["implementation"] == "flashmask" and "error" in row
+    print("wrote", run.path)
+    if failed:
+        sys.exit(f"flashmask itself failed {failed} times")
 
 
 if __name__ == "__main__":

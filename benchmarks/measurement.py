@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import flashmask_kernels
+
 RESULTS = Path(__file__).parent / "results"
+FEWEST_REPEATS = 5
 
 
-def time_on_gpu(function: Callable[[], Any], repeats: int = 15) -> dict[str, float]:
+def require_gpu() -> None:
+    """Leave with an explanation where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark measures a CUDA or ROCm GPU, and torch finds none")
+
+
+def time_on_gpu(function: Callable[[], Any], repeats: int = 15, max_seconds: float = math.inf) -> dict[str, float]:
     """Milliseconds on the device: the median of event-timed runs with a flushed L2 cache, and their spread.
+
+    Args:
+        max_seconds: after so much measured time, `FEWEST_REPEATS` runs are enough.
 
     Returns:
         ``milliseconds`` (median) and ``spread``, the interquartile range over the median.
@@ -37,18 +53,30 @@ def time_on_gpu(function: Callable[[], Any], repeats: int = 15) -> dict[str, flo
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
+        if len(times) >= FEWEST_REPEATS and sum(times) > 1e3 * max_seconds:
+            break
     return _summary(times)
 
 
 def time_on_cpu(function: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
-    """Milliseconds of wall-clock time: the median after one warm-up run, and the spread as for the GPU."""
+    """Milliseconds of wall-clock time: the median after one warm-up run, and the spread as for the GPU.
+
+    Work that ``function`` leaves to a GPU counts to its end.
+    """
     function()
     times = []
     for _ in range(repeats):
+        _synchronize()
         start = time.perf_counter()
         function()
+        _synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return _summary(times)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _summary(times: list[float]) -> dict[str, float]:
@@ -68,14 +96,22 @@ def peak_memory(function: Callable[[], Any]) -> float:
 
 def environment(device: str) -> dict[str, str]:
     """What the figures depend on: device, versions, date."""
-    packages = ("torch", "triton", "transformers")
     cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "date": str(datetime.date.today()),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
+        **_versions("torch", "triton", "transformers", "flash-attn-4"),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _cpu_name() -> str:
@@ -86,6 +122,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def kernels_hash() -> str:
+    """Names the source of the kernels that are measured: any change to it begins another run."""
+    folder = Path(flashmask_kernels.__file__).parent
+    source = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    return hashlib.sha256(source).hexdigest()[:12]
+
+
 def write_results(name: str, device: str, settings: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Path:
     """Write one benchmark's rows to ``folder / name.json``, with their environment and settings."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,3 +136,83 @@ def write_results(name: str, device: str, settings: dict[str, Any], rows: list[d
     result = {"environment": environment(device), "settings": settings, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+class Run:
+    """The rows of one run, measured in any number of pieces.
+
+    A run is what can be compared: one device, one set of versions, one source of the kernels and the same settings. Its
+    file, ``folder / name-<id>.json``, is named after these, so that a later command goes on with it and another run
+    never overwrites it. Rows are told apart by the values under ``key``; measured again, a row takes the place of the
+    old one. Every row is on disk as soon as it is added.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any], key: Sequence[str], folder: Path = RESULTS) -> None:
+        self.key = key
+        self.result: dict[str, Any] = {
+            "environment": {
+                **environment("cuda" if torch.cuda.is_available() else "cpu"),
+                "kernels": kernels_hash(),
+            },
+            "settings": settings,
+            "rows": [],
+        }
+        what = {**self.result["environment"], "date": None, "settings": settings}
+        run_id = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = folder / f"{name}-{run_id}.json"
+        if self.path.exists():
+            self.result["rows"] = json.loads(self.path.read_text())["rows"]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.result["rows"]
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether this row was measured before, and not with an error."""
+        return any(self._same(row, other) and "error" not in other for other in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        places = [index for index, other in enumerate(self.rows) if self._same(row, other)]
+        if places:
+            self.rows[places[0]] = row
+        else:
+            self.rows.append(row)
+        self.result["environment"]["updated"] = datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        parts = {name: json.dumps(self.result[name], indent=1) for name in ("environment", "settings")}
+        rows = ",\n".join(json.dumps(row) for row in self.rows)
+        self.path.write_text(
+            f'{{"environment": {parts["environment"]},\n"settings": {parts["settings"]},\n"rows": [\n{rows}\n]}}\n'
+        )
+
+    def _same(self, row: dict[str, Any], other: dict[str, Any]) -> bool:
+        return all(row.get(name) == other.get(name) for name in self.key)
+
+
+def latest_run(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The run of that name that was added to last, or None."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
+    return max(found, key=lambda result: result["environment"]["updated"], default=None)
+
+
+def visible_flops(pairs: int, heads: int, head_dim: int) -> dict[str, float]:
+    """Floating-point operations for that many visible pairs of one head: 4 D each forward, 2.5 times that backward."""
+    forward = 4.0 * pairs * heads * head_dim
+    return {"forward": forward, "backward": 2.5 * forward, "total": 3.5 * forward}
+
+
+def tflops(flops: dict[str, float], milliseconds: dict[str, float]) -> dict[str, float]:
+    """TFLOP/s of every part that has a time."""
+    return {part: round(flops[part] / milliseconds[part] / 1e9, 1) for part in flops if part in milliseconds}
+
+
+class Deadline:
+    """When to begin nothing new, for machines that are lent by the minute."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.end

@@ -1,54 +1,259 @@
-"""Write the measured speed from `benchmarks/results/` into README.md, between its benchmark markers, and draw it.
+"""Write what `benchmarks/results/` say into README.md and docs/performance.md, between their markers, and draw it.
 
-python benchmarks/report.py          # rewrite the section and the picture
-python benchmarks/report.py --check  # fail when README.md does not hold what the results say
+python benchmarks/report.py          # rewrite the sections and the pictures
+python benchmarks/report.py --check  # fail when a page does not hold what the results say
+
+Of the benchmarks that gather runs (attention_gpu, training_gpu), the run that was added to last is reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measurement import RESULTS
+from measurement import RESULTS, latest_run
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / "docs" / "shared_prompts.png"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+PERFORMANCE = README.parent / "docs" / "performance.md"
+PUBLISHED = Path(__file__).parent / "published.json"
 MASK_NAMES = {
+    "full": "full",
     "causal": "causal",
+    "sliding_window": "sliding window",
     "causal_document": "packed documents",
-    "shared_question": "shared prompts, two answers each",
+    "document": "documents, bidirectional",
+    "share_question": "shared questions",
+    "global_sliding_window": "global tokens and window",
+    "causal_blockwise": "causal blockwise",
+    "prefix_lm_document": "prefix-LM documents",
+    "prefix_lm_causal": "prefix-LM",
+    "qk_sparse": "QK-sparse",
+    "hash_sparse": "hash-sparse",
+    "random_eviction": "random eviction",
+    "block_causal_document": "block-causal documents",
+    "random_intervals": "random intervals",
 }
+OURS, FLEX = "flashmask", "flex_attention"
+HEADLINE = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
+
+Json = dict[str, Any]
 
 
-def gpu_section(result: dict[str, Any]) -> list[str]:
-    environment, settings = result["environment"], result["settings"]
-    cells = {(row["length"], row["mask"], row["implementation"]): row for row in result["rows"]}
-    implementations = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
+def measured(run: Json, **wanted: Any) -> list[Json]:
+    """The rows without errors that have these values."""
+    return [row for row in run["rows"] if "error" not in row and all(row[name] == wanted[name] for name in wanted)]
+
+
+def times_as_fast(rows: list[Json], peer: str) -> dict[tuple[str, int], float]:
+    """Forward and backward of flashmask against a peer's, by mask and sample."""
+    times = {(row["implementation"], row["mask"], row["sample"]): row["milliseconds"]["total"] for row in rows}
+    return {
+        (mask, sample): times[peer, mask, sample] / time
+        for (name, mask, sample), time in times.items()
+        if name == OURS and (peer, mask, sample) in times
+    }
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """A Markdown table; all columns but the first ``left`` are numbers."""
+    align = "".join("---|" if column < left else "--:|" for column in range(len(header)))
+    return [f"| {' | '.join(header)} |", f"|{align}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def picture(name: str, alternative: str) -> list[str]:
+    return ["", f'<img src="docs/{name}.png" width="640" alt="{alternative}">']
+
+
+def attention_section(run: Json) -> list[str]:
+    environment, rows = run["environment"], measured(run, protocol="bar", sample=0)
+    shown = measured(run, protocol="bar", sample=0, **HEADLINE)
+    if not shown:
+        return []
+    cells = {(row["mask"], row["implementation"]): row for row in shown}
+    names = list(dict.fromkeys(row["implementation"] for row in shown))
+    ratios = times_as_fast(shown, FLEX)
+    body = []
+    for mask in dict.fromkeys(row["mask"] for row in shown):
+        found = [cells.get((mask, name)) for name in names]
+        visible = next(row["visible"] for row in found if row)
+        ratio = f"{ratios[mask, 0]:.2f}" if (mask, 0) in ratios else "-"
+        speeds = [f"{row['tflops']['total']:.0f}" if row else "-" for row in found]
+        body.append([MASK_NAMES[mask], f"{visible:.1%}", *speeds, ratio])
     lines = [
-        f"**{environment['device']}**, {heads(settings)}, {settings['documents']} documents of random lengths. "
-        f"TFLOP/s over the visible pairs, forward / backward. {versions(environment)}",
+        f"**{environment['device']}**, {heads(run['settings'] | HEADLINE)}, one row of {HEADLINE['length']:,} tokens: "
+        f"forward and backward, TFLOP/s over the visible pairs. {versions(environment)}",
         "",
-        f"| mask | tokens | visible | {' | '.join(implementations)} |",
-        f"|---|--:|--:|{'--:|' * len(implementations)}",
+        *table(["mask", "visible", *names, f"times {FLEX}"], body),
     ]
-    for length, mask in dict.fromkeys((row["length"], row["mask"]) for row in result["rows"]):
-        rows = [cells.get((length, mask, name)) for name in implementations]
-        speeds = [f"{row['tflops']['forward']:.0f} / {row['tflops']['backward']:.0f}" if row else "-" for row in rows]
-        visible = cells[length, mask, implementations[0]]["visible"]
-        lines.append(f"| {MASK_NAMES[mask]} | {length:,} | {visible:.1%} | {' | '.join(speeds)} |")
-    longest = max(row["length"] for row in result["rows"])
-    build = [
-        f"{name} {cells[longest, 'causal_document', name]['milliseconds']['mask']:.2f} ms"
-        for name in implementations
-        if (longest, "causal_document", name) in cells
+    if len(ratios) > 1:
+        mean = statistics.geometric_mean(ratios.values())
+        lines += ["", f"Geometric mean: {mean:.2f} times as fast as `{FLEX}`. {mask_making(cells)}"]
+    lines += picture("speed_per_mask", "Speed of flashmask and FlexAttention under each mask")
+    if len({shape_of(row) for row in rows}) > 1:
+        lines += ["", f"Other shapes, against `{FLEX}` over all masks measured:", "", *shapes_table(rows)]
+    return lines
+
+
+def shape_of(row: Json) -> tuple[int, int, int, int]:
+    return row["length"], row["head_dim"], row["heads"], row["kv_heads"]
+
+
+def shapes_table(rows: list[Json]) -> list[str]:
+    body = []
+    for shape in sorted({shape_of(row) for row in rows}):
+        ratios = times_as_fast([row for row in rows if shape_of(row) == shape], FLEX)
+        if ratios:
+            (mask, _), least = min(ratios.items(), key=lambda item: item[1])
+            length, head_dim, count, kv_heads = shape
+            mean = statistics.geometric_mean(ratios.values())
+            least_on = f"{least:.2f} ({MASK_NAMES[mask]})"
+            body.append(
+                [f"{length:,}", f"{count}/{kv_heads}", str(head_dim), str(len(ratios)), f"{mean:.2f}", least_on]
+            )
+    return table(["tokens", "heads", "size", "masks", "geometric mean", "least"], body, left=0)
+
+
+def mask_making(cells: dict[tuple[str, str], Json]) -> str:
+    times = {
+        name: row["milliseconds"]
+        for (mask, name), row in cells.items()
+        if mask == "causal_document" and "mask" in row["milliseconds"]
+    }
+    if OURS not in times:
+        return ""
+    part = times[OURS]["mask"] / times[OURS]["forward"]
+    making = ", ".join(f"{name} {time['mask']:.2f} ms" for name, time in times.items())
+    return (
+        f"Making the mask of packed documents, once a step, takes the device: {making}; ours is {part:.1%} of one "
+        "layer's forward pass."
+    )
+
+
+def failures(run: Json) -> list[str]:
+    """What did not run, and why: nothing is left out in silence."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in run["rows"]:
+        if "error" in row:
+            where = (
+                f"{MASK_NAMES[row['mask']]} ({row['length']:,}, {row['heads']}/{row['kv_heads']}, {row['head_dim']})"
+            )
+            found.setdefault((row["implementation"], row["error"].splitlines()[0][:160]), []).append(where)
+    lines = [f"- {peer}: `{error}` on {', '.join(where)}" for (peer, error), where in found.items()]
+    lines += [f"- {peer}: {reason}" for peer, reason in run["settings"]["not_installed"].items()]
+    return ["", "Not measured:", "", *lines] if lines else []
+
+
+def paper_section(run: Json, published: Json) -> list[str]:
+    """The paper's kernel tables, samples averaged, beside what its authors have published since."""
+    rows = measured(run, protocol="paper")
+    environment = run["environment"]
+    lines = [
+        f"**{environment['device']}**, {versions(environment)} The protocol of the FlashMask paper: bfloat16, 128K "
+        "tokens in all, a hidden size of 4096, as many key heads as query heads. Forward and backward, TFLOP/s of the "
+        f"tiles that are not hidden. *Published*: {published['source']}, {published['hardware']} "
+        f"({published['protocol']}; their document mask was built from the wrong ends).",
     ]
-    making = f"Making the mask of packed documents at {longest:,} tokens, once a step, takes the device"
-    return [*lines, "", f"{making}: {', '.join(build)}."]
+    columns = {version: f"published, {version}" for version in ("V3", "V1")}
+    authors = {(row["version"], row["length"], row["head_dim"], row["mask"]): row["total"] for row in published["rows"]}
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    for length, head_dim in sorted({(row["length"], row["head_dim"]) for row in rows}):
+        here = [row for row in rows if (row["length"], row["head_dim"]) == (length, head_dim)]
+        body = []
+        for mask in dict.fromkeys(row["mask"] for row in here):
+            samples = [row for row in here if row["mask"] == mask]
+            speeds = [average([row for row in samples if row["implementation"] == name]) for name in names]
+            theirs = [authors.get((version, length, head_dim, mask)) for version in columns]
+            sparsity = statistics.mean(row["tile_sparsity"] for row in samples)
+            cells = [f"{speed:.0f}" if speed else "-" for speed in (*speeds, *theirs)]
+            body.append([MASK_NAMES[mask], f"{sparsity:.3f}", *cells])
+        lines += [
+            "",
+            f"{length:,} tokens, {4096 // head_dim} heads of size {head_dim}:",
+            "",
+            *table(["mask", "sparsity", *names, *columns.values()], body),
+        ]
+    return lines if rows else []
+
+
+def short_rows_section(run: Json) -> list[str]:
+    """Where launches count: forward and backward of packed documents from the first launch to the last result."""
+    rows = [row for row in measured(run, mask="causal_document", sample=0) if "end_to_end" in row["milliseconds"]]
+    cells = {(shape_of(row), row["implementation"]): row["milliseconds"]["end_to_end"] for row in rows}
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    body = []
+    for shape in dict.fromkeys(shape_of(row) for row in rows):
+        times = [f"{cells[shape, name]:.2f}" if (shape, name) in cells else "-" for name in names]
+        body.append([f"{shape[0]:,}", f"{shape[2]}/{shape[3]}", str(shape[1]), *times])
+    title = "Short rows of packed documents, forward and backward, the host's launches included (ms):"
+    return ["", title, "", *table(["tokens", "heads", "size", *names], body, left=0)] if body else []
+
+
+def average(samples: list[Json]) -> float | None:
+    """TFLOP/s of the tiles over several samples: all their work over all their time."""
+    if not samples:
+        return None
+    times = [row["milliseconds"]["total"] for row in samples]
+    return sum(row["tflops_tiles"]["total"] * time for row, time in zip(samples, times)) / sum(times)
+
+
+def training_section(run: Json) -> list[str]:
+    environment, settings = run["environment"], run["settings"]
+    rows = measured(run, workload="steps")
+    longest = {(row["shape"], row["implementation"]): row["longest"] for row in measured(run, workload="longest")}
+    if not rows:
+        return []
+    cells = {(row["shape"], row["length"], row["implementation"]): row for row in rows}
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    body = []
+    for shape, length in dict.fromkeys((row["shape"], row["length"]) for row in rows):
+        found = [cells.get((shape, length, name)) for name in names]
+        steps = [f"{row['tokens_per_second']:,} ({row['peak_mib'] / 1024:.0f})" if row else "-" for row in found]
+        body.append([shape_name(settings, shape), f"{length:,}", *steps])
+    for shape in dict.fromkeys(shape for shape, _ in longest):
+        fits = [f"{longest[shape, name]:,}" if (shape, name) in longest else "-" for name in names]
+        body.append([shape_name(settings, shape), "longest row", *fits])
+    return [
+        f"**{environment['device']}**, training on packed documents (median {settings['median_document']} tokens, "
+        f"another packing each step), bfloat16, gradient checkpointing, AdamW, vocabulary {settings['vocabulary']:,}, "
+        f"random weights. Tokens per second (peak GiB). {versions(environment)}",
+        "",
+        *table(["model", "tokens", *names], body),
+        *picture("training", "Tokens per second of training on packed documents"),
+    ]
+
+
+def shape_name(settings: Json, shape: str) -> str:
+    name = {"1b": "Llama 3.2 1B's shape", "8b": "Llama 3.1 8B's shape"}[shape]
+    return f"{name}, {settings['shapes'][shape]['num_hidden_layers']} layers"
+
+
+def masking_section(result: Json) -> list[str]:
+    """What a training step does about masks, at the length nearest to the headline's."""
+    rows = [row for row in result["rows"] if row["what"] == "making"]
+    length = min({row["length"] for row in rows}, key=lambda length: abs(length - HEADLINE["length"]))
+    cells = {(row["mask"], row["implementation"]): row for row in rows if row["length"] == length}
+    peers = list(dict.fromkeys(row["implementation"] for row in rows))
+
+    def cost(row: Json | None) -> str:
+        if row is None:
+            return "-"
+        times, memory = row["milliseconds"], row["peak_mib"]
+        return f"{times['device']:.2f} / {times['host']:.2f} ms, {row['launches']}, {row['reads']}, {memory:.1f} MiB"
+
+    body = [[mask, *(cost(cells.get((mask, peer))) for peer in peers)] for mask in dict.fromkeys(m for m, _ in cells)]
+    return [
+        f"Making the masks of a step as Transformers asks for them, {length:,} tokens: device / host time, launches, "
+        f"waits of the host for the device, memory. {versions(result['environment'])}",
+        "",
+        *table(["masks", *peers], body),
+    ]
 
 
 def cpu_section(result: dict[str, Any]) -> list[str]:
@@ -133,6 +338,81 @@ def draw_shared_prompts(result: dict[str, Any]) -> None:
     plt.close(figure)
 
 
+def draw_speed_per_mask(run: Json) -> None:
+    rows = measured(run, protocol="bar", sample=0, **HEADLINE)
+    masks = [row["mask"] for row in rows if row["implementation"] == OURS][::-1]
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for offset, name, color in ((0.2, OURS, "tab:blue"), (-0.2, FLEX, "0.7")):
+        speed = {row["mask"]: row["tflops"]["total"] for row in rows if row["implementation"] == name}
+        places = [index + offset for index, mask in enumerate(masks) if mask in speed]
+        axes.barh(places, [speed[mask] for mask in masks if mask in speed], 0.4, label=name, color=color)
+    axes.set_yticks(range(len(masks)), [MASK_NAMES[mask] for mask in masks])
+    axes.set(xlabel="TFLOP/s over the visible pairs, forward and backward")
+    finish(figure, axes, "speed_per_mask", f"{HEADLINE['length']:,} tokens")
+
+
+def draw_speed_over_sparsity(run: Json) -> None:
+    """The paper's linear law: time falls with the part of the tiles that is hidden."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for mask in ("causal_document", "document", "share_question"):
+        rows = sorted(measured(run, protocol="sparsity", implementation=OURS, mask=mask), key=sparsity_of)
+        axes.plot(
+            [row["tile_sparsity"] for row in rows],
+            [row["milliseconds"]["total"] for row in rows],
+            "o-",
+            label=MASK_NAMES[mask],
+        )
+    axes.set(xlabel="hidden part of all tiles", ylabel="ms, forward and backward", xlim=(0, 1), ylim=(0, None))
+    finish(figure, axes, "speed_over_sparsity", "Time over sparsity")
+
+
+def sparsity_of(row: Json) -> float:
+    return row["tile_sparsity"]
+
+
+def draw_memory_over_length(run: Json) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    shape = {name: size for name, size in HEADLINE.items() if name != "length"}
+    rows = measured(run, protocol="bar", sample=0, mask="causal_document", **shape)
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        found = sorted((row["length"], row["peak_mib"]) for row in rows if row["implementation"] == name)
+        axes.plot(*zip(*found), "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="MiB above the inputs")
+    finish(figure, axes, "memory_over_length", "Peak memory, forward and backward, packed documents")
+
+
+def has_several_lengths(run: Json) -> bool:
+    return len({row["length"] for row in measured(run, protocol="bar", mask="causal_document")}) > 1
+
+
+def draw_training(run: Json) -> None:
+    rows = measured(run, workload="steps")
+    groups = list(dict.fromkeys((row["shape"], row["length"]) for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    width = 0.8 / len(names)
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for index, name in enumerate(names):
+        speed = {
+            (row["shape"], row["length"]): row["tokens_per_second"] for row in rows if row["implementation"] == name
+        }
+        places = [place + index * width for place, group in enumerate(groups) if group in speed]
+        axes.bar(places, [speed[group] for group in groups if group in speed], width, label=name)
+    labels = [f"{shape.upper()}, {length:,} tokens" for shape, length in groups]
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], labels)
+    axes.set(ylabel="tokens per second")
+    finish(figure, axes, "training", "Training on packed documents")
+
+
+def finish(figure: Any, axes: Any, name: str, title: str) -> None:
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(PICTURE.parent / f"{name}.png", dpi=150)
+    plt.close(figure)
+
+
 def heads(settings: dict[str, Any]) -> str:
     shape = f"{settings['heads']} query and {settings['kv_heads']} key heads of size {settings['head_dim']}"
     return f"{settings['dtype']}, {shape}"
@@ -146,26 +426,59 @@ def results(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def section() -> str:
+def readme_section() -> str:
+    attention, training = latest_run("attention_gpu"), latest_run("training_gpu")
+    masking = RESULTS / "masking_gpu.json"
     sections = (
-        gpu_section(results("attention_gpu")),
+        attention_section(attention) if attention else [],
+        masking_section(results(masking.stem)) if masking.exists() else [],
+        training_section(training) if training else [],
         shared_prompts_section(results("shared_prompts_gpu")),
         cpu_section(results("attention_cpu")),
     )
-    return "\n".join([BEGIN, "\n\n".join("\n".join(lines) for lines in sections), END])
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def performance_section() -> str:
+    run = latest_run("attention_gpu")
+    if run is None:
+        return ""
+    lines = paper_section(run, json.loads(PUBLISHED.read_text()))
+    for name, alternative, is_there in (
+        ("speed_over_sparsity", "Time over the hidden part of all tiles", measured(run, protocol="sparsity")),
+        ("memory_over_length", "Peak memory over the length of the row", has_several_lengths(run)),
+    ):
+        if is_there:
+            lines += ["", f"![{alternative}]({name}.png)"]
+    return "\n".join([*lines, *short_rows_section(run), *failures(run)]).strip()
+
+
+def draw() -> None:
+    draw_shared_prompts(results("shared_prompts_gpu"))
+    attention, training = latest_run("attention_gpu"), latest_run("training_gpu")
+    if attention and measured(attention, protocol="bar", sample=0, **HEADLINE):
+        draw_speed_per_mask(attention)
+    if attention and measured(attention, protocol="sparsity"):
+        draw_speed_over_sparsity(attention)
+    if attention and has_several_lengths(attention):
+        draw_memory_over_length(attention)
+    if training and measured(training, workload="steps"):
+        draw_training(training)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
-    readme = README.read_text()
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    updated = before + section() + after
-    if arguments.check:
-        sys.exit(None if updated == readme else "README.md differs from what benchmarks/results/ say")
-    README.write_text(updated)
-    draw_shared_prompts(results("shared_prompts_gpu"))
+    for page, section in ((README, readme_section()), (PERFORMANCE, performance_section())):
+        text = page.read_text()
+        updated = f"{text.split(BEGIN)[0]}{BEGIN}\n{section}\n{END}{text.split(END)[1]}"
+        if not arguments.check:
+            page.write_text(updated)
+        elif updated != text:
+            sys.exit(f"{page.name} differs from what benchmarks/results/ say")
+    if not arguments.check:
+        draw()
 
 
 if __name__ == "__main__":

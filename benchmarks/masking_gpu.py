@@ -1,0 +1,307 @@
+"""Making masks, and decoding with them: flashmask beside what Transformers does for `flex_attention` and `sdpa`.
+
+    python benchmarks/masking_gpu.py               # a few minutes
+    python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512  # checks itself without a GPU
+
+Making is everything that one training step does about masks for a row of packed documents: Transformers' creators as
+models call them, and for flashmask also the documents that the attention function adds and the kernels' schedules of
+tiles, forward and backward. `device` is the time from the first to the last kernel, with the device kept busy until
+the host has gone ahead: whoever reads a value back waits in it for the host. `host` is the time until the call
+returns. The profiler counts `launches` and `reads`, waits of the host for the device. `peak_mib` is the memory above
+the positions.
+
+Decoding is one layer's attention of one query row per sequence against a cache of so many keys, without padding and
+with padding on the left; `mask_device` and `mask_host` are what making its mask takes, once a step.
+
+Before anything is timed, all implementations must show the same pairs, and decode to the same as float32 attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from masks import random_row
+from measurement import RESULTS, peak_memory, require_gpu, time_on_cpu, time_on_gpu, write_results
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+from transformers import MistralConfig, masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from flashmask_kernels import ops
+from hf_flashmask import bounds as bounds_of
+from hf_flashmask import integration
+from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
+
+HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
+DOCUMENT_LENGTH = 2048  # on average
+WINDOW = 4096
+BATCH = 8  # of decoding
+LONGEST_DENSE_MASK = 32768
+MASKS: dict[str, tuple[str, ...]] = {
+    "packed documents": ("full",),
+    "packed documents, sliding window": ("sliding",),
+    "packed documents, layers of both kinds": ("sliding", "full"),  # Gemma 3, gpt-oss
+}
+CREATORS = {
+    "full": masking_utils.create_causal_mask,
+    "sliding": masking_utils.create_sliding_window_causal_mask,
+}
+
+
+# Making masks
+
+
+def packed_position_ids(length: int, device: str) -> Tensor:
+    """`[1, length]`: random documents, the same ones for every run."""
+    lengths = random_row(length, max(length // DOCUMENT_LENGTH, 2)).lengths
+    return torch.cat([torch.arange(document) for document in lengths])[None].to(device)
+
+
+@functools.cache
+def config_for(implementation: str, window: int) -> MistralConfig:
+    config = MistralConfig(sliding_window=window)
+    config._attn_implementation = implementation
+    return config
+
+
+def create_masks(implementation: str, layers: tuple[str, ...], position_ids: Tensor, window: int) -> list[Any]:
+    """What a model's forward pass asks Transformers for."""
+    embeddings = torch.empty(*position_ids.shape, 1, dtype=DTYPE, device=position_ids.device)
+    return [
+        CREATORS[layer](
+            config=config_for(implementation, window),
+            inputs_embeds=embeddings,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        for layer in layers
+    ]
+
+
+def make_bounds(layers: tuple[str, ...], position_ids: Tensor, window: int) -> list[Tensor]:
+    """`create_masks` for flashmask, what its attention function adds to them, and the kernels' schedules."""
+    made: list[Tensor] = []
+
+    def build_schedules(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **_: Any) -> Tensor:
+        for kernel in ("forward", "key_value_gradient", "query_gradient"):
+            ops._schedule(kernel, bounds, query, value, ops._cached_schedule)
+        made.append(bounds)
+        return query[:, :, :0]
+
+    # What was made for a tensor is kept as long as it lives: a step has positions of its own.
+    position_ids = position_ids.view_as(position_ids)
+    one_head = torch.empty(1, 1, position_ids.shape[1], HEAD_DIM, dtype=DTYPE, device=position_ids.device)
+    with mock.patch.object(integration, "flashmask_attention", build_schedules):
+        for mask in create_masks("flashmask", layers, position_ids, window):
+            flashmask_attention_forward(LAYER, one_head, one_head, one_head, mask, position_ids=position_ids)
+    return made
+
+
+def makers(layers: tuple[str, ...], position_ids: Tensor, window: int) -> dict[str, Callable[[], list[Any]]]:
+    found: dict[str, Callable[[], list[Any]]] = {
+        "flashmask": functools.partial(make_bounds, layers, position_ids, window),
+        "flex_attention": functools.partial(create_masks, "flex_attention", layers, position_ids, window),
+    }
+    if position_ids.shape[1] <= LONGEST_DENSE_MASK:
+        found["sdpa"] = functools.partial(create_masks, "sdpa", layers, position_ids, window)
+    return found
+
+
+def to_dense(made: Any, length: int) -> Tensor:
+    """bool `[1, 1, length, length]` of any implementation's mask."""
+    if isinstance(made, BlockMask):
+        dense = create_mask(made.mask_mod, 1, 1, length, length, device=made.kv_num_blocks.device)
+        rows, columns = made.BLOCK_SIZE
+        blocks = made.to_dense().bool().repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+        assert not (dense & ~blocks[..., :length, :length]).any(), "a block that is visible is not in the block mask"
+        return dense
+    return bounds_of.to_dense(made) if made.dtype == torch.int32 else made
+
+
+def check_makers(layers: tuple[str, ...], device: str) -> None:
+    """Every implementation's masks, and each document's own."""
+    length, window = 1100, 200
+    position_ids = packed_position_ids(length, device)
+    index = torch.arange(length, device=device)
+    start = index - position_ids[0]
+    expected = {"full": (start[:, None] == start) & (index[:, None] >= index)}
+    expected["sliding"] = expected["full"] & (index[:, None] - index < window)
+    for name, make in makers(layers, position_ids, window).items():
+        for layer, made in zip(layers, make(), strict=True):
+            assert torch.equal(to_dense(made, length)[0, 0], expected[layer]), f"{name} makes another {layer} mask"
+
+
+def measure_making(name: str, layers: str, length: int, device: str) -> dict[str, Any]:
+    make = makers(MASKS[layers], packed_position_ids(length, device), WINDOW)[name]
+    row: dict[str, Any] = {"what": "making", "mask": layers, "length": length, "implementation": name}
+    row["milliseconds"], row["spread"] = times(make, device)
+    if device == "cuda":
+        row.update(count_launches(make), peak_mib=peak_memory(make))
+    return row
+
+
+# Decoding
+
+
+LAYER = nn.Module()
+setattr(LAYER, "num_key_value_groups", HEADS // KV_HEADS)  # noqa: B010  (a module's attributes have types)
+
+
+def decoding_inputs(length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(length)
+
+    def tensor(heads: int, rows: int) -> Tensor:
+        return torch.randn(BATCH, heads, rows, HEAD_DIM, dtype=DTYPE, device=device, generator=generator)
+
+    return tensor(HEADS, 1), tensor(KV_HEADS, length), tensor(KV_HEADS, length)
+
+
+def left_padding(length: int, device: str) -> Tensor:
+    """bool `[BATCH, length]`: the longest sequence has no padding, the shortest is half of that."""
+    padding = torch.arange(BATCH, device=device) * length // (2 * BATCH)
+    return torch.arange(length, device=device) >= padding[:, None]
+
+
+def decoders(length: int, is_token: Tensor | None, device: str) -> dict[str, tuple[Callable[[], Any], Callable]]:
+    """How each implementation makes the mask of a step, and its attention of query, key, value and that mask."""
+    step: dict[str, Any] = {"batch_size": BATCH, "q_length": 1, "kv_length": length, "q_offset": length - 1}
+    step.update(attention_mask=is_token, device=device)
+
+    def attend_with(function: Callable) -> Callable:
+        return lambda query, key, value, made: function(LAYER, query, key, value, made)[0]
+
+    found: dict[str, tuple[Callable[[], Any], Callable]] = {
+        "flashmask": (lambda: flashmask_mask(**step), attend_with(flashmask_attention_forward)),
+        "sdpa": (lambda: masking_utils.sdpa_mask(**step), attend_with(sdpa_attention_forward)),
+    }
+    if is_token is None and device == "cuda":
+        for name, backend in (
+            ("cuDNN, no mask", SDPBackend.CUDNN_ATTENTION),
+            ("FlashAttention-2, no mask", SDPBackend.FLASH_ATTENTION),
+        ):
+            found[name] = (lambda: None), functools.partial(attend_on, backend)
+    return found
+
+
+def attend_on(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, _: None) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2)
+
+
+def check_decoding(out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], is_token: Tensor | None) -> None:
+    query, key, value = (tensor.float() for tensor in inputs)
+    scores = query.unflatten(1, (KV_HEADS, -1)).squeeze(3) @ key.transpose(2, 3) * HEAD_DIM**-0.5
+    if is_token is not None:
+        scores = scores.masked_fill(~is_token[:, None, None], -torch.inf)
+    expected = (scores.softmax(-1) @ value).flatten(1, 2)[:, None]
+    error = float((out.float() - expected).norm() / expected.norm())
+    assert error < 1e-2, error
+
+
+@torch.no_grad()
+def measure_decoding(length: int, is_padded: bool, device: str) -> Iterator[dict[str, Any]]:
+    inputs = decoding_inputs(length, device)
+    is_token = left_padding(length, device) if is_padded else None
+    for name, (make, attend) in decoders(length, is_token, device).items():
+        made = make()
+        step = functools.partial(attend, *inputs, made)
+        try:
+            check_decoding(step(), inputs, is_token)
+        except RuntimeError as error:  # a backend that this GPU does not have
+            print(f"{name}: {error}")
+            continue
+        row: dict[str, Any] = {"what": "decoding", "length": length, "padded": is_padded, "implementation": name}
+        row["milliseconds"], row["spread"] = times(step, device)
+        making, _ = times(make, device)
+        row["milliseconds"].update({f"mask_{part}": value for part, value in making.items()})
+        if device == "cuda":
+            row.update(count_launches(step))
+        yield row
+
+
+# Measuring
+
+
+def times(function: Callable[[], Any], device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds, and their spread where they come with one."""
+    measured = (time_on_gpu if device == "cuda" else time_on_cpu)(function)
+    return (
+        {"device": measured["milliseconds"], "host": host_time(function, device)},
+        {"device": measured["spread"]},
+    )
+
+
+def host_time(function: Callable[[], Any], device: str, repeats: int = 30) -> float:
+    """Milliseconds until the call returns, with nothing before it on the device."""
+    elapsed = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        elapsed.append(1e3 * (time.perf_counter() - start))
+    return round(median(elapsed), 4)
+
+
+def count_launches(function: Callable[[], Any]) -> dict[str, int]:
+    """Kernels, fills and copies on the device, and how often the host waits for it."""
+    for _ in range(2):  # the first profile of a process is not complete
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            function()
+            torch.cuda.synchronize()
+    events = profiler.events() or []
+    return {
+        "launches": sum(event.device_type == DeviceType.CUDA for event in events),
+        "reads": sum(event.name in ("cudaStreamSynchronize", "hipStreamSynchronize") for event in events),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--decode-lengths", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "cuda":
+        require_gpu()
+    rows = []
+    for mask, layers in MASKS.items():
+        check_makers(layers, device)
+        for length in arguments.lengths:
+            for name in makers(layers, packed_position_ids(length, device), WINDOW):
+                rows.append(measure_making(name, mask, length, device))
+                print(rows[-1], flush=True)
+    for length in arguments.decode_lengths:
+        for is_padded in (False, True):
+            for row in measure_decoding(length, is_padded, device):
+                rows.append(row)
+                print(row, flush=True)
+    settings = {
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "document_length": DOCUMENT_LENGTH,
+        "window": WINDOW,
+        "batch_of_decoding": BATCH,
+    }
+    print("wrote", write_results("masking_gpu", device, settings, rows, arguments.output))
+
+
+if __name__ == "__main__":
+    main()
