@@ -3,6 +3,7 @@
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
 # make sweep   compare every family of models with eager attention, write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
+# make fuzz    10,000 random calls of attention on the GPU against dense attention
 # make versions  run the core of the tests with the versions that are supported, or VERSIONS=oldest ... of them
 # PYTHON picks the interpreter of the environment, VENV its place.
 
@@ -14,7 +15,7 @@ VERSIONS ?=
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-gpu sweep transformers-tests versions lint check clean
+.PHONY: demo test test-gpu fuzz sweep transformers-tests versions lint check clean
 
 # Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
 demo: $(READY)
@@ -25,6 +26,9 @@ test: $(READY)
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
+
+fuzz: $(READY)
+	$(RUN) tests/fuzz_attention.py
 
 sweep: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) tests/sweep_models.py

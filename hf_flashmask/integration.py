@@ -757,6 +757,11 @@ def _wrap_preprocess(original: Callable) -> Callable:
     ) -> tuple:
         if config._attn_implementation != NAME:
             return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
+            raise TypeError(
+                f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
+                f"{config.model_type} see the same keys: pass the tensor itself"
+            )
         attention_mask = _unwrap_tree_for_compiler(config, attention_mask)
         tree = _tree_of_user(config, attention_mask, position_ids)
         if tree is not None:

@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from tiny_models import DECODERS, VOCABULARY, WINDOW, WINDOWED, build, eager_twin, padded, random_documents
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # Every kind of attention that decoding tells apart: plain, windows, softcap, sinks, chunks.
 KINDS = ["llama", "mistral", "gemma2", "gpt_oss", "llama4"]
+# These pass `block_sequence_ids` to a creator of chunked masks that does not take them, with any implementation.
+IS_BROKEN = {("llama4", "static")} if Version("5.9") <= Version(transformers.__version__) < Version("5.20") else set()
+
+
+# Transformers 5.17 gives windowed models masks that are shorter than the keys of their cache, eager attention too.
+IS_5_17 = Version(transformers.__version__).release[:2] == (5, 17)
+
+
+def with_caches(names: list[str], caches: list[str | None]) -> list[tuple[str, str | None]]:
+    return [(name, cache) for name in names for cache in caches if (name, cache) not in IS_BROKEN]
 
 
 def prompts(lengths: list[int], side: str = "left") -> dict[str, Any]:
@@ -22,9 +33,8 @@ def prompts(lengths: list[int], side: str = "left") -> dict[str, Any]:
     return {**batch, "max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("name", "cache"), with_caches(DECODERS, ["dynamic", "static"]))
 def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
     model = build(name)
     # Far into the padding on its right a row of a windowed layer sees nothing, and eager attention averages all keys.
@@ -45,8 +55,7 @@ def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> Non
     ],
     ids=["beams", "sampled_beams", "samples", "prompt_in_chunks"],
 )
-@pytest.mark.parametrize("cache", ["dynamic", "static", None])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "cache"), with_caches(KINDS, ["dynamic", "static", None]))
 def test_searches_equal_eager(name: str, cache: str | None, search: dict[str, Any]) -> None:
     model = build(name)
     twin = eager_twin(model)
@@ -78,7 +87,7 @@ class Steps:
         return sum(length > 1 for length in self.lengths[1:])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llama"] if IS_5_17 else KINDS)
 def test_assisted_generation_equals_greedy_generation(name: str) -> None:
     model = build(name)
     arguments = {**prompts([11]), "max_new_tokens": 4 * WINDOW}
@@ -109,12 +118,12 @@ def test_guesses_looked_up_in_the_prompt_equal_greedy_generation(name: str) -> N
     arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
     expected = eager_twin(model).generate(**arguments)
     steps = Steps(model)
-    assert torch.equal(model.generate(**arguments, prompt_lookup_num_tokens=3), expected)
+    # An end token that does not exist: Transformers 5.4 cannot look guesses up without any.
+    assert torch.equal(model.generate(**arguments, prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY), expected)
     assert steps.of_several_tokens > 0
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "cache"), with_caches(KINDS, ["dynamic", "static"]))
 def test_generation_continues_from_a_returned_cache(name: str, cache: str) -> None:
     """A second turn of a conversation sees the first, through the cache, as eager attention sees the whole of it."""
     model = build(name)

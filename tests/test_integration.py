@@ -531,6 +531,12 @@ def test_attention_dropout_acts_in_training_only(name: str, setting: str) -> Non
     torch.testing.assert_close(plain(tokens).logits, plain(tokens).logits)
 
 
+def test_a_dict_of_masks_for_layers_of_one_type_is_refused() -> None:
+    mask = {"full_attention": bounds.causal(6)}
+    with pytest.raises(TypeError, match=r"dict of masks for 'full_attention', but all layers of llama"):
+        build("llama")(random_documents([6])[0], attention_mask=mask)
+
+
 def test_attention_dropout_drops_weights() -> None:
     query, key, value = random_inputs()
     batch, heads, q_len, _ = query.shape

@@ -42,6 +42,28 @@ def test_any_strides() -> None:
     assert_close(flashmask_attention(query, key, value, bounds), expected)
 
 
+def test_autocast() -> None:
+    """Computes in the dtype of the region, from inputs of any, and gives gradients in theirs."""
+    query, key, value = (tensor.requires_grad_() for tensor in tensors())
+    bounds = masks(37, 37)["causal_document"]
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (query, key, value)]
+    expected = flashmask_attention(*low, bounds)
+    expected.float().square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flashmask_attention(query, key, value, bounds)
+        mixed = flashmask_attention(low[0], key, value, bounds)
+        wide = flashmask_attention(*(tensor.double() for tensor in (query, key, value)), bounds)
+        compiled = torch.compile(flashmask_attention, fullgraph=True, backend="aot_eager")(query, key, value, bounds)
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    assert torch.equal(compiled, expected)
+    assert wide.dtype == torch.float64
+    out.float().square().sum().backward()
+    for tensor, twin in zip((query, key, value), low):
+        assert tensor.grad.dtype == torch.float32
+        assert_close(tensor.grad, twin.grad.float())
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck(dropout_p: float) -> None:
     inputs = [tensor.double().requires_grad_() for tensor in tensors(length=5, dim=8)]

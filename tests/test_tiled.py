@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
+from fuzz_attention import run_case
 
 from flashmask_kernels import flashmask_attention, tiled
 from flashmask_kernels.reference import visible_mask
@@ -76,3 +77,9 @@ def test_packed_rows_skip_hidden_tiles() -> None:
     ends = (torch.arange(length) // (length // documents) + 1) * (length // documents)
     hidden, _ = tiled.classify_tiles(ends.to(torch.int32)[None], length, 128, 128)
     assert (~hidden).float().mean() == pytest.approx(1 / documents * (1 + 1 / 8) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("first", [0, 20, 40])
+def test_random_calls(first: int) -> None:
+    for number in range(first, first + 20):
+        run_case(number, "cpu")

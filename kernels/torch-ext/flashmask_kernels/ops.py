@@ -75,8 +75,8 @@ def flashmask_attention(
     """Attention under a mask given as bounds (FlashMask, arXiv 2410.01359), with gradients.
 
     Args:
-        query: ``[B, H, S_q, D]``; float16, bfloat16 or float32 (float64 off the GPU). Any strides; the last dimension
-            is best contiguous.
+        query: ``[B, H, S_q, D]``; float16, bfloat16 or float32 (float64 off the GPU), inside of `torch.autocast` any
+            of them. Any strides; the last dimension is best contiguous.
         key: ``[B, H_kv, S_k, D]``, H a multiple of H_kv.
         value: ``[B, H_kv, S_k, D_v]``.
         bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, the rows hidden from each key: C = 1 (LTS, with the causal
@@ -100,6 +100,13 @@ def flashmask_attention(
     Raises:
         TypeError, ValueError: a wrong dtype, device, shape or combination; named with what came and what is accepted.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):  # which would round the float32 steps of plain torch
+            return flashmask_attention(
+                query, key, value, bounds, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks,
+                dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse,
+            )  # type: ignore[call-overload]  # fmt: skip
     _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
@@ -115,6 +122,13 @@ def flashmask_attention(
     schedule = _schedule("forward", bounds, query, value, build)
     out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p))
     return (out, lse) if return_lse else out
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """To the dtype of the autocast region, as `scaled_dot_product_attention` does."""
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check_inputs(
