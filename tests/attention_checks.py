@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashmask_kernels import reference_attention
+from flashmask_kernels.reference import visible_mask
+
+# Largest error in units of the largest element.
+ROUNDING = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 
 
 def model_tensor(batch: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -50,6 +56,9 @@ def masks(q_len: int, kv_len: int) -> dict[str, Tensor]:
         "global_sliding_window": _bounds(
             torch.where(column < 4, q_len, column + window), everywhere, torch.where(column > 4 + window, 4, 0),
             torch.where(column > 4 + window, column - window, 0),
+        ),
+        "window_in_documents": _bounds(
+            torch.minimum(end, column + window) - shift, everywhere, never, column - shift
         ),
         "three_intervals": _bounds(column + 3, column + 9, column - 20, column - 4, column + 30, everywhere),
         "nothing": _bounds(never),
@@ -108,3 +117,82 @@ def assert_matches_reference(
         error = (result[name].to(wide) - expected).abs().max()
         assert result[name].dtype == query.dtype or name == "d_sinks"
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to rounding in the dtype of ``actual``."""
+    atol = ROUNDING[actual.dtype] * expected.nan_to_num(0.0, neginf=0.0).abs().max().item()
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=0.0, atol=atol)
+
+
+def assert_hides_what_is_not_finite(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    bad: float,
+    dtype: torch.dtype,
+    dim: int,
+    bounds: Tensor,
+    **options: Any,
+) -> None:
+    """NaN or infinity in keys, values, queries and gradients of the output reaches what sees it, and nothing else.
+
+    The truth is dense attention with 0 in its place, for all that does not depend on it.
+    """
+    length, device = bounds.shape[-1], bounds.device
+    bad_positions = length // 3 + torch.randperm(length // 5)[:4]
+    bad_query, bad_key, bad_value = (torch.arange(length, device=device) == position for position in bad_positions[:3])
+    bad_value[bad_positions[3]] = True
+    where_bad = (bad_query, bad_key, bad_value, bad_query)
+    finite = [
+        model_tensor(1, length, heads, dim, torch.float32, device).to(dtype).masked_fill(is_bad[:, None], 0.0)
+        for heads, is_bad in zip((2, 1, 1, 2), where_bad)
+    ]
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        out, lse = function(*leaves, bounds, **options)
+        gradients = torch.autograd.grad(out, leaves, d_out)
+        return [tensor[0].detach() for tensor in (out, lse, *gradients)]
+
+    visible = visible_mask(bounds, length)[0, 0]
+    sees_bad = (visible & (bad_key | bad_value)).any(-1)
+    is_bad_row = sees_bad | bad_query
+    is_bad_column = (visible & is_bad_row[:, None]).any(0) | bad_key | bad_value
+    assert not is_bad_row.all()
+    assert not is_bad_column.all()
+    result = run(
+        attend,
+        [tensor.masked_fill(is_bad[:, None], bad) for tensor, is_bad in zip(finite[:3], where_bad)],
+        finite[3].masked_fill(bad_query[:, None], bad),
+    )
+    wide = [tensor.float() for tensor in finite]
+    truth = run(reference_attention, wide[:3], wide[3].masked_fill(is_bad_row[:, None], 0.0))
+    for actual, expected, is_bad in zip(result, truth, [is_bad_row] * 3 + [is_bad_column] * 2):
+        assert_near(actual[:, ~is_bad], expected[:, ~is_bad])
+    assert sees_bad.any()
+    assert not result[0][:, sees_bad].isfinite().any()
+    seen_by_bad = (visible & bad_query[:, None]).any(0)
+    assert seen_by_bad.any()
+    assert not result[3][:, seen_by_bad].isfinite().any()
+    assert not result[4][:, seen_by_bad].isfinite().any()
+
+
+def assert_documents_are_alone(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    bounds: Tensor,
+    documents: list[tuple[int, int]],
+) -> None:
+    """Output and gradients of the given documents (first row, end row) are those of each alone, under causal masks."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out, _ = attend(*leaves, bounds)
+    result = [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+    for start, end in documents:
+        alone = [tensor.detach()[:, :, start:end].float().requires_grad_() for tensor in leaves]
+        everything = torch.full((1, 1, 1, end - start), end - start, dtype=torch.int32, device=query.device)
+        expected, _ = reference_attention(*alone, everything)
+        gradients = torch.autograd.grad(expected, alone, d_out[:, :, start:end].float())
+        for actual, truth in zip(result, (expected.detach(), *gradients)):
+            assert_near(actual[:, :, start:end], truth)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
+from attention_checks import (
+    NOT_FINITE,
+    assert_documents_are_alone,
+    assert_hides_what_is_not_finite,
+    assert_matches_reference,
+    masks,
+    model_tensor,
+    random_documents,
+    random_intervals,
+)
 
 from flashmask_kernels import flashmask_attention, reference_attention, schedule
 
@@ -82,6 +91,36 @@ def test_more_runs_than_a_schedule_holds_interpreted(
     assert_matches_reference(attend, query, key, value, random_intervals(1, 2, 4, 133, 133))
 
 
+@pytest.mark.parametrize(
+    ("mask", "bad", "dtype", "use_descriptors"),
+    [
+        ("causal_document", float("nan"), torch.float32, True),
+        ("causal_document", float("inf"), torch.float16, False),
+        ("document", float("-inf"), torch.float32, False),
+        ("sliding_window", float("nan"), torch.float16, True),
+        ("window_in_documents", float("nan"), torch.float32, False),
+    ],
+)
+def test_hidden_nan_interpreted(mask: str, bad: float, dtype: torch.dtype, use_descriptors: bool, interpreted) -> None:
+    interpreted(use_descriptors)
+    assert_hides_what_is_not_finite(attend, bad, dtype, 16, masks(61, 61)[mask])
+
+
+def test_hidden_nan_with_softcap_and_sinks_interpreted(interpreted) -> None:
+    interpreted()
+    bounds = masks(61, 61)["sliding_window"]
+    assert_hides_what_is_not_finite(attend, float("nan"), torch.float32, 16, bounds, softcap=2.0, sinks=torch.randn(2))
+
+
+def test_document_of_nan_interpreted(interpreted) -> None:
+    interpreted()
+    query, key, value, d_out = (model_tensor(1, 90, heads, 16, torch.float32, "cpu") for heads in (2, 1, 1, 2))
+    for tensor in (query, key, value, d_out):
+        tensor[:, :, 21:53] = torch.nan
+    bounds = torch.tensor([21] * 21 + [53] * 32 + [90] * 37, dtype=torch.int32)[None, None, None]
+    assert_documents_are_alone(attend, query, key, value, d_out, bounds, [(0, 21), (53, 90)])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mask", masks(8, 8))
@@ -152,3 +191,47 @@ def test_new_lengths_do_not_recompile() -> None:
     for length in (1, 17, 255, 300, 512, 1000):
         run(length)
     assert sum(len(cache[0]) for cache in caches.values()) == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 192), (torch.float16, 80), (torch.float32, 64)],
+)
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("mask", ["causal_document", "document", "sliding_window", "window_in_documents"])
+def test_hidden_nan(mask: str, bad: float, dtype: torch.dtype, dim: int) -> None:
+    assert_hides_what_is_not_finite(attend, bad, dtype, dim, masks(701, 701)[mask].cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_document_of_nan(dim: int, bad: float) -> None:
+    query, key, value, d_out = (model_tensor(1, 1021, heads, dim, torch.bfloat16, "cuda") for heads in (4, 2, 2, 4))
+    for tensor in (query, key, value, d_out):
+        tensor[:, :, 241:663] = bad
+    ends = torch.tensor([241] * 241 + [663] * 422 + [1021] * 358, dtype=torch.int32, device="cuda")
+    assert_documents_are_alone(attend, query, key, value, d_out, ends[None, None, None], [(0, 241), (663, 1021)])
+
+
+@pytest.mark.gpu
+def test_million_tokens_in_a_thousand_documents() -> None:
+    length = 1 << 20
+    starts, ends = random_documents(length, 1000)
+    query, key, value, d_out = (model_tensor(1, length, heads, 64, torch.bfloat16, "cuda") for heads in (2, 1, 1, 2))
+    positions = [0, length // 2, length // 4 * 3, length - 1]
+    documents = [(int(starts[position]), int(ends[position])) for position in positions]
+    bounds = ends.int().cuda()[None, None, None]
+    assert_documents_are_alone(attend, query, key, value, d_out, bounds, documents)
+
+
+@pytest.mark.gpu
+def test_tensors_past_32_bit_offsets() -> None:
+    """The last head and the last document lie past 2^31 elements in every tensor."""
+    length, heads, dim, document = 1 << 20, 17, 128, 1024
+    query, key, value, d_out = (model_tensor(1, length, heads, dim, torch.bfloat16, "cuda") for _ in range(4))
+    assert query.numel() > 2**31
+    ends = (torch.arange(length, dtype=torch.int32, device="cuda") // document + 1) * document
+    documents = [(0, document), (length - document, length)]
+    assert_documents_are_alone(attend, query, key, value, d_out, ends[None, None, None], documents)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import assert_matches_reference, masks, model_tensor, random_intervals
+from attention_checks import (
+    NOT_FINITE,
+    assert_documents_are_alone,
+    assert_hides_what_is_not_finite,
+    assert_matches_reference,
+    masks,
+    model_tensor,
+    random_intervals,
+)
 from fuzz_attention import run_case
 
 from flashmask_kernels import flashmask_attention, tiled
@@ -55,6 +63,28 @@ def test_softcap_and_sinks(softcap: float | None, has_sinks: bool) -> None:
     query, key, value = (model_tensor(2, 145, heads, 16, torch.float32, "cpu") for heads in (4, 2, 2))
     sinks = torch.randn(4) if has_sinks else None
     assert_matches_reference(attend, query, key, value, random_intervals(1, 4, 2, 145, 145), softcap, sinks)
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("mask", ["causal_document", "document", "sliding_window", "window_in_documents"])
+def test_hidden_nan(mask: str, bad: float, dtype: torch.dtype) -> None:
+    assert_hides_what_is_not_finite(attend, bad, dtype, 16, masks(301, 301)[mask])
+
+
+def test_hidden_nan_with_softcap_and_sinks() -> None:
+    bounds = masks(301, 301)["sliding_window"]
+    assert_hides_what_is_not_finite(attend, float("nan"), torch.float32, 16, bounds, softcap=2.0, sinks=torch.randn(2))
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_document_of_nan(bad: float) -> None:
+    query, key, value, d_out = (model_tensor(1, 400, heads, 16, torch.float32, "cpu") for heads in (4, 2, 2, 4))
+    for tensor in (query, key, value, d_out):
+        tensor[:, :, 121:253] = bad
+    bounds = torch.tensor([121] * 121 + [253] * 132 + [400] * 147, dtype=torch.int32)[None, None, None]
+    assert_documents_are_alone(attend, query, key, value, d_out, bounds, [(0, 121), (253, 400)])
 
 
 @pytest.mark.parametrize("planes", [1, 2, 4, 10])

@@ -2,7 +2,8 @@
 
 Eager calls go through an autograd.Function, which costs a third of an operator's dispatch and can reuse the schedule
 of a bounds tensor from layer to layer. Under `torch.compile`, `torch.export`, fake tensors and dispatch modes the
-same steps are operators of a graph. In training, equal schedules are common subexpressions of it.
+same steps are operators of a graph. In training, equal schedules are common subexpressions of it; an inference graph
+keeps those, and `share_in_graph` is for it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def flashmask_attention(
     Returns:
         output ``[B, H, S_q, D_v]`` in the query's dtype, laid out as ``[B, S_q, H, D_v]``; with ``return_lse`` also
         float32 ``[B, H, S_q]`` (natural logarithm). A row that sees nothing has output 0, log-sum-exp -inf (the sink,
-        if there is one) and gradients 0.
+        if there is one) and gradients 0. What is hidden counts for nothing even if it is NaN or infinite; what sees
+        NaN becomes NaN.
 
     Raises:
         TypeError, ValueError: a wrong dtype, device, shape or combination; named with what came and what is accepted.
@@ -117,7 +119,7 @@ def flashmask_attention(
         make_bounds, build, attend = _EAGER
     if bounds is None:
         bounds = make_bounds(query.shape[2], key.shape[2], is_causal, query.device)
-    bounds = bounds.contiguous()
+    bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
     schedule = _schedule("forward", bounds, query, value, build)
     out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p))
@@ -300,6 +302,35 @@ def _cached_schedule(bounds: Tensor, *arguments: Any) -> Tensor:
     if arguments not in schedules or schedules[arguments][0] != version:
         schedules[arguments] = version, _build_schedule(bounds, *arguments[1:])
     return schedules[arguments][1]
+
+
+def share_in_graph(tensor: Tensor) -> Tensor:
+    """Let `once_in_graph` keep at a tensor what a graph makes of it. Returns the tensor; outside of a graph, as it is.
+
+    Args:
+        tensor: made in the graph. An input of the graph would keep it all when the graph has run: pass a view.
+    """
+    if torch.compiler.is_compiling():
+        tensor._made_in_graph = []  # type: ignore[attr-defined]
+    return tensor
+
+
+def once_in_graph(build: Callable[[], Tensor], key: tuple[Any, ...], *sources: Tensor) -> Tensor:
+    """`build()`, which reads `sources`, once for equal keys where the first of them went through `share_in_graph`."""
+    made = getattr(sources[0], "_made_in_graph", None)
+    if made is None:
+        return build()
+    for known_key, known_sources, result in made:
+        same_sources = len(known_sources) == len(sources) and all(a is b for a, b in zip(known_sources, sources))
+        if same_sources and known_key == key:
+            return result
+    result = share_in_graph(build())
+    made.append((key, sources, result))
+    return result
+
+
+def _schedule_in_graph(bounds: Tensor, *arguments: Any) -> Tensor:
+    return once_in_graph(lambda: _schedule_operator(bounds, *arguments), ("schedule", *arguments), bounds)
 
 
 def _forward(
@@ -491,4 +522,4 @@ _forward_operator.register_autograd(
 
 # How to make plain bounds and schedules and how to attend, eagerly and in a graph.
 _EAGER: tuple[Callable[..., Any], ...] = (_cached_plain_bounds, _cached_schedule, _Attention.apply)
-_OPERATORS: tuple[Callable[..., Any], ...] = (_plain_bounds, _schedule_operator, _forward_operator)
+_OPERATORS: tuple[Callable[..., Any], ...] = (_plain_bounds, _schedule_in_graph, _forward_operator)

@@ -60,6 +60,8 @@ def tiled_forward(
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(batch_size, q_len, num_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch_size, num_heads, q_len, dtype=dtype)
+    # 0 * NaN is NaN, also where the 0 is the weight of a hidden key.
+    hides_nan = not _all_finite(value)
     for group in _groups(query, key, bounds):
         q, k, v, group_out, group_lse = (
             _split_heads(tensor[group.batch, heads], group)
@@ -89,7 +91,9 @@ def tiled_forward(
                 row_sum = row_sum * correction + probabilities.sum(-1)
                 if seed is not None:
                     probabilities.mul_(_keep_factors(seed, group, query, rows, run, dropout_p))
-                output.mul_(correction[..., None]).add_(_matmul(probabilities, v[..., run.columns, :].to(dtype)))
+                visible = _visible(group.bounds, rows, run.columns, q_len) if hides_nan else None
+                output.mul_(correction[..., None])
+                output.add_(_matmul(probabilities, v[..., run.columns, :].to(dtype), visible))
                 row_max = new_max
             group_out[..., rows, :] = output.div_(row_sum.masked_fill(row_sum == 0.0, 1.0)[..., None]).to(out.dtype)
             group_lse[..., rows] = row_max + row_sum.log()
@@ -124,6 +128,7 @@ def tiled_backward(
         )
         for tensor in (query, key, value)
     )
+    hides_nan = not _all_finite(query, key, value, d_out, delta)
     for group in _groups(query, key, bounds):
         q, d_o, group_lse, group_delta, d_q = (
             _split_heads(tensor[group.batch, group.heads], group) for tensor in (query, d_out, safe_lse, delta, d_query)
@@ -138,19 +143,24 @@ def tiled_backward(
                 scores = _scores(q_tile, k, rows, run, group.bounds, q_len, softcap)
                 slope = None if softcap is None else 1 - (scores / softcap).square_()
                 probabilities = scores.sub_(group_lse[..., rows, None]).exp_()
+                visible = _visible(group.bounds, rows, run.columns, q_len) if hides_nan else None
+                if visible is not None:
+                    probabilities.masked_fill_(~visible, 0.0)
                 d_scores = _matmul(d_o_tile, v[..., run.columns, :].to(dtype).transpose(-1, -2))
                 if seed is None:
-                    d_v[..., run.columns, :] += _matmul_transposed(probabilities, d_o_tile)
+                    d_v[..., run.columns, :] += _matmul_transposed(probabilities, d_o_tile, visible)
                 else:
                     factors = _keep_factors(seed, group, query, rows, run, dropout_p)
-                    d_v[..., run.columns, :] += _matmul_transposed(probabilities * factors, d_o_tile)
+                    d_v[..., run.columns, :] += _matmul_transposed(probabilities * factors, d_o_tile, visible)
                     d_scores.mul_(factors)
                 d_scores.sub_(group_delta[..., rows, None]).mul_(probabilities)
                 if slope is not None:
                     # A hidden score is -inf: its slope is NaN or -inf, its gradient 0.
                     d_scores.mul_(slope.masked_fill_(probabilities == 0.0, 0.0))
-                d_q[..., rows, :] += _matmul(d_scores, k[..., run.columns, :].to(dtype)).mul_(scale)
-                d_k[..., run.columns, :] += _matmul_transposed(d_scores, q_tile)
+                if visible is not None:
+                    d_scores.masked_fill_(~visible, 0.0)
+                d_q[..., rows, :] += _matmul(d_scores, k[..., run.columns, :].to(dtype), visible).mul_(scale)
+                d_k[..., run.columns, :] += _matmul_transposed(d_scores, q_tile, visible)
     return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), delta
 
 
@@ -282,13 +292,31 @@ def _visible(bounds: Tensor, rows: slice, columns: slice, q_len: int) -> Tensor:
     return visible_mask(planes, rows.stop - rows.start)
 
 
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``[B, K, G, M, X] @ [B, K, 1, X, Y]``: the heads of one key head are rows of one product."""
+def _all_finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _matmul(left: Tensor, right: Tensor, visible: Tensor | None = None) -> Tensor:
+    """``[B, K, G, M, X] @ [B, K, 1, X, Y]``: the heads of one key head are rows of one product.
+
+    With ``visible``, bool ``[M, X]``, what ``right`` holds counts only where it is seen: NaN and infinity make NaN
+    there and nothing elsewhere.
+    """
     batch, kv_heads, heads, rows, inner = left.shape
-    product = left.reshape(batch, kv_heads, heads * rows, inner) @ right[:, :, 0]
-    return product.view(batch, kv_heads, heads, rows, -1)
+    finite = right if visible is None else right.where(right.isfinite(), 0.0)
+    product = left.reshape(batch, kv_heads, heads * rows, inner) @ finite[:, :, 0]
+    product = product.view(batch, kv_heads, heads, rows, -1)
+    if visible is not None:
+        seen = visible.to(right.dtype) @ right.isfinite().logical_not_().to(right.dtype)
+        product.masked_fill_(seen > 0, torch.nan)
+    return product
 
 
-def _matmul_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """``sum over G of [B, K, G, M, X]^T @ [B, K, G, M, Y]`` as ``[B, K, 1, X, Y]``."""
-    return (left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)).unsqueeze(2)
+def _matmul_transposed(left: Tensor, right: Tensor, visible: Tensor | None = None) -> Tensor:
+    """``sum over G of [B, K, G, M, X]^T @ [B, K, G, M, Y]`` as ``[B, K, 1, X, Y]``; ``visible`` as in `_matmul`."""
+    finite = right if visible is None else right.where(right.isfinite(), 0.0)
+    product = (left.flatten(2, 3).transpose(-1, -2) @ finite.flatten(2, 3)).unsqueeze(2)
+    if visible is not None:
+        seen = visible.to(right.dtype).T @ right.isfinite().logical_not_().to(right.dtype)
+        product.masked_fill_(seen.sum(2, keepdim=True) > 0, torch.nan)
+    return product

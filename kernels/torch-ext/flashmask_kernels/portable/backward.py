@@ -17,8 +17,12 @@ from .configs import Configs
 from .forward import head_dim_blocks
 from .tiles import (
     LOG2_E,
+    SMALL_BLOCK,
+    count_runs,
     descriptors_can_address,
+    dot_of_visible,
     hidden_elements,
+    holds_nan,
     kept_elements,
     load_rows,
     load_run,
@@ -27,9 +31,17 @@ from .tiles import (
     tile_source,
 )
 
+# Row statistics are padded to whole tiles: a row past the end has delta 0 and log-sum-exp inf, so P = exp(-inf) = 0.
+STATISTICS_BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def _statistics_offset(batch_head, q_len):
+    return batch_head.to(tl.int64) * tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK
+
 
 @triton.jit(do_not_specialize=["q_len"])
-def backward_preprocess_kernel(
+def row_statistics_kernel(
     out,
     d_out,
     lse,
@@ -48,7 +60,7 @@ def backward_preprocess_kernel(
     """The log-sum-exp in base 2, and delta = rowsum(out * d_out) - d_lse: P * (dP - delta) then holds the gradient of
     the log-sum-exp as well.
     """
-    num_row_tiles = tl.cdiv(q_len, BLOCK_M)
+    num_row_tiles = tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK // BLOCK_M
     start_m = (tl.program_id(0) % num_row_tiles) * BLOCK_M
     batch_head = tl.program_id(0) // num_row_tiles
     batch = batch_head // NUM_HEADS
@@ -60,8 +72,9 @@ def backward_preprocess_kernel(
     offsets = batch_head.to(tl.int64) * q_len + rows
     if HAS_D_LSE:
         row_delta -= tl.load(d_lse + offsets, mask=rows < q_len, other=0.0)
-    tl.store(delta + offsets, row_delta, mask=rows < q_len)
-    tl.store(lse_2 + offsets, tl.load(lse + offsets, mask=rows < q_len) * LOG2_E, mask=rows < q_len)
+    padded_offsets = _statistics_offset(batch_head, q_len) + rows
+    tl.store(delta + padded_offsets, row_delta)
+    tl.store(lse_2 + padded_offsets, tl.load(lse + offsets, mask=rows < q_len, other=float("inf")) * LOG2_E)
 
 
 @triton.jit
@@ -78,6 +91,7 @@ def _score_gradients(
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     IS_CUT: tl.constexpr,
+    HIDES_NAN: tl.constexpr,
 ):
     """P after dropout and dS (before the factor ``scale``) of one tile, from Q K^T and dO V^T in either orientation."""
     if HAS_SOFTCAP:
@@ -93,9 +107,143 @@ def _score_gradients(
     d_scores = probabilities * (d_probabilities - delta)
     if HAS_SOFTCAP:
         d_scores *= 1.0 - (capped / softcap) * (capped / softcap)
+    if HIDES_NAN:
+        d_scores = tl.where(hidden, 0.0, d_scores)
     if HAS_DROPOUT:
         probabilities = tl.where(kept, probabilities, 0.0)
     return probabilities, d_scores
+
+
+@triton.jit
+def _key_value_gradients(
+    q,
+    k,
+    v,
+    d_out,
+    lse_2,
+    delta,
+    d_k,
+    d_v,
+    bounds,
+    schedule,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    d_out_strides,
+    d_k_strides,
+    d_v_strides,
+    scale,
+    softcap,
+    drop_below,
+    keep_scale,
+    q_len,
+    kv_len,
+    mask_stride_b,
+    max_runs,
+    program,
+    first,
+    NUM_HEADS: tl.constexpr,
+    HEADS_PER_KV_HEAD: tl.constexpr,
+    HEADS_PER_MASK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    SCHEDULED_M: tl.constexpr,
+    SCHEDULED_N: tl.constexpr,
+    HIDES_NAN: tl.constexpr,
+):
+    """Write dK and dV of the BLOCK_N keys from the key ``first`` of a column tile on; whether there is NaN in them.
+
+    The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a row stays out of the gradients of
+    the keys that it does not see.
+    """
+    num_column_tiles = tl.cdiv(kv_len, SCHEDULED_N)
+    column_tile = program % num_column_tiles
+    batch_kv_head = program // num_column_tiles
+    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV_HEAD
+    batch = batch_kv_head // KV_HEADS
+    kv_head = batch_kv_head % KV_HEADS
+    start_n = column_tile * SCHEDULED_N + first
+    columns = start_n + tl.arange(0, BLOCK_N)
+    k_tile = load_rows(k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, True, USE_DESCRIPTORS)
+    v_tile = load_rows(
+        v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, True, USE_DESCRIPTORS
+    )
+    d_k_tile = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
+    d_v_tile = tl.zeros([BLOCK_N, BLOCK_DIM_V], dtype=tl.float32)
+
+    STAGES: tl.constexpr = 1 if HIDES_NAN else None
+    # Query heads that share a mask are visited in turn, tile by tile: one long loop keeps the loads in flight, where a
+    # loop per head drains them between heads. H200, 32K, D = 64 / 128: 40 documents 1.29 / 2.21 ms instead of
+    # 1.51 / 2.40, one document 18.2 / 34.5 instead of 18.7 / 33.1.
+    HEADS_PER_LOOP: tl.constexpr = HEADS_PER_KV_HEAD if HEADS_PER_MASK >= HEADS_PER_KV_HEAD else 1
+    STEPS: tl.constexpr = SCHEDULED_M // BLOCK_M * HEADS_PER_LOOP
+    for member in range(0, HEADS_PER_KV_HEAD, HEADS_PER_LOOP):
+        first_head = kv_head * HEADS_PER_KV_HEAD + member
+        mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
+        mask_bounds = bounds + mask * NUM_PLANES * kv_len
+        mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
+        # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+        for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
+            for run in range(count_runs(mask_schedule, IS_CUT, HIDES_NAN)):
+                first_tile, end_tile = load_run(mask_schedule, run, max_runs, IS_CUT, HIDES_NAN)
+                for step in tl.range(first_tile * STEPS, end_tile * STEPS, num_stages=STAGES):
+                    head = first_head + step % HEADS_PER_LOOP
+                    start_m = step // HEADS_PER_LOOP * BLOCK_M
+                    rows = start_m + tl.arange(0, BLOCK_M)
+                    offsets = _statistics_offset(batch * NUM_HEADS + head, q_len) + rows
+                    q_tile = load_rows(
+                        q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
+                    )
+                    row_lse_2 = tl.load(lse_2 + offsets)
+                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                    d_out_tile = load_rows(
+                        d_out, d_out_strides, batch, head, start_m, q_len,
+                        DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
+                    )  # fmt: skip
+                    d_probabilities = tl.dot(v_tile, d_out_tile.T, input_precision=PRECISION)
+                    row_delta = tl.load(delta + offsets)
+                    hidden = False
+                    if IS_CUT:
+                        hidden = hidden_elements(
+                            mask_bounds, rows[None, :], columns[:, None], q_len, kv_len, NUM_PLANES
+                        )
+                    kept = True
+                    if HAS_DROPOUT:
+                        kept = kept_elements(
+                            seed, batch * NUM_HEADS + head, rows[None, :], columns[:, None], drop_below
+                        )
+                    probabilities, d_scores = _score_gradients(
+                        scores, d_probabilities, row_lse_2[None, :], row_delta[None, :], hidden, kept,
+                        scale, softcap, keep_scale, HAS_SOFTCAP, HAS_DROPOUT, IS_CUT, HIDES_NAN,
+                    )  # fmt: skip
+                    if HIDES_NAN:
+                        d_v_tile = dot_of_visible(probabilities, hidden, d_out_tile, d_v_tile, PRECISION)
+                        d_k_tile = dot_of_visible(d_scores, hidden, q_tile, d_k_tile, PRECISION)
+                    else:
+                        d_v_tile = tl.dot(
+                            probabilities.to(d_out_tile.dtype), d_out_tile, d_v_tile, input_precision=PRECISION
+                        )
+                        d_k_tile = tl.dot(d_scores.to(q_tile.dtype), q_tile, d_k_tile, input_precision=PRECISION)
+
+    d_k_tile *= scale
+    d_v_tile *= keep_scale
+    store_rows(d_k, d_k_strides, d_k_tile, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM)
+    store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V)
+    return holds_nan(d_k_tile) | holds_nan(d_v_tile)
+
+
+# Called, not inlined: what it keeps in registers leaves those of the kernel alone.
+_key_value_gradients_again = triton.jit(noinline=True)(_key_value_gradients.fn)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
@@ -104,6 +252,7 @@ def key_value_gradient_kernel(
     k,
     v,
     d_out,
+    tensors,
     lse_2,
     delta,
     d_k,
@@ -140,74 +289,137 @@ def key_value_gradient_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
 ):
-    num_column_tiles = tl.cdiv(kv_len, BLOCK_N)
-    column_tile = tl.program_id(0) % num_column_tiles
-    batch_kv_head = tl.program_id(0) // num_column_tiles
-    KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV_HEAD
-    batch = batch_kv_head // KV_HEADS
-    kv_head = batch_kv_head % KV_HEADS
-    start_n = column_tile * BLOCK_N
-    columns = start_n + tl.arange(0, BLOCK_N)
-    k_tile = load_rows(k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, True, USE_DESCRIPTORS)
-    v_tile = load_rows(
-        v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, True, USE_DESCRIPTORS
+    has_nan = _key_value_gradients(
+        q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, seed,
+        q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
+        scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), 0,
+        NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
+        DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
+        BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    if has_nan:
+        # 0 x NaN is NaN: that of a row which does not see the key may be in it. Between the two stores, a barrier.
+        tl.debug_barrier()
+        for first in range(0, BLOCK_N, SMALL_BLOCK):
+            _key_value_gradients_again(
+                tensors[0], tensors[1], tensors[2], tensors[3], lse_2, delta, d_k, d_v, bounds, schedule, seed,
+                q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
+                scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), first,
+                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
+                DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, PRECISION, False,
+                BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+
+
+@triton.jit
+def _query_gradients(
+    q,
+    k,
+    v,
+    d_out,
+    lse_2,
+    delta,
+    d_q,
+    bounds,
+    schedule,
+    seed,
+    q_strides,
+    k_strides,
+    v_strides,
+    d_out_strides,
+    d_q_strides,
+    scale,
+    softcap,
+    drop_below,
+    keep_scale,
+    q_len,
+    kv_len,
+    mask_stride_b,
+    max_runs,
+    program,
+    first,
+    NUM_HEADS: tl.constexpr,
+    HEADS_PER_KV_HEAD: tl.constexpr,
+    HEADS_PER_MASK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_DESCRIPTORS: tl.constexpr,
+    SCHEDULED_M: tl.constexpr,
+    SCHEDULED_N: tl.constexpr,
+    HIDES_NAN: tl.constexpr,
+):
+    """Write dQ of the BLOCK_M rows from the row ``first`` of a row tile on; whether there is NaN in it.
+
+    The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a hidden key stays out.
+    """
+    num_row_tiles = tl.cdiv(q_len, SCHEDULED_M)
+    row_tile = num_row_tiles - 1 - program % num_row_tiles
+    batch_head = program // num_row_tiles
+    batch = batch_head // NUM_HEADS
+    head = batch_head % NUM_HEADS
+    kv_head = head // HEADS_PER_KV_HEAD
+    mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
+    bounds += mask * NUM_PLANES * kv_len
+    schedule += (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+
+    start_m = row_tile * SCHEDULED_M + first
+    rows = start_m + tl.arange(0, BLOCK_M)
+    q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
+    d_out_tile = load_rows(
+        d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS
     )
-    d_k_tile = tl.zeros([BLOCK_N, BLOCK_DIM], dtype=tl.float32)
-    d_v_tile = tl.zeros([BLOCK_N, BLOCK_DIM_V], dtype=tl.float32)
+    offsets = _statistics_offset(batch_head, q_len) + rows
+    row_lse_2 = tl.load(lse_2 + offsets)
+    row_delta = tl.load(delta + offsets)
+    d_q_tile = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
 
-    # Query heads that share a mask are visited in turn, tile by tile: one long loop keeps the loads in flight, where a
-    # loop per head drains them between heads. H200, 32K, D = 64 / 128: 40 documents 1.29 / 2.21 ms instead of
-    # 1.51 / 2.40, one document 18.2 / 34.5 instead of 18.7 / 33.1.
-    HEADS_PER_LOOP: tl.constexpr = HEADS_PER_KV_HEAD if HEADS_PER_MASK >= HEADS_PER_KV_HEAD else 1
-    for member in range(0, HEADS_PER_KV_HEAD, HEADS_PER_LOOP):
-        first_head = kv_head * HEADS_PER_KV_HEAD + member
-        mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
-        mask_bounds = bounds + mask * NUM_PLANES * kv_len
-        mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
-        # Compiled twice: for the cut tiles, then for the full ones.
-        for IS_CUT in tl.static_range(1, -1, -1):
-            for run in range(tl.load(mask_schedule + (1 - IS_CUT))):
-                first_tile, end_tile = load_run(mask_schedule, run, max_runs, IS_CUT)
-                for step in range(first_tile * HEADS_PER_LOOP, end_tile * HEADS_PER_LOOP):
-                    head = first_head + step % HEADS_PER_LOOP
-                    start_m = step // HEADS_PER_LOOP * BLOCK_M
-                    rows = start_m + tl.arange(0, BLOCK_M)
-                    offsets = (batch * NUM_HEADS + head).to(tl.int64) * q_len + rows
-                    q_tile = load_rows(
-                        q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
-                    )
-                    # P of a row that does not exist is exp(-inf) = 0.
-                    row_lse_2 = tl.load(lse_2 + offsets, mask=rows < q_len, other=float("inf"))
-                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
-                    d_out_tile = load_rows(
-                        d_out, d_out_strides, batch, head, start_m, q_len,
-                        DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
-                    )  # fmt: skip
-                    d_probabilities = tl.dot(v_tile, d_out_tile.T, input_precision=PRECISION)
-                    row_delta = tl.load(delta + offsets, mask=rows < q_len, other=0.0)
-                    hidden = False
-                    if IS_CUT:
-                        hidden = hidden_elements(
-                            mask_bounds, rows[None, :], columns[:, None], q_len, kv_len, NUM_PLANES
-                        )
-                    kept = True
-                    if HAS_DROPOUT:
-                        kept = kept_elements(
-                            seed, batch * NUM_HEADS + head, rows[None, :], columns[:, None], drop_below
-                        )
-                    probabilities, d_scores = _score_gradients(
-                        scores, d_probabilities, row_lse_2[None, :], row_delta[None, :], hidden, kept,
-                        scale, softcap, keep_scale, HAS_SOFTCAP, HAS_DROPOUT, IS_CUT,
-                    )  # fmt: skip
-                    d_v_tile = tl.dot(
-                        probabilities.to(d_out_tile.dtype), d_out_tile, d_v_tile, input_precision=PRECISION
-                    )
-                    d_k_tile = tl.dot(d_scores.to(q_tile.dtype), q_tile, d_k_tile, input_precision=PRECISION)
+    STEPS: tl.constexpr = SCHEDULED_N // BLOCK_N
+    STAGES: tl.constexpr = 1 if HIDES_NAN else None
+    # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+    for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
+        for run in range(count_runs(schedule, IS_CUT, HIDES_NAN)):
+            first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT, HIDES_NAN)
+            for step in tl.range(first_tile * STEPS, end_tile * STEPS, num_stages=STAGES):
+                start_n = step * BLOCK_N
+                k_tile = load_rows(
+                    k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
+                )
+                v_tile = load_rows(
+                    v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
+                )
+                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+                d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
+                columns = start_n + tl.arange(0, BLOCK_N)
+                hidden = False
+                if IS_CUT:
+                    hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
+                kept = True
+                if HAS_DROPOUT:
+                    kept = kept_elements(seed, batch_head, rows[:, None], columns[None, :], drop_below)
+                _, d_scores = _score_gradients(
+                    scores, d_probabilities, row_lse_2[:, None], row_delta[:, None], hidden, kept,
+                    scale, softcap, keep_scale, HAS_SOFTCAP, HAS_DROPOUT, IS_CUT, HIDES_NAN,
+                )  # fmt: skip
+                if HIDES_NAN:
+                    d_q_tile = dot_of_visible(d_scores, hidden, k_tile, d_q_tile, PRECISION)
+                else:
+                    d_q_tile = tl.dot(d_scores.to(k_tile.dtype), k_tile, d_q_tile, input_precision=PRECISION)
 
-    d_k_tile *= scale
-    d_v_tile *= keep_scale
-    store_rows(d_k, d_k_strides, d_k_tile, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM)
-    store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V)
+    d_q_tile *= scale
+    store_rows(d_q, d_q_strides, d_q_tile, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM)
+    return holds_nan(d_q_tile)
+
+
+# Called, not inlined: what it keeps in registers leaves those of the kernel alone.
+_query_gradients_again = triton.jit(noinline=True)(_query_gradients.fn)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
@@ -216,6 +428,7 @@ def query_gradient_kernel(
     k,
     v,
     d_out,
+    tensors,
     lse_2,
     delta,
     d_q,
@@ -250,56 +463,55 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
 ):
-    num_row_tiles = tl.cdiv(q_len, BLOCK_M)
-    row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
-    batch_head = tl.program_id(0) // num_row_tiles
-    batch = batch_head // NUM_HEADS
-    head = batch_head % NUM_HEADS
-    kv_head = head // HEADS_PER_KV_HEAD
-    mask = (batch * mask_stride_b + head // HEADS_PER_MASK).to(tl.int64)
-    bounds += mask * NUM_PLANES * kv_len
-    schedule += (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+    has_nan = _query_gradients(
+        q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, seed,
+        q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
+        scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), 0,
+        NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
+        DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
+        BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    if has_nan:
+        # 0 x NaN is NaN: that of a hidden key may be in it. Between the two stores, a barrier.
+        tl.debug_barrier()
+        for first in range(0, BLOCK_M, SMALL_BLOCK):
+            _query_gradients_again(
+                tensors[0], tensors[1], tensors[2], tensors[3], lse_2, delta, d_q, bounds, schedule, seed,
+                q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
+                scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), first,
+                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
+                DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, PRECISION, False,
+                BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
 
-    start_m = row_tile * BLOCK_M
-    rows = start_m + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
-    d_out_tile = load_rows(
-        d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS
+
+def row_statistics(
+    out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor, d_lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-sum-exp in base 2 and delta, the row sums of ``out * d_out`` less ``d_lse``: float32 ``[B, H, S]``, S_q
+    rounded up to whole tiles.
+    """
+    batch_size, num_heads, q_len, dim_v = out.shape
+    padded_len = triton.cdiv(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
+    lse_2, delta = lse.new_empty(2, batch_size, num_heads, padded_len)
+    block_m = 64 if dim_v <= 256 else 16
+    row_statistics_kernel[(padded_len // block_m * batch_size * num_heads,)](
+        out,
+        d_out,
+        lse,
+        d_lse,
+        lse_2,
+        delta,
+        out.stride()[:3],
+        d_out.stride()[:3],
+        q_len,
+        NUM_HEADS=num_heads,
+        HAS_D_LSE=d_lse is not None,
+        DIM_V=dim_v,
+        BLOCK_M=block_m,
+        BLOCK_DIM_V=max(16, triton.next_power_of_2(dim_v)),
     )
-    offsets = batch_head.to(tl.int64) * q_len + rows
-    row_lse_2 = tl.load(lse_2 + offsets, mask=rows < q_len, other=float("inf"))
-    row_delta = tl.load(delta + offsets, mask=rows < q_len, other=0.0)
-    d_q_tile = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
-
-    # Compiled twice: for the cut tiles, then for the full ones.
-    for IS_CUT in tl.static_range(1, -1, -1):
-        for run in range(tl.load(schedule + (1 - IS_CUT))):
-            first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT)
-            for column_tile in range(first_tile, end_tile):
-                start_n = column_tile * BLOCK_N
-                k_tile = load_rows(
-                    k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
-                )
-                v_tile = load_rows(
-                    v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
-                )
-                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-                d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
-                columns = start_n + tl.arange(0, BLOCK_N)
-                hidden = False
-                if IS_CUT:
-                    hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
-                kept = True
-                if HAS_DROPOUT:
-                    kept = kept_elements(seed, batch_head, rows[:, None], columns[None, :], drop_below)
-                _, d_scores = _score_gradients(
-                    scores, d_probabilities, row_lse_2[:, None], row_delta[:, None], hidden, kept,
-                    scale, softcap, keep_scale, HAS_SOFTCAP, HAS_DROPOUT, IS_CUT,
-                )  # fmt: skip
-                d_q_tile = tl.dot(d_scores.to(k_tile.dtype), k_tile, d_q_tile, input_precision=PRECISION)
-
-    d_q_tile *= scale
-    store_rows(d_q, d_q_strides, d_q_tile, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM)
+    return lse_2, delta
 
 
 def attention_backward(
@@ -336,28 +548,10 @@ def attention_backward(
     kv_heads, kv_len, dim_v = value.shape[1:]
     block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    lse_2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse_2, delta = row_statistics(out, lse, d_out, d_lse)
     d_query, d_key, d_value = (
         tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
         for tensor in (query, key, value)
-    )
-
-    preprocess_rows = 64 if block_dim_v <= 256 else 16
-    backward_preprocess_kernel[(triton.cdiv(q_len, preprocess_rows) * batch_size * num_heads,)](
-        out,
-        d_out,
-        lse,
-        d_lse,
-        lse_2,
-        delta,
-        out.stride()[:3],
-        d_out.stride()[:3],
-        q_len,
-        NUM_HEADS=num_heads,
-        HAS_D_LSE=d_lse is not None,
-        DIM_V=dim_v,
-        BLOCK_M=preprocess_rows,
-        BLOCK_DIM_V=block_dim_v,
     )
 
     constants = {
@@ -383,6 +577,7 @@ def attention_backward(
         tile_source(key, config.block_n, block_dim, use_descriptors),
         tile_source(value, config.block_n, block_dim_v, use_descriptors),
         tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
+        (query, key, value, d_out),
         lse_2,
         delta,
         d_key,
@@ -419,6 +614,7 @@ def attention_backward(
         tile_source(key, config.block_n, block_dim, use_descriptors),
         tile_source(value, config.block_n, block_dim_v, use_descriptors),
         tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
+        (query, key, value, d_out),
         lse_2,
         delta,
         d_query,
@@ -445,4 +641,4 @@ def attention_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return d_query, d_key, d_value, delta
+    return d_query, d_key, d_value, delta[..., :q_len]

@@ -11,6 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Rows and columns of the tiles in which a program repeats its work when NaN has come out: the fewest that `tl.dot`
+# takes, so that the kernel needs no more registers for it.
+SMALL_BLOCK = tl.constexpr(16)
 
 
 def tile_source(tensor: torch.Tensor, block_rows: int, block_dim: int, use_descriptors: bool) -> Any:
@@ -90,9 +93,22 @@ def store_rows(
 
 
 @triton.jit
-def load_run(schedule, run, max_runs, IS_CUT: tl.constexpr):
-    """First and end tile of a run in one list of a schedule: cut runs from the front, full ones from the back."""
-    pair = schedule + (2 + 2 * run if IS_CUT else 2 * max_runs - 2 * run)
+def count_runs(schedule, IS_CUT: tl.constexpr, OF_ALL: tl.constexpr):
+    """The number of runs in one list of a schedule, or in both."""
+    if OF_ALL:
+        return tl.load(schedule) + tl.load(schedule + 1)
+    else:
+        return tl.load(schedule + (1 - IS_CUT))
+
+
+@triton.jit
+def load_run(schedule, run, max_runs, IS_CUT: tl.constexpr, OF_ALL: tl.constexpr):
+    """First and end tile of a run: cut runs lie at the front, full ones at the back. ``OF_ALL`` counts through both."""
+    if OF_ALL:
+        num_cut = tl.load(schedule)
+        pair = schedule + tl.where(run < num_cut, 2 + 2 * run, 2 * (max_runs + num_cut) - 2 * run)
+    else:
+        pair = schedule + (2 + 2 * run if IS_CUT else 2 * max_runs - 2 * run)
     return tl.load(pair), tl.load(pair + 1)
 
 
@@ -119,6 +135,26 @@ def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constex
             end = tl.load(plane + kv_len + columns, mask=exists, other=0)
             hidden |= (rows >= start) & (rows < end)
         return hidden
+
+
+@triton.jit
+def holds_nan(tile):
+    """Whether an element of ``tile`` is NaN; infinities of either sign may pass for one."""
+    total = tl.sum(tl.sum(tile, 1), 0)
+    return total != total
+
+
+@triton.jit
+def dot_of_visible(weights, hidden, tile, accumulator, PRECISION: tl.constexpr):
+    """accumulator + weights @ tile, where a hidden weight counts for nothing, whatever the tile holds.
+
+    What sees NaN or infinity becomes NaN.
+    """
+    finite = tl.abs(tile.to(tl.float32)) < float("inf")
+    seen = tl.dot(tl.where(hidden, 0.0, 1.0).to(tl.float16), tl.where(finite, 0.0, 1.0).to(tl.float16))
+    finite_tile = tl.where(finite, tile, 0.0).to(tile.dtype)
+    product = tl.dot(weights.to(tile.dtype), finite_tile, accumulator, input_precision=PRECISION)
+    return tl.where(seen > 0.0, float("nan"), product)
 
 
 @triton.jit
