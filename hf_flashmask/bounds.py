@@ -959,7 +959,7 @@ def _resolve_call(
 
 def _previous(values: Tensor) -> Tensor:
     """The value before each one, and the first one before itself: `[B, S]`."""
-    return torch.cat([values[:, :1], values[:, :-1]], dim=1)
+    return torch.cat([values[:, :1], values], dim=1)[:, :-1]
 
 
 def _run_ends(starts: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ How a mask travels, once per forward pass:
 2. Every attention layer calls `flashmask_attention_forward`, which adds the documents that are still missing: no mask
    function is told about `cu_seq_lens_q`, and those of many models are not told about `position_ids`.
 
-Bounds that documents may still be added to are marked by views, which cost nothing: they are uint32, and the heads tell
-whether those of `position_ids` are among them (`_mark`). Plain causal attention is a tensor without planes.
-int32 bounds are final: they came from the user, or belong to a step with a cache.
+Bounds that documents may still be added to are marked by views, which cost nothing: they are uint32, with numbers of
+heads that no model has, which tell whether those of `position_ids` are among them (`_mark`). Plain causal attention is
+a tensor without planes. Other int32 bounds are final: they came from the user, or belong to a step with a cache.
 Nothing here reads a tensor on the host, except in a decoding step, to find out whether it needs a mask at all; what
 `conversion` reads, it says.
 
@@ -35,6 +35,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from flashmask_kernels import flashmask_attention
+from flashmask_kernels.ops import once_in_graph, share_in_graph
 
 from . import bounds as _bounds
 from .conversion import Tree, from_dense_mask, from_mask_function, in_tree
@@ -73,7 +74,7 @@ def flashmask_mask(
 
     Returns:
         Bounds `[B or 1, 1, C, kv_length]`; where queries and keys are the same tokens, with the mark, and without
-        planes for plain causal attention. None where every query sees every key.
+        planes for plain causal attention. None where every query sees every key, unless a compiler asks.
 
     Raises:
         NotImplementedError: when `mask_function` is not understood; the message names it.
@@ -96,7 +97,10 @@ def flashmask_mask(
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
         if can_rebuild and (padding_mask is None or (is_last_row and _has_no_padding(padding_mask))):
-            return _plain_causal(kv_length, device) if is_square and is_causal else None
+            if is_square and is_causal:
+                return share_in_graph(_plain_causal(kv_length, device))
+            if not (is_square and torch.compiler.is_compiling()):  # whose layers share what they make of a tensor
+                return None
     bounds = from_mask_function(
         mask_function,
         document_ends=attention_mask if has_documents else None,
@@ -110,7 +114,7 @@ def flashmask_mask(
     )
     if padding_mask is not None:
         bounds = _bounds.hide_keys(bounds, padding_mask == 0, start=-1)
-    return _mark(bounds, padding_mask, has_documents) if is_square else bounds
+    return share_in_graph(_mark(bounds, padding_mask, has_documents) if is_square else bounds)
 
 
 def _has_no_padding(padding_mask: Tensor) -> bool:
@@ -158,17 +162,19 @@ def _find_documents(
     return cast(Tensor, once_per_forward_pass(find, "documents", sources))
 
 
+_PLAIN_CAUSAL, _WITH_DOCUMENTS, _WITHOUT_DOCUMENTS, _WITHOUT_DOCUMENTS_PADDED = 17, 7, 11, 13
+"""What the number of heads says of bounds that are not final: whether `position_ids` were read, and whether there is
+padding. No model has so many heads, so that bounds of a user's that are uint32 or empty by mistake are refused.
+"""
+
+
 def _plain_causal(kv_length: int, device: torch.device | str) -> Tensor:
     """No planes at all. None would not do: some causal layers call themselves bidirectional (PaliGemma)."""
-    return torch.empty((1, 1, 0, kv_length), dtype=torch.int32, device=device)
+    return torch.empty((1, _PLAIN_CAUSAL, 0, kv_length), dtype=torch.int32, device=device)
 
 
 def _is_plain_causal(mask: Tensor) -> bool:
-    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[2] == 0
-
-
-_WITH_DOCUMENTS, _WITHOUT_DOCUMENTS, _WITHOUT_DOCUMENTS_PADDED = 1, 2, 3
-"""What the number of heads of marked bounds says: whether `position_ids` were read, and whether there is padding."""
+    return mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1:3] == (_PLAIN_CAUSAL, 0)
 
 
 def _mark(bounds: Tensor, is_token: Tensor | None, has_documents: bool) -> Tensor:
@@ -184,7 +190,9 @@ def _mark(bounds: Tensor, is_token: Tensor | None, has_documents: bool) -> Tenso
 
 def _is_marked(bounds: Tensor) -> bool:
     """Whether bounds, or the lack of them, came from `flashmask_mask` and are not final."""
-    return bounds.dtype == torch.uint32 or _is_plain_causal(bounds)
+    marks = (_WITH_DOCUMENTS, _WITHOUT_DOCUMENTS, _WITHOUT_DOCUMENTS_PADDED)
+    is_view = bounds.dtype == torch.uint32 and bounds.ndim == 4 and bounds.shape[1] in marks
+    return is_view or _is_plain_causal(bounds)
 
 
 def _unmark(marked: Tensor) -> Tensor:
@@ -222,7 +230,7 @@ def _unwrap_tree_for_compiler(config: Any, attention_mask: Any) -> Any:
 
 def _is_tree_mask(attention_mask: Any) -> bool:
     is_bounds = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.dtype == torch.int32
-    return is_bounds and attention_mask.shape[2] == _TREE_PLANES
+    return is_bounds and attention_mask.shape[2] == _TREE_PLANES and attention_mask.stride(2) == 0
 
 
 def _tree_of_user(config: Any, attention_mask: Any, position_ids: Tensor | None) -> Tree | None:
@@ -305,8 +313,11 @@ def flashmask_attention_forward(
     _refuse_unsupported_arguments(module, kwargs)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bounds = attention_mask
-    if bounds is not None and _is_plain_causal(bounds):
-        bounds, is_causal = None, True
+    if bounds is not None and module.training and torch.compiler.is_compiling():
+        # Each layer its own tensor: checkpointed layers cannot share what they make. With gradients the compiler
+        # removes common subexpressions itself.
+        bounds = bounds.view(bounds.shape)
+    is_causal = is_causal or (bounds is not None and _is_plain_causal(bounds))
     if bounds is None or _is_marked(bounds):
         documents: tuple[Tensor, ...] = ()
         if query.shape[2] == key.shape[2] and not _is_cross_attention(module, is_causal, kwargs):
@@ -349,25 +360,32 @@ def flashmask_attention_forward(
 
 
 _FEW_ROWS = 16
-"""Up to this many queries against a cache, a dense mask is small, and SDPA splits the keys among processors."""
+"""Up to this many queries against a cache, a dense mask is small, and SDPA no slower than a kernel for it."""
 
 
 def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scaling: float | None) -> Tensor:
-    """A decoding step, `[B, H, S_q, D_v]`. Query heads that share a key head become rows, so that no key is copied.
+    """A decoding step, `[B, H, S_q, D_v]`.
 
-    Without bounds there is one row, the last one, which sees every key.
+    Without bounds there is one row, the last one, which sees every key. With a mask or large heads, no fast backend of
+    SDPA lets heads share keys: query heads that share a key head become rows, so that no key is copied.
     """
+    attend = functools.partial(nn.functional.scaled_dot_product_attention, scale=scaling)
     kv_heads, group, q_len = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
+    if bounds is None and query.shape[-1] == value.shape[-1] <= 256:
+        return attend(query, key, value, enable_gqa=group > 1)
     rows = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
-    visible = None
-    if bounds is not None:
-        dense = functools.partial(_bounds.to_dense, bounds, q_len)
-        visible = once_per_forward_pass(lambda: dense().repeat(1, 1, group, 1), ("visible", q_len, group), (bounds,))
-    output = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scaling)
-    if visible is not None:
-        # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
-        sees_nothing = once_per_forward_pass(lambda: ~visible.any(-1, keepdim=True), "sees_nothing", (visible,))
-        output = output.masked_fill(cast(Tensor, sees_nothing), 0.0)
+    if bounds is None:
+        return attend(rows, key, value).unflatten(2, (group, q_len)).flatten(1, 2)
+
+    def dense() -> Tensor:
+        visible = _bounds.to_dense(bounds, q_len)
+        return visible.repeat(1, 1, group, 1) if q_len > 1 else visible
+
+    visible = cast(Tensor, once_per_forward_pass(dense, ("visible", q_len, group), (bounds,)))
+    output = attend(rows, key, value, attn_mask=visible)
+    # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
+    sees_nothing = once_per_forward_pass(lambda: ~visible.any(-1, keepdim=True), "sees_nothing", (visible,))
+    output = output.masked_fill(cast(Tensor, sees_nothing), 0.0)
     return output.unflatten(2, (group, q_len)).flatten(1, 2)
 
 
@@ -397,8 +415,10 @@ def once_per_forward_pass(
     build: Callable[[], Tensor | None], layer: Hashable, sources: tuple[Tensor, ...]
 ) -> Tensor | None:
     """`build()`, which reads `sources`, once for all layers that are equal: they share bounds and schedule of tiles."""
-    # The compiler removes common subexpressions itself; an inference tensor does not tell whether it was changed.
-    if not sources or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+    if sources and torch.compiler.is_compiling():
+        return once_in_graph(cast(Callable[[], Tensor], build), (layer,), *sources)
+    # An inference tensor does not tell whether it was changed.
+    if not sources or any(source.is_inference() for source in sources):
         return build()
     versions = tuple(source._version for source in sources)
     built = _built_bounds.setdefault(sources[0], {})
@@ -419,7 +439,7 @@ def _build_bounds(
     """Bounds of the mask function, or else of `is_causal` and the sliding window, with the documents kept apart."""
     is_causal, parts = layer.is_causal, []
     is_token: Tensor | None = None
-    if mask is not None:
+    if mask is not None and not _is_plain_causal(mask):
         bounds = _unmark(mask)
         parts.append(bounds)
         is_causal = bounds.shape[2] == 1
@@ -437,6 +457,8 @@ def _build_bounds(
         parts.append(_bounds.from_document_ends(ends, is_causal=is_causal))
     elif documents:
         parts.append(_bounds.from_document_ends(_find_documents(documents[0]), is_causal=is_causal))
+    if not parts and mask is not None and torch.compiler.is_compiling():  # for all layers that share the mask
+        parts.append(_bounds.causal(layer.q_len, device=device))
     if not parts:
         return None
     return (parts[0] if len(parts) == 1 else _bounds.intersect(*parts, q_len=layer.q_len)).contiguous()
@@ -773,6 +795,8 @@ def _wrap_preprocess(original: Callable) -> Callable:
             _refuse_bounds_shared_by_layer_types(config, mask)
             if not is_tracing(mask):
                 _masks_of_users[mask] = True
+        if early_exit and mask is not None and torch.compiler.is_compiling():
+            mask = share_in_graph(mask.view(mask.shape))
         if not early_exit and mask is not None and _is_square(*sizes):
             _check_padding_mask(mask, *inputs_embeds.shape[:2])
         if not early_exit and _is_square(*sizes) and _are_of_tokens(position_ids, *inputs_embeds.shape[:2]):

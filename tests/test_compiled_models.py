@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny_models import VOCABULARY, build, eager_twin, logits_alone, packed, padded, random_documents
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+
+from hf_flashmask import bounds
 
 LENGTHS = [5, 1, 9, 7, 2]
 PACKINGS = [LENGTHS, [3, 8, 30], [40], [17, 12]]
@@ -100,7 +106,7 @@ def test_exported_for_every_length(name: str, has_documents: bool) -> None:
         row = packed(documents)
         return row if has_documents else {"input_ids": row["input_ids"]}
 
-    length = torch.export.Dim("length", min=3, max=128)
+    length = torch.export.Dim("length", min=1, max=128)
     example = inputs(random_documents([5, 1, 9]))
     program = torch.export.export(
         model,
@@ -109,8 +115,133 @@ def test_exported_for_every_length(name: str, has_documents: bool) -> None:
         dynamic_shapes={**{name: {1: length} for name in example}, "use_cache": None},
     )
     assert any("flashmask" in str(node.target) for node in program.graph.nodes)
-    for lengths in PACKINGS:
+    for lengths in [[1], [2], [1, 1], [1, 2], [30, 34], *PACKINGS]:
         documents = random_documents(lengths)
         row = inputs(documents)
         expected = logits_alone(twin, documents) if has_documents else twin(row["input_ids"]).logits
         torch.testing.assert_close(program.module()(**row, use_cache=False).logits, expected, **TOLERANCE)
+
+
+# Once per forward pass
+
+
+class OperatorCalls:
+    """A backend that runs the graphs of AOTAutograd node by node, and notes what `flashmask_kernels` is called with."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, list[tuple[Any, ...]]] = {"schedule": [], "forward": [], "backward": []}
+        self.backend = aot_autograd(fw_compiler=self._compile, partition_fn=min_cut_rematerialization_partition)
+
+    def _compile(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        calls = self.arguments
+
+        class Recorder(torch.fx.Interpreter):
+            def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if getattr(target, "namespace", None) == "flashmask_kernels":
+                    calls[target._opname].append(args)
+                return super().call_function(target, args, kwargs)
+
+        return make_boxed_func(Recorder(module).run)
+
+    def distinct_bounds(self) -> int:
+        return len({id(args[3]) for args in self.arguments["forward"]})
+
+
+KINDS_OF_LAYERS = {"llama": 1, "bert": 1, "gemma3": 2, "gpt_oss": 2}
+
+
+def two_layers_of_each_kind(name: str) -> torch.nn.Module:
+    hybrid = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    return build(name, **(hybrid if KINDS_OF_LAYERS[name] == 2 else {}))
+
+
+def call_of(how: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Documents, and what a model is called with to compute them all."""
+    documents = random_documents([20] if how == "plain" else [5, 1, 14])
+    row = packed(documents)
+    if how == "plain":
+        return documents, {"input_ids": row["input_ids"]}
+    if how == "padded":
+        return documents, padded(documents, "left")
+    if how == "bounds":
+        mask = bounds.from_position_ids(row["position_ids"])
+        return documents, {"input_ids": row["input_ids"], "attention_mask": mask}
+    return documents, row
+
+
+# Not all models tell their mask function about `position_ids`, and bidirectional attention hides nothing.
+@pytest.mark.parametrize(
+    ("name", "how", "is_training"),
+    [
+        ("llama", "packed", False),
+        ("llama", "plain", False),
+        ("llama", "bounds", False),
+        ("gemma3", "padded", False),
+        ("gpt_oss", "packed", False),
+        ("bert", "plain", False),
+        ("llama", "packed", True),
+        ("gemma3", "packed", True),
+    ],
+)
+def test_compiled_layers_share_bounds_and_schedules(
+    name: str, how: str, is_training: bool, interpreted: Callable[..., None]
+) -> None:
+    interpreted()
+    model, kinds = two_layers_of_each_kind(name).train(is_training), KINDS_OF_LAYERS[name]
+    calls, (documents, call) = OperatorCalls(), call_of(how)
+    compiled = torch.compile(model, fullgraph=True, backend=calls.backend)
+    # Padded as a prefill of `generate`, which fills a cache.
+    options = {} if name == "bert" else {"use_cache": how == "padded"}
+    with torch.set_grad_enabled(is_training):
+        logits = compiled(**call, **options).logits
+    assert len(calls.arguments["forward"]) == 2 * kinds
+    assert calls.distinct_bounds() == kinds
+    assert len(calls.arguments["schedule"]) == kinds
+    if is_training:
+        logits.square().mean().backward()
+        assert len(calls.arguments["backward"]) == 2 * kinds
+        # The tests' tiles are others in each of the three kernels.
+        assert len(calls.arguments["schedule"]) == 3 * kinds
+    if how == "padded":
+        logits = logits[call["attention_mask"].bool()][None]
+    torch.testing.assert_close(logits, logits_alone(eager_twin(model), documents), **TOLERANCE)
+
+
+def test_bounds_of_the_user_keep_nothing_of_a_compiled_call() -> None:
+    documents, call = call_of("bounds")
+    before = set(vars(call["attention_mask"]))
+    model = build("llama")
+    twin = eager_twin(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**call).logits, logits_alone(twin, documents), **TOLERANCE)
+        assert set(vars(call["attention_mask"])) == before
+        call["attention_mask"].copy_(bounds.causal(20))
+        torch.testing.assert_close(compiled(**call).logits, twin(call["input_ids"]).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_checkpointed_layers_compile_in_one_graph(has_gradients: bool) -> None:
+    """What one region of a graph makes, another cannot have."""
+    model = build("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    documents = random_documents(LENGTHS)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(has_gradients):
+        logits = compiled(**packed(documents), use_cache=False).logits
+    if has_gradients:
+        logits.square().mean().backward()
+    torch.testing.assert_close(logits, logits_alone(eager_twin(model).eval(), documents), **TOLERANCE)
+
+
+def test_graph_breaks_in_the_layers() -> None:
+    model = build("llama", num_hidden_layers=3)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(torch._dynamo.disable(lambda module, inputs, output: output + 0))
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for lengths in PACKINGS[:2]:
+            documents = random_documents(lengths)
+            expected = logits_alone(eager_twin(model), documents)
+            torch.testing.assert_close(compiled(**packed(documents), use_cache=False).logits, expected, **TOLERANCE)
+    assert graphs_compiled() > 3

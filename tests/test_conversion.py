@@ -26,7 +26,14 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
 from hf_flashmask.conversion import Tree, from_dense_mask, from_mask_function, in_tree
-from hf_flashmask.integration import _is_marked, _is_plain_causal, _unmark, flashmask_mask
+from hf_flashmask.integration import (
+    _WITHOUT_DOCUMENTS,
+    _WITHOUT_DOCUMENTS_PADDED,
+    _is_marked,
+    _is_plain_causal,
+    _unmark,
+    flashmask_mask,
+)
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
 HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
@@ -419,7 +426,7 @@ def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> No
         pairs = [(masks["flashmask"], masks["eager"])]
     for converted, expected in pairs:
         if converted is not None and _is_marked(converted) and not _is_plain_causal(converted):
-            assert converted.shape[1] == 2 + (padding != "none")
+            assert converted.shape[1] == (_WITHOUT_DOCUMENTS if padding == "none" else _WITHOUT_DOCUMENTS_PADDED)
             assert torch.equal((_unmark(converted)[:, 0, 0] >= 0).expand(BATCH, -1), mask_2d.bool())
         # A cache of sliding layers has fewer keys than there were tokens.
         visible = visible_in(converted, q_len, past + q_len if expected is None else expected.shape[-1])

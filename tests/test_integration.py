@@ -480,6 +480,31 @@ def test_bounds_do_not_outlive_the_positions() -> None:
     assert len(integration._built_bounds) == before - 1
 
 
+@pytest.mark.parametrize(("dim", "dim_v"), [(8, 8), (8, 12), (300, 300)])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads"), [(2, 4, 2), (1, 3, 3), (2, 5, 1)])
+def test_decoding_steps(batch: int, heads: int, kv_heads: int, dim: int, dim_v: int) -> None:
+    """One row that sees all, padding, several rows with a window, a row that sees nothing, a mask for each sequence."""
+    kv_len = 13
+    shapes = ((heads, 4, dim), (kv_heads, kv_len, dim), (kv_heads, kv_len, dim_v))
+    query, key, value = (torch.randn(batch, length, count, size).transpose(1, 2) for count, length, size in shapes)
+    start = torch.arange(batch * kv_len, dtype=torch.int32).view(batch, 1, 1, kv_len) % 4
+    masks = {
+        1: [None, torch.cat([1 + 0 * start, start - 2], 2)],
+        4: [torch.cat([start, 3 - start], 2), torch.zeros(1, 1, 2, kv_len, dtype=torch.int32)],
+    }
+    for q_len, of_rows in masks.items():
+        for mask in of_rows:
+            rows = query[:, :, -q_len:]
+            visible = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+            if mask is not None:
+                row = torch.arange(q_len)[:, None]
+                visible = ~((row >= mask[:, :, :1]) | (row < mask[:, :, 1:]))
+            with torch.no_grad():
+                output, _ = flashmask_attention_forward(attention_module(), rows, key, value, mask)
+            expected = dense_attention(rows, key, value, visible).nan_to_num(0.0)
+            torch.testing.assert_close(output, expected)
+
+
 # What is refused
 
 
@@ -611,6 +636,14 @@ def test_masks_that_are_no_bounds_are_refused(mask: Tensor, error: type[Exceptio
         (torch.ones(2, 1, 7, 7, dtype=torch.bool, device="meta"), ValueError, r"is on meta.*\.to\(\)"),
         (torch.randn(2, 1, 7, 7), NotImplementedError, r"cannot add a bias.*sdpa"),
         (bounds.causal(7).long(), TypeError, r"int32.*got torch.int64; .*\.to\(torch.int32\)"),
+        *(
+            (bounds.causal(7).to(torch.uint32).repeat(1, heads, 1, 1), TypeError, "int32.*got torch.uint32")
+            for heads in (1, 4)
+        ),
+        (torch.empty(1, 1, 0, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number.*\[1, 1, 0, 7\]"),
+        (torch.ones(1, 1, 3, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number.*\[1, 1, 3, 7\]"),
+        (bounds.causal(7).repeat(3, 1, 1, 1), ValueError, r"dimension 0 must be 1 or the batch, 2"),
+        (bounds.causal(7).repeat(1, 3, 1, 1), ValueError, r"dimension 1 must be 1 or the number of query heads, 4"),
         (bounds.causal(7).transpose(2, 3), ValueError, r"C = 1 or an even number"),
         (bounds.causal(6), ValueError, r"the last dimension must be the key length, 7"),
         (bounds.causal(7).to("meta"), ValueError, r"is on meta.*\.to\(\)"),
