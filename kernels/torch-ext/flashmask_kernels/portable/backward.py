@@ -31,7 +31,8 @@ from .tiles import (
     tile_source,
 )
 
-# Row statistics are padded to whole tiles: a row past the end has delta 0 and log-sum-exp inf, so P = exp(-inf) = 0.
+# Row statistics are padded to whole tiles, none of which has more rows: a row past the end has delta 0 and log-sum-exp
+# inf, so P = exp(-inf) = 0.
 STATISTICS_BLOCK = tl.constexpr(128)
 
 
@@ -509,7 +510,7 @@ def row_statistics(
         HAS_D_LSE=d_lse is not None,
         DIM_V=dim_v,
         BLOCK_M=block_m,
-        BLOCK_DIM_V=max(16, triton.next_power_of_2(dim_v)),
+        BLOCK_DIM_V=head_dim_blocks(dim_v, dim_v)[1],
     )
     return lse_2, delta
 
