@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from masks import Mask, Varlen
+from measurement import build_schedules
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels import flashmask_attention
 from hf_flashmask.bounds import to_dense
 
 LONGEST_DENSE_MASK = 32768
@@ -45,13 +46,15 @@ class Attention(NamedTuple):
 
 
 def flashmask(case: Case) -> Attention:
-    query = torch.empty(1, 1, case.length, case.head_dim, dtype=case.dtype, device=case.device)
+    element = torch.empty(1, dtype=case.dtype, device=case.device)
+    query, value = (
+        element.expand(case.batch, heads, case.length, case.head_dim) for heads in (case.heads, case.kv_heads)
+    )
 
     def build() -> Tensor:
         """Bounds, and the schedules that the kernels make of them: all of it once a step."""
         bounds = case.mask.bounds()
-        for kernel in ("forward", "key_value_gradient", "query_gradient"):
-            ops._schedule(kernel, bounds, query, query, ops._cached_schedule)
+        build_schedules(bounds, query, value)
         return bounds
 
     return Attention(build, flashmask_attention)

@@ -408,7 +408,7 @@ def draw_training(run: Json) -> None:
 def finish(figure: Any, axes: Any, name: str, title: str) -> None:
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower right", ncols=3)
     figure.savefig(PICTURE.parent / f"{name}.png", dpi=150)
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""Finds tile sizes, warps and stages of the portable kernels for the GPU at hand, to fill portable/configs.py from.
+"""Finds tile sizes, warps and stages of the portable kernels for the GPU at hand, to fill configs.py from.
 
     python benchmarks/tune.py                                      # all kernels at D = 64, 128 and 256
     python benchmarks/tune.py --kernels forward --head-dims 128    # in pieces; --missing goes on with a run
@@ -29,9 +29,9 @@ from measurement import RESULTS, Deadline, Run, require_gpu, time_on_gpu
 from torch import Tensor
 from truth import Attended, Truth
 
+from flashmask_kernels import configs as table
 from flashmask_kernels import flashmask_attention
-from flashmask_kernels.portable import configs as table
-from flashmask_kernels.portable.configs import Config, Configs
+from flashmask_kernels.configs import Config, Configs
 
 HEADS, KV_HEADS, DTYPE = 32, 8, torch.bfloat16
 # Every field of Config that has an entry here is varied; others keep their default.
@@ -84,7 +84,7 @@ def launched_with(candidate: Candidate) -> Iterator[None]:
     finally:
         table.select_configs = original
     if not asked:
-        raise RuntimeError("flashmask_kernels no longer looks up portable.configs.select_configs at every call")
+        raise RuntimeError("flashmask_kernels no longer looks up configs.select_configs at every call")
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def ranking(
 
 
 def table_rows(rows: list[dict[str, Any]]) -> list[str]:
-    """Source for portable/configs.py: the fastest configuration of each kernel that was timed on everything."""
+    """Source for configs.py: the fastest configuration of each kernel that was timed on everything."""
     lines = []
     for head_dim in sorted({row["head_dim"] for row in rows}):
         best = {}

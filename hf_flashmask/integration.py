@@ -381,8 +381,15 @@ def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor |
         visible = _bounds.to_dense(bounds, q_len)
         return visible.repeat(1, 1, group, 1) if q_len > 1 else visible
 
+    def additive() -> Tensor:
+        # As SDPA would make it of `visible` in every layer: its fast backend asks for rows of whole 16 elements.
+        shape = *visible.shape[:-1], -(-visible.shape[-1] // 16) * 16
+        padded = torch.zeros(shape, dtype=query.dtype, device=query.device)
+        return padded[..., : visible.shape[-1]].masked_fill_(~visible, float("-inf"))
+
     visible = cast(Tensor, once_per_forward_pass(dense, ("visible", q_len, group), (bounds,)))
-    output = attend(rows, key, value, attn_mask=visible)
+    mask = once_per_forward_pass(additive, ("additive", query.dtype), (visible,))
+    output = attend(rows, key, value, attn_mask=mask)
     # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
     sees_nothing = once_per_forward_pass(lambda: ~visible.any(-1, keepdim=True), "sees_nothing", (visible,))
     output = output.masked_fill(cast(Tensor, sees_nothing), 0.0)

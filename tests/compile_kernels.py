@@ -23,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
+from uniform_registers import unwritten_reads
 
-from flashmask_kernels.portable import attention_backward, attention_forward, configs
+from flashmask_kernels import configs, hopper
+from flashmask_kernels.portable import attention_backward, attention_forward
 from flashmask_kernels.schedule import build_schedule
 
 TARGETS = {
@@ -34,10 +36,11 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# A head size for every row of the table, one of them not a power of two, and plane counts of every form of the mask.
+# A head size for every row of the table, some of them not powers of two, and plane counts of every form of the mask.
 CASES = [
     (torch.bfloat16, 64, 1),
     (torch.bfloat16, 128, 1),
+    (torch.float16, 96, 2),
     (torch.bfloat16, 192, 4),
     (torch.float32, 64, 1),
     (torch.float32, 128, 2),
@@ -62,8 +65,8 @@ class OfflineDriver:
         return 0
 
 
-def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int) -> list[Any]:
-    """Every kernel that a forward and a backward pass launch."""
+def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, specialized: bool) -> list[Any]:
+    """Every kernel that a forward and a backward pass launch, of the portable or of the warp-specialised ones."""
     kernels = []
     compile_and_launch = triton.JITFunction.run
 
@@ -76,19 +79,27 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int) -> list[Any
         torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
     )
     bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
-    chosen = configs.select_configs(torch.device("cuda"), dtype, head_dim)
-    assert chosen is not None
+    select = configs.select_specialized_configs if specialized else configs.select_configs
+    chosen = select(torch.device("cuda"), dtype, head_dim)
+    if chosen is None and specialized:
+        return []
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         schedules = [
             build_schedule(bounds, length, config.block_m, config.block_n, config is chosen.key_value_gradient)
             for config in chosen
         ]
-        out, lse = attention_forward(
-            query, key, value, bounds, None, schedules[0], None, 0.1, None, 0.0, chosen.forward
-        )
-        attention_backward(
-            d_out, None, query, key, value, bounds, out, lse, *schedules[1:], None, 0.1, None, 0.0, chosen
-        )
+        if specialized:
+            out, lse = hopper.attention_forward(query, key, value, bounds, None, schedules[0], 0.1, chosen.forward)
+        else:
+            out, lse = attention_forward(
+                query, key, value, bounds, None, schedules[0], None, 0.1, None, 0.0, chosen.forward
+            )
+        if specialized:
+            hopper.attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, chosen)
+        else:
+            attention_backward(
+                d_out, None, query, key, value, bounds, out, lse, *schedules[1:], None, 0.1, None, 0.0, chosen
+            )
     return kernels
 
 
@@ -98,7 +109,7 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
             name: int(re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"])[1])
             for name in ("vgpr_count", "vgpr_spill_count")
         }
-        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0}
+        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0, "unwritten": 0}
     ptxas = get_ptxas(target.arch)
     suffix = "a" if target.arch >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -107,11 +118,18 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
         program, architecture = getattr(ptxas, "path", ptxas), f"sm_{target.arch}{suffix}"
         command = [program, "-v", f"--gpu-name={architecture}", source, "-o", "/dev/null"]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        unwritten = []
+        if "wgmma" in kernel.asm["ptx"]:
+            binary = Path(folder) / "kernel.cubin"
+            binary.write_bytes(kernel.asm["cubin"])
+            command = [Path(program).with_name("nvdisasm"), "-c", binary]
+            unwritten = unwritten_reads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
         # ptxas says so when it must wait for every wgmma by itself.
         "serialized": len(re.findall(r"serializ|C751[0-9]", report)),
+        "unwritten": len(unwritten),
     }
 
 
@@ -121,9 +139,11 @@ def report(architecture: str) -> dict[str, dict[str, int]]:
     result = {}
     with mock.patch.object(configs, "architecture", return_value=ROWS.get(architecture, architecture)):
         for dtype, head_dim, planes in CASES:
-            for kernel in compiled_kernels(dtype, head_dim, planes):
-                name = f"{kernel.metadata.name} {str(dtype).removeprefix('torch.')} D={head_dim} C={planes}"
-                result[name] = resources(kernel, target) | {"shared": kernel.metadata.shared}
+            for specialized in (False, True):
+                for kernel in compiled_kernels(dtype, head_dim, planes, specialized):
+                    name = f"{kernel.metadata.name} {str(dtype).removeprefix('torch.')} D={head_dim} C={planes}"
+                    name = f"hopper {name}" if specialized else name
+                    result[name] = resources(kernel, target) | {"shared": kernel.metadata.shared}
     return result
 
 

@@ -45,10 +45,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def use(use_descriptors: bool = False) -> None:
         from flashmask_kernels import ops
-        from flashmask_kernels.portable.configs import Config, Configs
+        from flashmask_kernels.configs import Config, Configs
 
         configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
-        monkeypatch.setattr(ops, "_configs", lambda query, value: configs)
+        monkeypatch.setattr(ops, "_configs", lambda *arguments: configs)
 
     return use
 

@@ -22,8 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 import hf_flashmask
 from flashmask_kernels import ops, reference_attention
+from flashmask_kernels.configs import Config, Configs
 from flashmask_kernels.dropout import draw_seed, kept_elements
-from flashmask_kernels.portable.configs import Config, Configs
 from hf_flashmask import bounds, integration
 from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
 

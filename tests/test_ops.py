@@ -117,7 +117,7 @@ def test_operator_contract() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
     bounds = random_intervals(1, 1, 2, 37, 37)
     sinks, seed = torch.randn(4), torch.tensor([5])
-    torch.library.opcheck(ops._forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1))
+    torch.library.opcheck(ops._forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, False))
 
 
 def test_dispatch_modes_see_the_operator() -> None:

@@ -22,7 +22,7 @@ from .dropout import draw_seed
 from .tiled import tiled_backward, tiled_forward
 
 if TYPE_CHECKING:
-    from .portable.configs import Configs
+    from .configs import Configs
 
 MAX_INTERVALS = 16
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
@@ -121,8 +121,9 @@ def flashmask_attention(
         bounds = make_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
-    schedule = _schedule("forward", bounds, query, value, build)
-    out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p))
+    specialize = _specializes(query, value, bounds, softcap, dropout_p)
+    schedule = _schedule("forward", bounds, query, value, specialize, build)
+    out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p), specialize)
     return (out, lse) if return_lse else out
 
 
@@ -255,26 +256,58 @@ def _runs_as_operator(query: Tensor) -> bool:
 # Implementations
 
 
-def _configs(query: Tensor, value: Tensor) -> Configs | None:
+# Of the query: 8K tokens with 16 heads of size 128.
+_FEWEST_SPECIALIZED_ELEMENTS = 1 << 24
+
+
+def _specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | None, dropout_p: float) -> bool:
+    """Whether `hopper` computes what it has kernels for: large inputs, because launching it takes longer.
+
+    An exported graph is for every length and every GPU: it keeps to the portable kernels.
+    """
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    if (
+        query.device.type != "cuda"
+        or batch_size * num_heads * q_len * dim < _FEWEST_SPECIALIZED_ELEMENTS
+        or min(q_len, kv_len) < 1024
+        or not dim % 8 == 0 == dim_v % 8  # TMA reads rows that are multiples of 16 bytes
+        or bounds.shape[1] not in (1, kv_heads)  # dK and dV visit all query heads of a key under one mask
+        or softcap is not None
+        or dropout_p
+        or torch.compiler.is_exporting()
+    ):
+        return False
+    try:
+        from .configs import select_specialized_configs
+    except ImportError:
+        return False
+    return select_specialized_configs(query.device, query.dtype, max(dim, dim_v)) is not None
+
+
+def _configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     """Tile sizes of the Triton kernels for these inputs, or None where `tiled` computes them."""
     if query.device.type not in ("cuda", "xpu") or query.dtype == torch.float64:
         return None
     head_dim = max(query.shape[-1], value.shape[-1])
     try:
-        from .portable.configs import select_configs
+        from .configs import select_configs, select_specialized_configs
     except ImportError as error:
         configs, reason = None, f"Triton does not import ({error})"
     else:
-        configs = select_configs(query.device, query.dtype, head_dim)
+        select = select_specialized_configs if specialize else select_configs
+        configs = select(query.device, query.dtype, head_dim)
         reason = f"there is no kernel for head size {head_dim}"
     if configs is None:
         warnings.warn(f"flashmask_kernels computes in plain torch, exactly but slowly: {reason}", stacklevel=2)
     return configs
 
 
-def _schedule(kernel: str, bounds: Tensor, query: Tensor, value: Tensor, build: Callable[..., Tensor]) -> Tensor | None:
+def _schedule(
+    kernel: str, bounds: Tensor, query: Tensor, value: Tensor, specialize: bool, build: Callable[..., Tensor]
+) -> Tensor | None:
     """What the kernel of that name in `Configs` visits; None where `tiled` computes."""
-    configs = _configs(query, value)
+    configs = _configs(query, value, specialize)
     if configs is None:
         return None
     config = getattr(configs, kernel)
@@ -344,6 +377,7 @@ def _forward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    specialize: bool,
 ) -> tuple[Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         out, lse = _new_outputs(query, value)
@@ -351,11 +385,15 @@ def _forward(
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
     if schedule is None:
         return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
-    from .portable import attention_forward
-
+    configs = _configs(query, value, specialize)
+    assert configs is not None, "there is a schedule only where there are kernels"
     with torch.cuda.device_of(query):
-        configs = _configs(query, value)
-        assert configs is not None, "there is a schedule only where there are kernels"
+        if specialize:
+            from . import hopper
+
+            return hopper.attention_forward(query, key, value, bounds, sinks, schedule, scale, configs.forward)
+        from .portable import attention_forward
+
         return attention_forward(
             query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, configs.forward
         )
@@ -376,17 +414,24 @@ def _backward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    specialize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         d_query, d_key, d_value = (_new_gradient(tensor).zero_() for tensor in (query, key, value))
         return d_query, d_key, d_value, torch.zeros_like(lse)
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
-    from .portable import attention_backward
-
+    configs = _configs(query, value, specialize)
+    assert configs is not None, "there is a schedule only where there are kernels"
     with torch.cuda.device_of(query):
-        configs = _configs(query, value)
-        assert configs is not None, "there is a schedule only where there are kernels"
+        if specialize:
+            from . import hopper
+
+            return hopper.attention_backward(
+                d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, scale, configs
+            )
+        from .portable import attention_backward
+
         return attention_backward(
             d_out,
             d_lse,
@@ -421,7 +466,7 @@ def _new_gradient(tensor: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bounds, sinks, _, seed, ctx.scale, ctx.softcap, ctx.dropout_p = inputs
+    query, key, value, bounds, sinks, _, seed, ctx.scale, ctx.softcap, ctx.dropout_p, ctx.specialize = inputs
     ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
     ctx.set_materialize_grads(False)
 
@@ -431,19 +476,20 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     query, key, value, bounds, sinks, seed, out, lse = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    by_column = _schedule("key_value_gradient", bounds, query, value, build)
-    by_row = _schedule("query_gradient", bounds, query, value, build)
+    by_column = _schedule("key_value_gradient", bounds, query, value, ctx.specialize, build)
+    by_row = _schedule("query_gradient", bounds, query, value, ctx.specialize, build)
     d_query, d_key, d_value, delta = backward(
         d_out if d_out.stride(-1) == 1 else d_out.contiguous(),
         None if d_lse is None else d_lse.contiguous(),
-        query, key, value, bounds, out, lse, by_column, by_row, seed, ctx.scale, ctx.softcap, ctx.dropout_p,
+        query, key, value, bounds, out, lse, by_column, by_row, seed, ctx.scale, ctx.softcap,
+        ctx.dropout_p, ctx.specialize,
     )  # fmt: skip
     d_sinks = None
     if sinks is not None:
         # The sink's probability exp(sink - lse) times its score gradient 0 - delta, summed over the rows of its head.
         probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         d_sinks = -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
-    return d_query, d_key, d_value, None, d_sinks, None, None, None, None, None
+    return d_query, d_key, d_value, None, d_sinks, *[None] * 6
 
 
 class _Attention(torch.autograd.Function):
@@ -490,6 +536,7 @@ def _(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    specialize: bool,
 ) -> tuple[Tensor, Tensor]:
     return _new_outputs(query, value)
 
@@ -510,6 +557,7 @@ def _(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    specialize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_gradient(query), _new_gradient(key), _new_gradient(value), torch.empty_like(lse)
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import Configs
 from ..dropout import drop_below
 from ..schedule import mask_strides, max_runs_of
-from .configs import Configs
 from .forward import head_dim_blocks
 from .tiles import (
     LOG2_E,

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs import Config
 from ..dropout import drop_below
 from ..schedule import mask_strides, max_runs_of
-from .configs import Config
 from .tiles import (
     LN_2,
     LOG2_E,

@@ -1,0 +1,522 @@
+"""FlashMask's backward pass for sm_90 in two kernels, warp-specialised and persistent.
+
+As in the portable kernels, one makes dK and dV by column tiles and one dQ by row tiles: seven matrix products of each
+tile instead of five, and gradients that are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from ..configs import Configs
+from ..portable.backward import row_statistics
+from ..portable.redo import redo_backward
+from ..schedule import mask_strides, max_runs_of
+from .tiles import (
+    LAUNCH_OPTIONS,
+    LOG2_E,
+    REGISTERS,
+    addressable,
+    deal_out_work,
+    heads_per_group,
+    hide,
+    load_planes,
+    load_run,
+    load_scalar,
+    make_barriers,
+    make_scalars,
+    mask_of,
+    new_counters,
+    next_work,
+    note_nan,
+    num_programs,
+    padded_dim,
+    store_rows,
+    store_scalar,
+    tile_source,
+)
+
+# dK and dV
+
+
+@gluon.jit
+def _produce_rows(
+    q, k, v, d_out, lse_2, delta, schedule, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
+    work_items, row_tiles,
+    q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
+    num_column_tiles, mask_stride_b, max_runs,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    work = 0
+    step = 0
+    column_tile, batch_kv_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    while column_tile >= 0:
+        batch = batch_kv_head // KV_HEADS
+        kv_head = batch_kv_head % KV_HEADS
+        mask = mask_of(batch_kv_head, mask_stride_b, KV_HEADS, KV_HEADS_PER_MASK)
+        runs = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
+        for consumer in gl.static_range(2):
+            column = column_tile * 128 + consumer * 64
+            mbarrier.wait(k_empty.index(consumer), (work & 1) ^ 1)
+            mbarrier.expect(k_full.index(consumer), k.block_type.nbytes + v.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                k, [batch, kv_head, column, 0], k_full.index(consumer), k_tiles.index(consumer)
+            )
+            tma.async_copy_global_to_shared(
+                v, [batch, kv_head, column, 0], k_full.index(consumer), v_tiles.index(consumer)
+            )
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for run in range(gl.load(runs + (1 - IS_CUT))):
+                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                for tile in range(first_tile * HEADS_PER_KV_HEAD, end_tile * HEADS_PER_KV_HEAD):
+                    # Query heads that share a mask and a key are visited in turn.
+                    head = kv_head * HEADS_PER_KV_HEAD + tile % HEADS_PER_KV_HEAD
+                    row_tile = tile // HEADS_PER_KV_HEAD
+                    stage = step % STAGES
+                    phase = (step // STAGES & 1) ^ 1
+                    mbarrier.wait(q_empty.index(stage), phase)
+                    store_scalar(row_tiles.index(stage), row_tile)
+                    mbarrier.expect(q_full.index(stage), q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q, [batch, head, row_tile * BLOCK_M, 0], q_full.index(stage), q_tiles.index(stage)
+                    )
+                    rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK_M]
+                    tma.async_copy_global_to_shared(lse_2, rows, q_full.index(stage), lse_tiles.index(stage))
+                    tma.async_copy_global_to_shared(delta, rows, q_full.index(stage), delta_tiles.index(stage))
+                    mbarrier.wait(d_out_empty.index(stage), phase)
+                    mbarrier.expect(d_out_full.index(stage), d_out.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        d_out, [batch, head, row_tile * BLOCK_M, 0], d_out_full.index(stage), d_out_tiles.index(stage)
+                    )
+                    step += 1
+        work += 1
+        column_tile, batch_kv_head, _, _ = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit
+def _consume_rows(
+    d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles, work_items, row_tiles,
+    q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
+    d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
+    scale, q_len, kv_len, mask_stride_b,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
+    NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
+):  # fmt: skip
+    """Scores have keys for rows here: P and dS then enter their products from registers."""
+    dtype: gl.constexpr = q_tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    d_k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
+    d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
+    d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
+
+    k_tile = k_tiles.index(consumer).reshape([64, BLOCK_DIM])
+    v_tile = v_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
+    factor = scale * LOG2_E
+    work = 0
+    step = 0
+    column_tile, batch_kv_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    while column_tile >= 0:
+        batch = batch_kv_head // KV_HEADS
+        kv_head = batch_kv_head % KV_HEADS
+        mask_bounds = bounds + mask_of(batch_kv_head, mask_stride_b, KV_HEADS, KV_HEADS_PER_MASK) * NUM_PLANES * kv_len
+        first_column = column_tile * 128 + consumer * 64
+        columns = first_column + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
+        planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
+        d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
+        d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
+        mbarrier.wait(k_full.index(consumer), work & 1)
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
+                stage = step % STAGES
+                phase = step // STAGES & 1
+                step += 1
+                mbarrier.wait(q_full.index(stage), phase)
+                q_tile = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+                scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                mbarrier.wait(d_out_full.index(stage), phase)
+                d_out_tile = d_out_tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+                d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+                row_lse_2 = lse_tiles.index(stage).load(scores_layout)
+                scores = hopper.warpgroup_mma_wait(1, [scores])
+                probabilities = gl.exp2(scores * factor - row_lse_2)
+                if IS_CUT:
+                    row = load_scalar(row_tiles.index(stage)) * BLOCK_M
+                    rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
+                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 1)
+                p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+                row_delta = delta_tiles.index(stage).load(scores_layout)
+                d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
+                d_p = hopper.warpgroup_mma_wait(1, [d_p])
+                d_scores = probabilities * (d_p - row_delta)
+                d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
+                d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
+                d_v_tile = hopper.warpgroup_mma_wait(1, [d_v_tile])
+                mbarrier.arrive(d_out_empty.index(stage), count=1)
+                d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
+                mbarrier.arrive(q_empty.index(stage), count=1)
+        mbarrier.arrive(k_empty.index(consumer), count=1)
+        note_nan(has_nan, d_k_tile)
+        note_nan(has_nan, d_v_tile)
+        store_rows(
+            d_k, d_k_stride_b, d_k_stride_h, d_k_stride_n, d_k_tile * scale, batch, kv_head,
+            first_column, kv_len, DIM, BLOCK_DIM,
+        )  # fmt: skip
+        store_rows(
+            d_v, d_v_stride_b, d_v_stride_h, d_v_stride_n, d_v_tile, batch, kv_head,
+            first_column, kv_len, DIM_V, BLOCK_DIM_V,
+        )  # fmt: skip
+        work += 1
+        column_tile, batch_kv_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "num_items", "num_column_tiles", "mask_stride_b", "max_runs"])
+def key_value_gradient_kernel(
+    q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, counter, has_nan,
+    d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
+    scale, q_len, kv_len, num_items, num_column_tiles, mask_stride_b, max_runs,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
+    NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM], q.layout)
+    d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM_V], d_out.layout)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_2.layout)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [2, 1, 1, 64, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [2, 1, 1, 64, BLOCK_DIM_V], v.layout)
+    work_items = make_scalars(4)
+    row_tiles = make_scalars(STAGES)
+    q_full, q_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    d_out_full, d_out_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    k_full, k_empty = make_barriers(2, 1), make_barriers(2, 1)
+    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume_rows, (
+                d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
+                work_items, row_tiles,
+                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
+                d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
+                scale, q_len, kv_len, mask_stride_b,
+                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, NUM_PLANES, DIM, DIM_V, BLOCK_M,
+                BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+            )),
+            (_consume_rows, (
+                d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
+                work_items, row_tiles,
+                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
+                d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
+                scale, q_len, kv_len, mask_stride_b,
+                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, NUM_PLANES, DIM, DIM_V, BLOCK_M,
+                BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+            )),
+            (_produce_rows, (
+                q, k, v, d_out, lse_2, delta, schedule, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
+                work_items, row_tiles,
+                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
+                num_column_tiles, mask_stride_b, max_runs,
+                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, BLOCK_M, STAGES,
+            )),
+            (deal_out_work, (
+                schedule, counter, work_items, item_full, item_empty,
+                num_items, num_column_tiles, mask_stride_b, max_runs,
+                KV_HEADS, KV_HEADS_PER_MASK, KV_HEADS, False,
+            )),
+        ],
+        [4, 1, 1],
+        REGISTERS,
+    )  # fmt: skip
+
+
+# dQ
+
+
+@gluon.jit
+def _produce_columns(
+    q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+    num_row_tiles, mask_stride_b, max_runs,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    work = 0
+    step = 0
+    row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    while row_tile >= 0:
+        batch = batch_head // NUM_HEADS
+        head = batch_head % NUM_HEADS
+        kv_head = head // HEADS_PER_KV_HEAD
+        mask = mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK)
+        runs = schedule + (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+        for consumer in gl.static_range(2):
+            row = row_tile * 128 + consumer * 64
+            mbarrier.wait(q_empty.index(consumer), (work & 1) ^ 1)
+            mbarrier.expect(q_full.index(consumer), q.block_type.nbytes + d_out.block_type.nbytes)
+            tma.async_copy_global_to_shared(q, [batch, head, row, 0], q_full.index(consumer), q_tiles.index(consumer))
+            tma.async_copy_global_to_shared(
+                d_out, [batch, head, row, 0], q_full.index(consumer), d_out_tiles.index(consumer)
+            )
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for run in range(gl.load(runs + (1 - IS_CUT))):
+                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                for column_tile in range(first_tile, end_tile):
+                    stage = step % STAGES
+                    phase = (step // STAGES & 1) ^ 1
+                    mbarrier.wait(k_empty.index(stage), phase)
+                    store_scalar(column_tiles.index(stage), column_tile)
+                    mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
+                    )
+                    mbarrier.wait(v_empty.index(stage), phase)
+                    mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        v, [batch, kv_head, column_tile * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
+                    )
+                    step += 1
+        work += 1
+        row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit
+def _consume_columns(
+    d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+    d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
+    NUM_HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    consumer: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    d_q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
+    d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_q_layout, 2)
+
+    # One buffer for all pieces of work, as for K and V above: ptxas computes the matrix descriptors of Q and dO once.
+    # With buffers in turn it computed them before the loop over cut tiles, for the loop over full tiles too, although
+    # a row tile without cut tiles skips the first.
+    q_tile = q_tiles.index(consumer).reshape([64, BLOCK_DIM])
+    d_out_tile = d_out_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
+    factor = scale * LOG2_E
+    work = 0
+    step = 0
+    row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    while row_tile >= 0:
+        mask_bounds = bounds + mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK) * NUM_PLANES * kv_len
+        first_row = row_tile * 128 + consumer * 64
+        rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
+        statistics = batch_head.to(gl.int64) * statistics_len + rows
+        row_lse_2 = gl.load(lse_2 + statistics)
+        row_delta = gl.load(delta + statistics)
+        d_q_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_q_layout)
+        mbarrier.wait(q_full.index(consumer), work & 1)
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for _ in range(num_cut if IS_CUT else num_full):
+                stage = step % STAGES
+                phase = step // STAGES & 1
+                step += 1
+                mbarrier.wait(k_full.index(stage), phase)
+                k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+                scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(stage), phase)
+                v_tile = v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+                scores = hopper.warpgroup_mma_wait(1, [scores])
+                probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
+                if IS_CUT:
+                    columns = load_scalar(column_tiles.index(stage)) * BLOCK_N
+                    columns += gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
+                    planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
+                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+                d_p = hopper.warpgroup_mma_wait(0, [d_p])
+                mbarrier.arrive(v_empty.index(stage), count=1)
+                d_scores = probabilities * (d_p - row_delta[:, None])
+                d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
+                d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, is_async=True)
+                d_q_tile = hopper.warpgroup_mma_wait(0, [d_q_tile])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(q_empty.index(consumer), count=1)
+        note_nan(has_nan, d_q_tile)
+        store_rows(
+            d_q, d_q_stride_b, d_q_stride_h, d_q_stride_m, d_q_tile * scale, batch_head // NUM_HEADS,
+            batch_head % NUM_HEADS, first_row, q_len, DIM, BLOCK_DIM,
+        )  # fmt: skip
+        work += 1
+        row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit(
+    do_not_specialize=["q_len", "kv_len", "statistics_len", "num_items", "num_row_tiles", "mask_stride_b", "max_runs"]
+)
+def query_gradient_kernel(
+    q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, counter, has_nan, d_q_stride_b, d_q_stride_h, d_q_stride_m,
+    scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, mask_stride_b, max_runs,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
+    HEADS_PER_GROUP: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, BLOCK_DIM], q.layout)
+    d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    work_items = make_scalars(4)
+    column_tiles = make_scalars(STAGES)
+    q_full, q_empty = make_barriers(2, 1), make_barriers(2, 1)
+    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume_columns, (
+                d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+            )),
+            (_consume_columns, (
+                d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+            )),
+            (_produce_columns, (
+                q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
+            )),
+            (deal_out_work, (
+                schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
+            )),
+        ],
+        [4, 1, 1],
+        REGISTERS,
+    )  # fmt: skip
+
+
+def attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    by_column: Tensor,
+    by_row: Tensor,
+    scale: float,
+    configs: Configs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward kernels. Arguments and results as of `portable.attention_backward`, without dropout and
+    softcap and for head sizes to 128.
+    """
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
+    lse_2, delta = row_statistics(out, lse, d_out, d_lse)
+    d_query, d_key, d_value = (
+        tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+        for tensor in (query, key, value)
+    )
+    column_counter, row_counter, has_nan = new_counters(3, query.device)
+    block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
+    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+
+    config = configs.key_value_gradient
+    column_tile = config.block_m, config.block_n
+    num_column_tiles = triton.cdiv(kv_len, config.block_n)
+    num_items = num_column_tiles * batch_size * kv_heads
+    key_value_gradient_kernel[(num_programs(query.device, num_items),)](
+        tile_source(query, 1, 1, config.block_m, block_dim),
+        tile_source(key, 1, 1, 64, block_dim),
+        tile_source(value, 1, 1, 64, block_dim_v),
+        tile_source(d_out, 1, 1, config.block_m, block_dim_v),
+        tile_source(lse_2.flatten(0, 1), 1, config.block_m),
+        tile_source(delta.flatten(0, 1), 1, config.block_m),
+        d_key,
+        d_value,
+        bounds,
+        by_column,
+        column_counter,
+        has_nan,
+        *d_key.stride()[:3],
+        *d_value.stride()[:3],
+        scale,
+        q_len,
+        kv_len,
+        num_items,
+        num_column_tiles,
+        mask_stride_b,
+        max_runs_of(by_column),
+        KV_HEADS=kv_heads,
+        HEADS_PER_KV_HEAD=num_heads // kv_heads,
+        KV_HEADS_PER_MASK=heads_per_mask * kv_heads // num_heads,
+        NUM_PLANES=bounds.shape[2],
+        DIM=dim,
+        DIM_V=dim_v,
+        BLOCK_M=config.block_m,
+        BLOCK_DIM=block_dim,
+        BLOCK_DIM_V=block_dim_v,
+        STAGES=config.num_stages,
+        **LAUNCH_OPTIONS,
+    )
+
+    config = configs.query_gradient
+    row_tile = config.block_m, config.block_n
+    num_row_tiles = triton.cdiv(q_len, config.block_m)
+    num_items = num_row_tiles * batch_size * num_heads
+    query_gradient_kernel[(num_programs(query.device, num_items),)](
+        tile_source(query, 1, 1, 64, block_dim),
+        tile_source(key, 1, 1, config.block_n, block_dim),
+        tile_source(value, 1, 1, config.block_n, block_dim_v),
+        tile_source(d_out, 1, 1, 64, block_dim_v),
+        lse_2,
+        delta,
+        d_query,
+        bounds,
+        by_row,
+        row_counter,
+        has_nan,
+        *d_query.stride()[:3],
+        scale,
+        q_len,
+        kv_len,
+        delta.shape[-1],
+        num_items,
+        num_row_tiles,
+        mask_stride_b,
+        max_runs_of(by_row),
+        NUM_HEADS=num_heads,
+        HEADS_PER_KV_HEAD=num_heads // kv_heads,
+        HEADS_PER_MASK=heads_per_mask,
+        HEADS_PER_GROUP=heads_per_group(key, value, num_heads),
+        NUM_PLANES=bounds.shape[2],
+        DIM=dim,
+        BLOCK_N=config.block_n,
+        BLOCK_DIM=block_dim,
+        BLOCK_DIM_V=block_dim_v,
+        STAGES=config.num_stages,
+        **LAUNCH_OPTIONS,
+    )
+    gradients = d_query, d_key, d_value
+    redo_backward(
+        has_nan, d_out, query, key, value, bounds, lse_2, delta, by_column, by_row, gradients, scale,
+        column_tile, row_tile,
+    )  # fmt: skip
+    return *gradients, delta[..., :q_len]

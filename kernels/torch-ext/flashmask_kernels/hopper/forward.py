@@ -1,0 +1,315 @@
+"""FlashMask's forward pass for sm_90, warp-specialised and persistent.
+
+A consumer issues the scores of the next tile before the product of the last tile's probabilities with V, so that the
+softmax of one tile runs beside the matrix products of another (FlashAttention-3, arXiv 2407.08608, section 3.2).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from ..configs import Config
+from ..portable.redo import redo_forward
+from ..schedule import mask_strides, max_runs_of
+from .tiles import (
+    LAUNCH_OPTIONS,
+    LN_2,
+    LOG2_E,
+    REGISTERS,
+    addressable,
+    deal_out_work,
+    heads_per_group,
+    hide,
+    load_planes,
+    load_run,
+    load_scalar,
+    make_barriers,
+    make_scalars,
+    mask_of,
+    new_counters,
+    next_work,
+    note_nan,
+    num_programs,
+    padded_dim,
+    store_rows,
+    store_scalar,
+    tile_source,
+)
+
+
+@gluon.jit
+def _producer(
+    q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+    num_row_tiles, mask_stride_b, max_runs,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    work = 0
+    step = 0
+    row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    while row_tile >= 0:
+        batch = batch_head // NUM_HEADS
+        head = batch_head % NUM_HEADS
+        kv_head = head // HEADS_PER_KV_HEAD
+        mask = mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK)
+        runs = schedule + (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+        for consumer in gl.static_range(2):
+            buffer = work % 2 * 2 + consumer
+            mbarrier.wait(q_empty.index(buffer), (work // 2 & 1) ^ 1)
+            mbarrier.expect(q_full.index(buffer), q.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q, [batch, head, row_tile * 128 + consumer * 64, 0], q_full.index(buffer), q_tiles.index(buffer)
+            )
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for run in range(gl.load(runs + (1 - IS_CUT))):
+                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                for column_tile in range(first_tile, end_tile):
+                    stage = step % STAGES
+                    phase = (step // STAGES & 1) ^ 1
+                    mbarrier.wait(k_empty.index(stage), phase)
+                    store_scalar(column_tiles.index(stage), column_tile)
+                    mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
+                    )
+                    mbarrier.wait(v_empty.index(stage), phase)
+                    mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        v, [batch, kv_head, column_tile * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
+                    )
+                    step += 1
+        work += 1
+        row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit
+def _softmax(scores, row_max, row_sum, factor, IS_CUT: gl.constexpr):
+    """Probabilities of a tile, new maximum and sum of its rows, and what the earlier output is multiplied with."""
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * factor)
+    # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
+    shift = gl.where(new_max == float("-inf"), 0.0, new_max) if IS_CUT else new_max
+    probabilities = gl.exp2(scores * factor - shift[:, None])
+    correction = gl.exp2(row_max - shift)
+    return probabilities, new_max, row_sum * correction + gl.sum(probabilities, 1), correction
+
+
+@gluon.jit
+def _consumer(
+    out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+    out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
+    NUM_HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr,
+    DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
+    STAGES: gl.constexpr, consumer: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+
+    factor = scale * LOG2_E
+    work = 0
+    step = 0
+    row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    while row_tile >= 0:
+        head = batch_head % NUM_HEADS
+        mask_bounds = bounds + mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK) * NUM_PLANES * kv_len
+        first_row = row_tile * 128 + consumer * 64
+        rows = first_row + gl.arange(0, 64, row_layout)
+        output = gl.zeros([64, BLOCK_DIM_V], gl.float32, out_layout)
+        # Scores and their maxima are in base 2.
+        if HAS_SINKS:
+            row_max = gl.full([64], 1.0, gl.float32, row_layout) * (gl.load(sinks + head).to(gl.float32) * LOG2_E)
+            row_sum = gl.full([64], 1.0, gl.float32, row_layout)
+        else:
+            row_max = gl.full([64], float("-inf"), gl.float32, row_layout)
+            row_sum = gl.zeros([64], gl.float32, row_layout)
+
+        buffer = work % 2 * 2 + consumer
+        q_tile = q_tiles.index(buffer).reshape([64, BLOCK_DIM])
+        mbarrier.wait(q_full.index(buffer), work // 2 & 1)
+        if num_cut + num_full > 0:
+            # The first tile, which has no product with V beside it. Masking it does no harm if it is full.
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+            k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+            scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+            scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+            columns = load_scalar(column_tiles.index(stage)) * BLOCK_N + gl.arange(0, BLOCK_N, column_layout)
+            planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
+            scores = hopper.warpgroup_mma_wait(0, [scores])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            scores = hide(scores, float("-inf"), rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+            probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
+            p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+            first_is_cut = (num_cut > 0).to(gl.int32)
+            for IS_CUT in gl.static_range(1, -1, -1):
+                num_tiles = num_cut - first_is_cut if IS_CUT else num_full - 1 + first_is_cut
+                for _ in range(num_tiles):
+                    last_stage = step % STAGES
+                    last_phase = step // STAGES & 1
+                    step += 1
+                    stage = step % STAGES
+                    mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+                    k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+                    scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                    scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(last_stage), last_phase)
+                    v_tile = v_tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                    output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
+                    if IS_CUT:
+                        columns = load_scalar(column_tiles.index(stage)) * BLOCK_N
+                        columns += gl.arange(0, BLOCK_N, column_layout)
+                        planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
+                    scores = hopper.warpgroup_mma_wait(1, [scores])
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    if IS_CUT:
+                        scores = hide(scores, float("-inf"), rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+                    probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
+                    output = hopper.warpgroup_mma_wait(0, [output])
+                    mbarrier.arrive(v_empty.index(last_stage), count=1)
+                    output = output * gl.convert_layout(correction, out_row_layout)[:, None]
+                    p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+            mbarrier.arrive(q_empty.index(buffer), count=1)
+            stage = step % STAGES
+            mbarrier.wait(v_full.index(stage), step // STAGES & 1)
+            v_tile = v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+            output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
+            output = hopper.warpgroup_mma_wait(0, [output])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            step += 1
+        else:
+            mbarrier.arrive(q_empty.index(buffer), count=1)
+
+        # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
+        row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
+        output = output * gl.convert_layout(1.0 / row_sum, out_row_layout)[:, None]
+        offsets = batch_head.to(gl.int64) * q_len + rows
+        gl.store(lse + offsets, (row_max + gl.log2(row_sum)) * LN_2, mask=rows < q_len)
+        note_nan(has_nan, output)
+        store_rows(
+            out, out_stride_b, out_stride_h, out_stride_m, output, batch_head // NUM_HEADS, head,
+            first_row, q_len, DIM_V, BLOCK_DIM_V,
+        )  # fmt: skip
+        work += 1
+        row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+
+
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "num_items", "num_row_tiles", "mask_stride_b", "max_runs"])
+def attention_forward_kernel(
+    q, k, v, out, lse, bounds, schedule, sinks, counter, has_nan, out_stride_b, out_stride_h, out_stride_m,
+    scale, q_len, kv_len, num_items, num_row_tiles, mask_stride_b, max_runs,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
+    HEADS_PER_GROUP: gl.constexpr, NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr,
+    DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    # Two buffers for the query of each consumer: that of the next piece of work is loaded early.
+    q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    work_items = make_scalars(4)
+    column_tiles = make_scalars(STAGES)
+    q_full, q_empty = make_barriers(4, 1), make_barriers(4, 1)
+    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+            )),
+            (_consumer, (
+                out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+            )),
+            (_producer, (
+                q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
+                num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
+            )),
+            (deal_out_work, (
+                schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
+            )),
+        ],
+        [4, 1, 1],
+        REGISTERS,
+    )  # fmt: skip
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    schedule: Tensor,
+    scale: float,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel. Arguments and results as of `portable.attention_forward`, without dropout and softcap
+    and for head sizes to 128.
+    """
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    query, key, value = (addressable(tensor) for tensor in (query, key, value))
+    out = query.new_empty(batch_size, q_len, num_heads, dim_v).transpose(1, 2)
+    lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
+    counter, has_nan = new_counters(2, query.device)
+    block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
+    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+    num_row_tiles = triton.cdiv(q_len, config.block_m)
+    num_items = num_row_tiles * batch_size * num_heads
+    attention_forward_kernel[(num_programs(query.device, num_items),)](
+        tile_source(query, 1, 1, 64, block_dim),
+        tile_source(key, 1, 1, config.block_n, block_dim),
+        tile_source(value, 1, 1, config.block_n, block_dim_v),
+        out,
+        lse,
+        bounds,
+        schedule,
+        sinks,
+        counter,
+        has_nan,
+        *out.stride()[:3],
+        scale,
+        q_len,
+        kv_len,
+        num_items,
+        num_row_tiles,
+        mask_stride_b,
+        max_runs_of(schedule),
+        NUM_HEADS=num_heads,
+        HEADS_PER_KV_HEAD=num_heads // kv_heads,
+        HEADS_PER_MASK=heads_per_mask,
+        HEADS_PER_GROUP=heads_per_group(key, value, num_heads),
+        NUM_PLANES=bounds.shape[2],
+        HAS_SINKS=sinks is not None,
+        DIM_V=dim_v,
+        BLOCK_N=config.block_n,
+        BLOCK_DIM=block_dim,
+        BLOCK_DIM_V=block_dim_v,
+        STAGES=config.num_stages,
+        **LAUNCH_OPTIONS,
+    )
+    tile = config.block_m, config.block_n
+    redo_forward(has_nan, query, key, value, bounds, sinks, schedule, out, lse, scale, tile)
+    return out, lse

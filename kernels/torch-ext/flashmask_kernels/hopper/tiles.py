@@ -1,0 +1,213 @@
+"""What the forward and the backward kernels share: dealing out work, passing scalars and barriers, masking cut tiles.
+
+A thread block is four groups of warps. The scheduler draws pieces of work (one row tile or column tile of one head)
+from a counter, one ahead of its use. The producer loads their tiles by TMA. Two consumers of four warps each compute
+on 64 rows or columns. They meet at barriers in shared memory: `full` ones tell that a buffer holds a tile, `empty` ones
+that it may be overwritten.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..portable.redo import num_processors
+from ..portable.tiles import descriptors_can_address
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+# 3 x 128 threads with 168 registers fill the register file; of these, consumers take 240 and leave 24 to the others.
+LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 168}
+REGISTERS = gl.constexpr([240, 24, 24])
+_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+def tile_source(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """The TMA descriptor of ``tensor`` for tiles of shape ``block``."""
+    layout = _tile_layout(block, tensor.dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+
+
+@functools.lru_cache
+def _tile_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+
+
+def padded_dim(dim: int) -> int:
+    """Width of a tile for a head size; TMA fills what lies past the head with 0."""
+    return 64 if dim <= 64 else 128
+
+
+def addressable(tensor: Tensor) -> Tensor:
+    """``tensor``, copied if TMA cannot read it where it is: expanded, or at an odd address."""
+    return tensor if descriptors_can_address(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def new_counters(count: int, device: torch.device) -> list[Tensor]:
+    """Integers that start at 0, for kernels to count work and to note NaN."""
+    return list(torch.zeros(count, dtype=torch.int32, device=device).split(1))
+
+
+def heads_per_group(key: Tensor, value: Tensor, num_heads: int) -> int:
+    """Query heads that the programs work on at the same time.
+
+    All of a batch where K and V of all heads fit in L2 together, otherwise a quarter: fewer reuse K and V better under
+    masks with long rows, more spread short documents better.
+    """
+    kv_heads, kv_len = key.shape[1:3]
+    size = kv_heads * kv_len * (key.shape[-1] + value.shape[-1]) * key.element_size()
+    return num_heads if size <= 32 << 20 or kv_heads % 4 else num_heads // 4
+
+
+def num_programs(device: torch.device, num_items: int) -> int:
+    """One program for each processor, which works until there is nothing left."""
+    return min(num_processors(device), num_items)
+
+
+@gluon.jit
+def make_barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
+    """Barriers that complete a phase when ``COUNT`` arrived."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(NUM):
+        mbarrier.init(barriers.index(index), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def make_scalars(NUM: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int32, [NUM, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def store_scalar(buffer, value):
+    buffer.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+
+
+@gluon.jit
+def load_scalar(buffer):
+    return gl.max(buffer.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def load_run(runs, run, max_runs, IS_CUT: gl.constexpr):
+    """First and end tile of a run in one list of a schedule: cut runs from the front, full ones from the back."""
+    pair = runs + (2 + 2 * run if IS_CUT else 2 * max_runs - 2 * run)
+    return gl.load(pair), gl.load(pair + 1)
+
+
+@gluon.jit
+def _count_tiles(runs, max_runs, IS_CUT: gl.constexpr):
+    count = 0
+    for run in range(gl.load(runs + (1 - IS_CUT))):
+        first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+        count += end_tile - first_tile
+    return count
+
+
+@gluon.jit
+def mask_of(batch_head, mask_stride_b, HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr):
+    return (batch_head // HEADS * mask_stride_b + batch_head % HEADS // HEADS_PER_MASK).to(gl.int64)
+
+
+@gluon.jit
+def deal_out_work(
+    schedule, counter, work_items, item_full, item_empty, num_items, num_tiles, mask_stride_b, max_runs,
+    HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, HEADS_PER_GROUP: gl.constexpr, LAST_FIRST: gl.constexpr,
+):  # fmt: skip
+    """The scheduler: tile, batch * heads + head, and the numbers of cut and full tiles to visit; tile -1 ends it.
+
+    The tiles with most work under a causal mask come first. Heads are taken in groups, whose K and V stay in L2.
+    """
+    work = 0
+    item = gl.program_id(0)
+    while item < num_items:
+        within = item % (num_tiles * HEADS_PER_GROUP)
+        tile = within // HEADS_PER_GROUP
+        if LAST_FIRST:
+            tile = num_tiles - 1 - tile
+        batch_head = item // (num_tiles * HEADS_PER_GROUP) * HEADS_PER_GROUP + within % HEADS_PER_GROUP
+        mask = mask_of(batch_head, mask_stride_b, HEADS, HEADS_PER_MASK)
+        runs = schedule + (mask * num_tiles + tile) * (2 + 2 * max_runs)
+        store_scalar(work_items.index(0), tile)
+        store_scalar(work_items.index(1), batch_head)
+        store_scalar(work_items.index(2), _count_tiles(runs, max_runs, 1))
+        store_scalar(work_items.index(3), _count_tiles(runs, max_runs, 0))
+        mbarrier.arrive(item_full, count=1)
+        # Not before all have taken the last one: work that waits here is work that an idle processor lacks.
+        mbarrier.wait(item_empty, work & 1)
+        item = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        work += 1
+    store_scalar(work_items.index(0), -1)
+    mbarrier.arrive(item_full, count=1)
+
+
+@gluon.jit
+def next_work(work_items, item_full, item_empty, work):
+    """What `deal_out_work` wrote for the piece of work of that number."""
+    mbarrier.wait(item_full, work & 1)
+    tile = load_scalar(work_items.index(0))
+    batch_head = load_scalar(work_items.index(1))
+    num_cut = load_scalar(work_items.index(2))
+    num_full = load_scalar(work_items.index(3))
+    mbarrier.arrive(item_empty, count=1)
+    return tile, batch_head, num_cut, num_full
+
+
+@gluon.jit
+def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
+    """Of masks with one or two planes, where the visible rows of each column end and where they begin."""
+    if NUM_PLANES > 2:
+        return columns, columns
+    # A column past the last key is hidden from row 0 on.
+    lower_start = gl.load(bounds + columns, mask=columns < kv_len, other=0)
+    if NUM_PLANES == 1:
+        return lower_start, columns - (kv_len - q_len)
+    return lower_start, gl.load(bounds + kv_len + columns, mask=columns < kv_len, other=0)
+
+
+@gluon.jit
+def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES: gl.constexpr, AXIS: gl.constexpr):
+    """``hidden_value`` where row and column do not see each other. ``planes`` are those of `load_planes`, ``AXIS`` is
+    that of the rows in the tile. One interval at a time keeps few registers alive.
+    """
+    row = gl.expand_dims(rows, 1 - AXIS)
+    if NUM_PLANES <= 2:
+        lower_start = gl.expand_dims(planes[0], AXIS)
+        upper_end = gl.expand_dims(planes[1], AXIS)
+        return gl.where((row >= lower_start) | (row < upper_end), hidden_value, values)
+    exists = columns < kv_len
+    values = gl.where(gl.expand_dims(exists, AXIS), values, hidden_value)
+    for interval in gl.static_range(NUM_PLANES // 2):
+        plane = bounds + 2 * interval * kv_len.to(gl.int64)
+        start = gl.expand_dims(gl.load(plane + columns, mask=exists, other=0), AXIS)
+        end = gl.expand_dims(gl.load(plane + kv_len + columns, mask=exists, other=0), AXIS)
+        values = gl.where((row >= start) & (row < end), hidden_value, values)
+    return values
+
+
+@gluon.jit
+def note_nan(has_nan, tile):
+    """Set the flag if there is NaN in ``tile`` [64, N]; infinities of either sign may pass for one."""
+    sums = gl.sum(tile, 1)
+    gl.store(has_nan + gl.zeros_like(sums).to(gl.int32), 1, mask=sums != sums)
+
+
+@gluon.jit
+def store_rows(
+    target, stride_b, stride_h, stride_row, tile, batch, head, first, length,
+    DIM: gl.constexpr, BLOCK_DIM: gl.constexpr,
+):  # fmt: skip
+    """Write ``tile`` [64, BLOCK_DIM] to the rows of one head that exist, 16 bytes a thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DIM, BLOCK_DIM // 8], [4, 1], [1, 0])
+    tile = gl.convert_layout(tile.to(target.dtype.element_ty), layout)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, layout))
+    base = target + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first.to(gl.int64) * stride_row
+    mask = (first + rows < length)[:, None] & (dims < DIM)[None, :]
+    gl.store(base + rows[:, None] * stride_row + dims[None, :], tile, mask=mask)
