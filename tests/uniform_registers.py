@@ -1,6 +1,6 @@
 """Finds uniform registers that a kernel reads on a path on which nothing wrote them, in its machine code.
 
-ptxas of CUDA 12.8 and 12.9 can compute the matrix descriptors of a tile for two loops before the first of them only,
+ptxas of CUDA 12.8 can compute the matrix descriptors of a tile for two loops before the first of them only,
 which is skipped when it has nothing to do: the products of the second loop then read shared memory anywhere. No test of
 results finds that reliably, since registers often hold what an earlier tile left in them.
 """
