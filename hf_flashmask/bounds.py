@@ -1058,7 +1058,7 @@ def _fewest_planes(start: Tensor, end: Tensor, q_len: int) -> Tensor:
 
 def _shift_down(planes: Tensor, fill: int) -> Tensor:
     """Plane k becomes plane k + 1, the first one `fill`."""
-    return torch.nn.functional.pad(planes[:, :, :-1], (0, 0, 1, 0), value=fill)
+    return torch.cat([torch.full_like(planes[:, :, :1], fill), planes[:, :, :-1]], dim=2)
 
 
 def _broadcast(bounds: Sequence[Tensor]) -> list[Tensor]:

@@ -225,6 +225,8 @@ def test_checkpointed_layers_compile_in_one_graph(has_gradients: bool) -> None:
     """What one region of a graph makes, another cannot have."""
     model = build("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # What only reentrant checkpointing needs, torch 2.9 does not compile.
+    model.disable_input_require_grads()
     documents = random_documents(LENGTHS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(has_gradients):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_checks import masks, model_tensor, random_intervals
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention
+from flashmask_kernels import configs, flashmask_attention, ops, reference_attention
 
 
 def tensors(length: int = 37, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
@@ -111,6 +112,26 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
         assert_close(ours, truth)
+
+
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large inputs take the kernels for sm_90, in one graph for all lengths. Fake tensors stand for those on a GPU."""
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    chosen = []
+
+    def note_choice(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        forward = torch.ops.flashmask_kernels.forward.default
+        chosen.extend(node.args[-1] for node in module.graph.nodes if node.target == forward)
+        return lambda *inputs: (torch.empty(0),)
+
+    compiled = torch.compile(flashmask_attention, fullgraph=True, dynamic=True, backend=note_choice)
+    for length in (8192, 9001, 4096, 1000, 300, 2048, 20000):
+        with FakeTensorMode():
+            query, key = (torch.empty(1, heads, length, 128, device="cuda").bfloat16() for heads in (32, 8))
+            bounds = torch.empty(1, 1, 1, length, device="cuda", dtype=torch.int32)
+        compiled(query, key, key, bounds)
+    assert chosen == [True, False]
 
 
 def test_operator_contract() -> None:
