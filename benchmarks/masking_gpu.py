@@ -1,6 +1,7 @@
 """Making masks, and decoding with them: flashmask beside what Transformers does for `flex_attention` and `sdpa`.
 
     python benchmarks/masking_gpu.py               # a few minutes
+    python benchmarks/masking_gpu.py --lengths     # only decoding; --decode-lengths without any: only masks
     python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512  # checks itself without a GPU
 
 Making is everything that one training step does about masks for a row of packed documents: Transformers' creators as
@@ -10,8 +11,8 @@ the host has gone ahead: whoever reads a value back waits in it for the host. `h
 returns. The profiler counts `launches` and `reads`, waits of the host for the device. `peak_mib` is the memory above
 the positions.
 
-Decoding is one layer's attention of one query row per sequence against a cache of so many keys, without padding and
-with padding on the left; `mask_device` and `mask_host` are what making its mask takes, once a step.
+Decoding, in a file of its own, is one layer's attention of one query row per sequence against a cache of so many keys,
+without padding and with padding on the left; `mask_device` and `mask_host` are what making its mask takes, once a step.
 
 Before anything is timed, all implementations must show the same pairs, and decode to the same as float32 attention.
 """
@@ -144,7 +145,7 @@ def check_makers(layers: tuple[str, ...], device: str) -> None:
 
 def measure_making(name: str, layers: str, length: int, device: str) -> dict[str, Any]:
     make = makers(MASKS[layers], packed_position_ids(length, device), WINDOW)[name]
-    row: dict[str, Any] = {"what": "making", "mask": layers, "length": length, "implementation": name}
+    row: dict[str, Any] = {"mask": layers, "length": length, "implementation": name}
     row["milliseconds"], row["spread"] = times(make, device)
     if device == "cuda":
         row.update(count_launches(make), peak_mib=peak_memory(make))
@@ -221,7 +222,7 @@ def measure_decoding(length: int, is_padded: bool, device: str) -> Iterator[dict
         except RuntimeError as error:  # a backend that this GPU does not have
             print(f"{name}: {error}")
             continue
-        row: dict[str, Any] = {"what": "decoding", "length": length, "padded": is_padded, "implementation": name}
+        row: dict[str, Any] = {"length": length, "padded": is_padded, "implementation": name}
         row["milliseconds"], row["spread"] = times(step, device)
         making, _ = times(make, device)
         row["milliseconds"].update({f"mask_{part}": value for part, value in making.items()})
@@ -269,36 +270,37 @@ def count_launches(function: Callable[[], Any]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--decode-lengths", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
+    parser.add_argument("--decode-lengths", type=int, nargs="*", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cuda":
         require_gpu()
-    rows = []
-    for mask, layers in MASKS.items():
-        check_makers(layers, device)
-        for length in arguments.lengths:
-            for name in makers(layers, packed_position_ids(length, device), WINDOW):
-                rows.append(measure_making(name, mask, length, device))
-                print(rows[-1], flush=True)
-    for length in arguments.decode_lengths:
-        for is_padded in (False, True):
-            for row in measure_decoding(length, is_padded, device):
-                rows.append(row)
-                print(row, flush=True)
     settings = {
         "dtype": str(DTYPE).removeprefix("torch."),
         "heads": HEADS,
         "kv_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "document_length": DOCUMENT_LENGTH,
-        "window": WINDOW,
-        "batch_of_decoding": BATCH,
     }
-    print("wrote", write_results("masking_gpu", device, settings, rows, arguments.output))
+    making, decoding = [], []
+    for mask, layers in MASKS.items() if arguments.lengths else ():
+        check_makers(layers, device)
+        for length in arguments.lengths:
+            for name in makers(layers, packed_position_ids(length, device), WINDOW):
+                making.append(measure_making(name, mask, length, device))
+                print(making[-1], flush=True)
+    if making:
+        of_masks = settings | {"document_length": DOCUMENT_LENGTH, "window": WINDOW}
+        print("wrote", write_results("masking_gpu", device, of_masks, making, arguments.output))
+    for length in arguments.decode_lengths:
+        for is_padded in (False, True):
+            for row in measure_decoding(length, is_padded, device):
+                decoding.append(row)
+                print(row, flush=True)
+    if decoding:
+        print("wrote", write_results("decoding_gpu", device, settings | {"batch": BATCH}, decoding, arguments.output))
 
 
 if __name__ == "__main__":

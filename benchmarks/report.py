@@ -236,7 +236,7 @@ def shape_name(settings: Json, shape: str) -> str:
 
 def masking_section(result: Json) -> list[str]:
     """What a training step does about masks, at the length nearest to the headline's."""
-    rows = [row for row in result["rows"] if row["what"] == "making"]
+    rows = result["rows"]
     length = min({row["length"] for row in rows}, key=lambda length: abs(length - HEADLINE["length"]))
     cells = {(row["mask"], row["implementation"]): row for row in rows if row["length"] == length}
     peers = list(dict.fromkeys(row["implementation"] for row in rows))

@@ -539,12 +539,11 @@ def test_decoding_is_checked() -> None:
 
 
 def test_the_report_of_making_masks() -> None:
-    row = {"what": "making", "mask": "packed documents", "length": 30000, "launches": 9, "reads": 0, "peak_mib": 1.26}
+    row = {"mask": "packed documents", "length": 30000, "launches": 9, "reads": 0, "peak_mib": 1.26}
     rows = [
         {**row, "implementation": "flashmask", "milliseconds": {"device": 0.05, "host": 0.21}},
         {**row, "implementation": "flex_attention", "milliseconds": {"device": 2.5, "host": 3.0}, "reads": 2},
         {**row, "implementation": "sdpa", "milliseconds": {"device": 1.0, "host": 2.0}, "length": 8192},
-        {"what": "decoding", "length": 1024, "padded": False, "implementation": "flashmask"},
     ]
     lines = report.masking_section({"environment": measurement.environment("cpu"), "rows": rows})
     assert "30,000 tokens" in lines[0]
