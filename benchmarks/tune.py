@@ -67,8 +67,8 @@ def candidates(kernels: list[str], head_dims: list[int], grid: dict[str, tuple[A
 
 @contextmanager
 def launched_with(candidate: Candidate) -> Iterator[None]:
-    """Inside, the candidate stands for its kernel's configuration; raises where nobody has asked for it."""
-    original, asked = table.select_configs, 0
+    """Inside, the candidate stands for its portable kernel's configuration; raises where nobody has asked for it."""
+    original, specialized, asked = table.select_configs, table.select_specialized_configs, 0
     usual = original(torch.device("cuda"), DTYPE, candidate.head_dim)
     assert usual is not None
     configs = usual._replace(**{candidate.kernel: candidate.config})
@@ -78,11 +78,11 @@ def launched_with(candidate: Candidate) -> Iterator[None]:
         asked += 1
         return configs
 
-    table.select_configs = select_configs
+    table.select_configs, table.select_specialized_configs = select_configs, lambda *_: None
     try:
         yield
     finally:
-        table.select_configs = original
+        table.select_configs, table.select_specialized_configs = original, specialized
     if not asked:
         raise RuntimeError("flashmask_kernels no longer looks up configs.select_configs at every call")
 

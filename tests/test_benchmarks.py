@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
-from flashmask_kernels import flashmask_attention, reference_attention
+from flashmask_kernels import flashmask_attention, ops, reference_attention
 from hf_flashmask.bounds import from_cu_seqlens, to_dense, visible_pairs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -371,6 +372,20 @@ def test_candidates_take_every_field_of_a_configuration() -> None:
     assert {candidate.config.block_m for candidate in found} == {32, 64}
     assert {candidate.config.use_descriptors for candidate in found} == {False}  # its default
     assert set(tune.GRID) <= set(tune.Config._fields)
+
+
+def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where sm_90, which fake tensors stand for, has kernels of its own."""
+    monkeypatch.setattr(tune.table, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune.table, "_HAS_GLUON", True)
+    with FakeTensorMode():
+        query, bounds = torch.empty(1, 32, 8192, 128, device="cuda").bfloat16(), torch.empty(1, 1, 1, 8192)
+    assert ops._specializes(query, query, bounds, None, 0.0)
+    candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
+    with tune.launched_with(candidate):
+        specialize = ops._specializes(query, query, bounds, None, 0.0)
+        assert ops._configs(query, query, specialize).query_gradient == candidate.config
+    assert ops._specializes(query, query, bounds, None, 0.0)
 
 
 def test_the_fastest_over_all_workloads_goes_into_the_table() -> None:
