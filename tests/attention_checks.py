@@ -196,3 +196,13 @@ def assert_documents_are_alone(
         gradients = torch.autograd.grad(expected, alone, d_out[:, :, start:end].float())
         for actual, truth in zip(result, (expected.detach(), *gradients)):
             assert_near(actual[:, :, start:end], truth)
+
+
+def assert_right_past_32_bit_offsets(attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """On a GPU. The last head and the last document lie past 2^31 elements in every tensor."""
+    length, heads, dim, document = 1 << 20, 17, 128, 1024
+    query, key, value, d_out = (model_tensor(1, length, heads, dim, torch.bfloat16, "cuda") for _ in range(4))
+    assert query.numel() > 2**31
+    ends = (torch.arange(length, dtype=torch.int32, device="cuda") // document + 1) * document
+    documents = [(0, document), (length - document, length)]
+    assert_documents_are_alone(attend, query, key, value, d_out, ends[None, None, None], documents)

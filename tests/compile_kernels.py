@@ -92,13 +92,11 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, specialized
         ]
         if specialized:
             out, lse = hopper.attention_forward(query, key, value, bounds, None, schedules[0], 0.1, chosen.forward)
+            hopper.attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, chosen)
         else:
             out, lse = attention_forward(
                 query, key, value, bounds, None, schedules[0], None, 0.1, None, 0.0, chosen.forward
             )
-        if specialized:
-            hopper.attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, chosen)
-        else:
             attention_backward(
                 d_out, None, query, key, value, bounds, out, lse, *schedules[1:], None, 0.1, None, 0.0, chosen
             )

@@ -9,6 +9,7 @@ from attention_checks import (
     assert_documents_are_alone,
     assert_hides_what_is_not_finite,
     assert_matches_reference,
+    assert_right_past_32_bit_offsets,
     masks,
     model_tensor,
     random_documents,
@@ -125,6 +126,10 @@ def test_long_packed_rows(dim: int) -> None:
     query, key, value, d_out = (model_tensor(1, length, heads, dim, torch.bfloat16, "cuda") for heads in (16, 4, 4, 16))
     documents = sorted({(int(start), int(end)) for start, end in zip(starts[::50], ends[::50])})
     assert_documents_are_alone(attend, query, key, value, d_out, ends.int().cuda()[None, None, None], documents)
+
+
+def test_tensors_past_32_bit_offsets() -> None:
+    assert_right_past_32_bit_offsets(attend)
 
 
 def test_what_the_portable_kernels_compute() -> None:
