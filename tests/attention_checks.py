@@ -206,3 +206,32 @@ def assert_right_past_32_bit_offsets(attend: Callable[..., tuple[Tensor, Tensor]
     ends = (torch.arange(length, dtype=torch.int32, device="cuda") // document + 1) * document
     documents = [(0, document), (length - document, length)]
     assert_documents_are_alone(attend, query, key, value, d_out, ends[None, None, None], documents)
+
+
+def assert_replays_as_eager(attend: Callable[..., Tensor], random_inputs: Callable[[], list[Tensor]]) -> None:
+    """A replayed CUDA graph of forward and backward uses what its inputs, query, key, value and bounds, hold then."""
+    inputs = random_inputs()
+    leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
+
+    def step() -> list[Tensor]:
+        out = attend(*inputs)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    eager_before = [tensor.clone() for tensor in step()]
+    for _ in range(2):
+        with torch.no_grad():
+            for static, new in zip(inputs, random_inputs()):
+                static.copy_(new)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for ours, eager in zip(replayed, step()):
+            assert torch.equal(ours, eager)
+    assert not torch.equal(replayed[0], eager_before[0])

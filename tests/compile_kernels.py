@@ -40,6 +40,7 @@ TARGETS = {
 CASES = [
     (torch.bfloat16, 64, 1),
     (torch.bfloat16, 128, 1),
+    (torch.bfloat16, 128, 4),
     (torch.float16, 96, 2),
     (torch.bfloat16, 192, 4),
     (torch.float32, 64, 1),

@@ -9,6 +9,7 @@ from attention_checks import (
     assert_documents_are_alone,
     assert_hides_what_is_not_finite,
     assert_matches_reference,
+    assert_replays_as_eager,
     assert_right_past_32_bit_offsets,
     masks,
     model_tensor,
@@ -109,6 +110,29 @@ def test_gradients_are_bitwise_repeatable() -> None:
         torch.autograd.grad(attend(query, key, value, bounds)[0], (query, key, value), d_out) for _ in range(4)
     )
     assert all(torch.equal(one, two) for other in others for one, two in zip(first, other))
+
+
+def test_cuda_graph_of_forward_and_backward() -> None:
+    def random_inputs() -> list[Tensor]:
+        tensors = [model_tensor(2, 1500, heads, 128, torch.bfloat16, "cuda") for heads in (4, 2, 2)]
+        return [*tensors, random_intervals(1, 1, 2, 1500, 1500).cuda()]
+
+    assert_replays_as_eager(lambda *inputs: attend(*inputs)[0], random_inputs)
+
+
+def test_compiled_by_inductor_equals_eager() -> None:
+    inputs = [model_tensor(1, 2050, heads, 128, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)]
+    bounds = masks(2050, 2050)["causal_document"].cuda()
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for _ in range(3):
+            query = query + flashmask_attention(query, key, value, bounds)
+        return query.square().mean()
+
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    compiled = torch.compile(step, fullgraph=True)
+    for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
+        torch.testing.assert_close(ours, truth, rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [80, 128])

@@ -79,9 +79,10 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 
 # `hopper`'s tiles are what two consumers of 64 rows or columns take; stages are what shared memory holds. Forward and
 # backward in ms at D = 128 against the portable kernels in one run (H200, Triton 3.6, bfloat16, 32 query and 8 key
-# heads, 32K tokens): causal 13.8 / 45.3 against 15.9 / 50.0, full 27.0 / 92.1 against 32.3 / 103.5, documents of 4K
-# 2.06 / 5.77 against 2.46 / 6.45, of 800 1.16 / 1.95 against 0.91 / 2.04. At D = 64, kernels of this form were no
-# faster: backward causal 26.4 against 26.2, documents of 4K 3.72 against 3.54.
+# heads, 32K tokens): causal 13.8 / 45.3 against 15.9 / 50.0, full 27.0 / 92.1 against 32.3 / 103.5, documents of 3200
+# tokens 1.38 / 4.54 against 1.73 / 5.17, of 800 0.77 / 1.76 against 0.81 / 1.93, of 400 0.76 / 1.47 against
+# 0.67 / 1.42. At D = 64, kernels of this form were no faster: backward causal 26.4 against 26.2, documents of 4K 3.72
+# against 3.54.
 _SMALLEST_SPECIALIZED_DIM, _LARGEST_SPECIALIZED_DIM = 65, 128
 _SPECIALIZED = Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True))
 # The releases of Triton that the tests compile them with: they use Gluon, which promises no stability.

@@ -20,15 +20,20 @@ from ..schedule import mask_strides, max_runs_of
 from .tiles import (
     LAUNCH_OPTIONS,
     LOG2_E,
+    MASK_STAGES,
     REGISTERS,
+    REGISTERS_WITH_MASKS,
     addressable,
     deal_out_work,
     heads_per_group,
     hide,
+    hide_by_mask,
     load_planes,
     load_run,
     load_scalar,
     make_barriers,
+    make_mask_buffers,
+    make_masks,
     make_scalars,
     mask_of,
     new_counters,
@@ -152,7 +157,7 @@ def _consume_rows(
                 if IS_CUT:
                     row = load_scalar(row_tiles.index(stage)) * BLOCK_M
                     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
-                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 1)
+                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
                 p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
                 row_delta = delta_tiles.index(stage).load(scores_layout)
                 d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
@@ -244,7 +249,7 @@ def key_value_gradient_kernel(
 
 @gluon.jit
 def _produce_columns(
-    q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
     num_row_tiles, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
@@ -274,7 +279,6 @@ def _produce_columns(
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
                     mbarrier.wait(k_empty.index(stage), phase)
-                    store_scalar(column_tiles.index(stage), column_tile)
                     mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
@@ -291,12 +295,11 @@ def _produce_columns(
 
 @gluon.jit
 def _consume_columns(
-    d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-    d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
-    NUM_HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    consumer: gl.constexpr,
+    d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+    d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+    NUM_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr,
+    BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -311,9 +314,9 @@ def _consume_columns(
     factor = scale * LOG2_E
     work = 0
     step = 0
+    mask_step = 0
     row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
     while row_tile >= 0:
-        mask_bounds = bounds + mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK) * NUM_PLANES * kv_len
         first_row = row_tile * 128 + consumer * 64
         rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
         statistics = batch_head.to(gl.int64) * statistics_len + rows
@@ -337,10 +340,10 @@ def _consume_columns(
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
                 if IS_CUT:
-                    columns = load_scalar(column_tiles.index(stage)) * BLOCK_N
-                    columns += gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores_layout))
-                    planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
-                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+                    probabilities = hide_by_mask(
+                        probabilities, 0.0, masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer
+                    )
+                    mask_step += 1
                 d_p = hopper.warpgroup_mma_wait(0, [d_p])
                 mbarrier.arrive(v_empty.index(stage), count=1)
                 d_scores = probabilities * (d_p - row_delta[:, None])
@@ -372,29 +375,30 @@ def query_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    masks = make_mask_buffers(BLOCK_N)
     work_items = make_scalars(4)
-    column_tiles = make_scalars(STAGES)
     q_full, q_empty = make_barriers(2, 1), make_barriers(2, 1)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    mask_full, mask_empty = make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2)
+    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 4).index(0)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_consume_columns, (
-                d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
             )),
             (_consume_columns, (
-                d_q, lse_2, delta, has_nan, bounds, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, kv_len, statistics_len, mask_stride_b,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
             )),
             (_produce_columns, (
-                q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
                 num_row_tiles, mask_stride_b, max_runs,
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
@@ -403,9 +407,14 @@ def query_gradient_kernel(
                 schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
                 NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
             )),
+            (make_masks, (
+                bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
+                q_len, kv_len, num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, BLOCK_N, False,
+            )),
         ],
-        [4, 1, 1],
-        REGISTERS,
+        [4, 1, 1, 2],
+        REGISTERS_WITH_MASKS,
     )  # fmt: skip
 
 

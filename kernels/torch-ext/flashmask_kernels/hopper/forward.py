@@ -21,15 +21,16 @@ from .tiles import (
     LAUNCH_OPTIONS,
     LN_2,
     LOG2_E,
-    REGISTERS,
+    MASK_STAGES,
+    REGISTERS_WITH_MASKS,
     addressable,
     deal_out_work,
     heads_per_group,
-    hide,
-    load_planes,
+    hide_by_mask,
     load_run,
-    load_scalar,
     make_barriers,
+    make_mask_buffers,
+    make_masks,
     make_scalars,
     mask_of,
     new_counters,
@@ -38,14 +39,13 @@ from .tiles import (
     num_programs,
     padded_dim,
     store_rows,
-    store_scalar,
     tile_source,
 )
 
 
 @gluon.jit
 def _producer(
-    q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+    q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
     num_row_tiles, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
@@ -74,7 +74,6 @@ def _producer(
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
                     mbarrier.wait(k_empty.index(stage), phase)
-                    store_scalar(column_tiles.index(stage), column_tile)
                     mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
@@ -102,10 +101,10 @@ def _softmax(scores, row_max, row_sum, factor, IS_CUT: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-    out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
-    NUM_HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr,
+    out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+    out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+    NUM_HEADS: gl.constexpr, HAS_SINKS: gl.constexpr,
     DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
@@ -114,16 +113,15 @@ def _consumer(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    column_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
 
     factor = scale * LOG2_E
     work = 0
     step = 0
+    mask_step = 0
     row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
     while row_tile >= 0:
         head = batch_head % NUM_HEADS
-        mask_bounds = bounds + mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK) * NUM_PLANES * kv_len
         first_row = row_tile * 128 + consumer * 64
         rows = first_row + gl.arange(0, 64, row_layout)
         output = gl.zeros([64, BLOCK_DIM_V], gl.float32, out_layout)
@@ -145,11 +143,10 @@ def _consumer(
             k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
             scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
             scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-            columns = load_scalar(column_tiles.index(stage)) * BLOCK_N + gl.arange(0, BLOCK_N, column_layout)
-            planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
             scores = hopper.warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            scores = hide(scores, float("-inf"), rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+            scores = hide_by_mask(scores, float("-inf"), masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer)
+            mask_step += 1
             probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
             p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
             first_is_cut = (num_cut > 0).to(gl.int32)
@@ -167,14 +164,13 @@ def _consumer(
                     mbarrier.wait(v_full.index(last_stage), last_phase)
                     v_tile = v_tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
                     output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
-                    if IS_CUT:
-                        columns = load_scalar(column_tiles.index(stage)) * BLOCK_N
-                        columns += gl.arange(0, BLOCK_N, column_layout)
-                        planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     if IS_CUT:
-                        scores = hide(scores, float("-inf"), rows, columns, planes, mask_bounds, kv_len, NUM_PLANES, 0)
+                        scores = hide_by_mask(
+                            scores, float("-inf"), masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer
+                        )
+                        mask_step += 1
                     probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
                     output = hopper.warpgroup_mma_wait(0, [output])
                     mbarrier.arrive(v_empty.index(last_stage), count=1)
@@ -218,29 +214,30 @@ def attention_forward_kernel(
     q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    masks = make_mask_buffers(BLOCK_N)
     work_items = make_scalars(4)
-    column_tiles = make_scalars(STAGES)
     q_full, q_empty = make_barriers(4, 1), make_barriers(4, 1)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    mask_full, mask_empty = make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2)
+    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 4).index(0)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_consumer, (
-                out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+                out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
             )),
             (_consumer, (
-                out, lse, has_nan, bounds, sinks, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                out_stride_b, out_stride_h, out_stride_m, scale, q_len, kv_len, mask_stride_b,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
+                out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
             )),
             (_producer, (
-                q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items, column_tiles,
+                q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
                 num_row_tiles, mask_stride_b, max_runs,
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
@@ -249,9 +246,14 @@ def attention_forward_kernel(
                 schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
                 NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
             )),
+            (make_masks, (
+                bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
+                q_len, kv_len, num_row_tiles, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, BLOCK_N, True,
+            )),
         ],
-        [4, 1, 1],
-        REGISTERS,
+        [4, 1, 1, 2],
+        REGISTERS_WITH_MASKS,
     )  # fmt: skip
 
 
