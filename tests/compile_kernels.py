@@ -48,6 +48,8 @@ CASES = [
     (torch.float32, 256, 1),
     (torch.float16, 512, 1),
 ]
+FORMS = ("", "short", "hopper")
+"""The portable kernels, these for rows too short for descriptors, and those for sm_90."""
 ROWS = {"sm_120": "sm_86"}
 """The row of the table that an architecture uses, where it has another name."""
 
@@ -66,22 +68,26 @@ class OfflineDriver:
         return 0
 
 
-def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, specialized: bool) -> list[Any]:
-    """Every kernel that a forward and a backward pass launch, of the portable or of the warp-specialised ones."""
+def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) -> list[Any]:
+    """Every kernel that a forward and a backward pass launch, of a form that `FORMS` has; none if it is another's."""
     kernels = []
     compile_and_launch = triton.JITFunction.run
 
-    def compile_only(self: triton.JITFunction, *args: Any, **options: Any) -> Any:
+    def compile_only(self: triton.JITFunction, *args: Any, **options: Any) -> None:
         kernels.append(compile_and_launch(self, *args, **(options | {"warmup": True})))
-        return kernels[-1]
 
     length = 256
     query, key, value, d_out = (
         torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
     )
     bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
+    specialized = form == "hopper"
     select = configs.select_specialized_configs if specialized else configs.select_configs
     chosen = select(torch.device("cuda"), dtype, head_dim)
+    if form == "short":
+        long, chosen = chosen, configs.without_descriptors(chosen)
+        if chosen == long or planes > 1:
+            return []
     if specialized:
         if chosen is None:
             return []
@@ -140,10 +146,10 @@ def report(architecture: str) -> dict[str, dict[str, int]]:
     result = {}
     with mock.patch.object(configs, "architecture", return_value=ROWS.get(architecture, architecture)):
         for dtype, head_dim, planes in CASES:
-            for specialized in (False, True):
-                for kernel in compiled_kernels(dtype, head_dim, planes, specialized):
+            for form in FORMS:
+                for kernel in compiled_kernels(dtype, head_dim, planes, form):
                     name = f"{kernel.metadata.name} {str(dtype).removeprefix('torch.')} D={head_dim} C={planes}"
-                    name = f"hopper {name}" if specialized else name
+                    name = f"{form} {name}" if form else name
                     result[name] = resources(kernel, target) | {"shared": kernel.metadata.shared}
     return result
 

@@ -134,6 +134,17 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
     assert chosen == [True, False]
 
 
+def test_short_rows_do_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    chosen = {}
+    for length in (1024, 2048):
+        with FakeTensorMode():
+            query = torch.empty(1, 32, length, 128, dtype=torch.bfloat16, device="cuda")
+            chosen[length] = ops._launched_configs(query, query, False)
+    assert all(config.use_descriptors for config in chosen[2048])
+    assert chosen[1024] == tuple(config._replace(use_descriptors=False) for config in chosen[2048])
+
+
 def test_operator_contract() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
     bounds = random_intervals(1, 1, 2, 37, 37)

@@ -28,8 +28,11 @@ def attend(query, key, value, bounds, **options):
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch):
-    """No size takes other kernels. New memory is full of NaN or the largest integer: an element nobody wrote shows."""
+    """All sizes take these kernels, with descriptors where there are any. New memory is full of NaN or the largest
+    integer: an element nobody wrote shows.
+    """
     monkeypatch.setattr(ops, "_specializes", lambda *arguments: False)
+    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", 0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -154,6 +157,20 @@ def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape)
     key, value = (model_tensor(2, kv_len, kv_heads, size, dtype, "cuda") for size in (dim, dim_v))
     bounds = random_intervals(*bounds_shape, q_len, kv_len).cuda()
     assert_matches_reference(attend, query, key, value, bounds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_short_rows_at_any_address(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too short for descriptors. Calls of the same shapes and strides differ in what the hardware may load at once."""
+    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", 1 << 60)
+    bounds = masks(1021, 1021)["causal_document"]
+    whole = torch.empty(bounds.numel() + 1, dtype=torch.int32, device="cuda")
+    for offset in (0, 1, 8, 0):
+        joined = torch.randn(2, 1021, 4, dim + 8, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        part = joined[..., offset : offset + dim]
+        moved = whole[offset % 2 :][: bounds.numel()].view(bounds.shape).copy_(bounds)
+        assert_matches_reference(attend, part, part[:, :2], part[:, 2:], moved)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ _SPECIALIZED = Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True)
 _HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
 
 
+@functools.lru_cache
 def architecture(device: torch.device) -> str:
     """The row of the table for a device; a GPU that is not in it gets the nearest row with no more shared memory."""
     if device.type != "cuda" or torch.version.hip:
@@ -104,6 +106,12 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     row = architecture(device)
     table = _HALF[row] if dtype != torch.float32 else _FLOAT_HOPPER if row == "sm_90" else _FLOAT
     return next((configs for largest, configs in table.items() if head_dim <= largest), None)
+
+
+@functools.lru_cache
+def without_descriptors(configs: Configs) -> Configs:
+    """The configurations for rows so short that the host would take longer to make descriptors than they save."""
+    return Configs(*(config._replace(use_descriptors=False) for config in configs))
 
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:

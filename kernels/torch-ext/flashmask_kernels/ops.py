@@ -303,6 +303,21 @@ def _configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     return configs
 
 
+# Of the query: 2K tokens with 32 heads of size 128. A descriptor takes the host some 7 us, and a layer's forward and
+# backward need eleven.
+_FEWEST_DESCRIBED_ELEMENTS = 1 << 23
+
+
+def _launched_configs(query: Tensor, value: Tensor, specialize: bool) -> Configs:
+    """`_configs` where there is a schedule, and so a kernel. Not for a graph, which would be another for short rows."""
+    from .configs import without_descriptors
+
+    configs = _configs(query, value, specialize)
+    assert configs is not None
+    is_short = not specialize and query.numel() < _FEWEST_DESCRIBED_ELEMENTS
+    return without_descriptors(configs) if is_short else configs
+
+
 def _schedule(
     kernel: str, bounds: Tensor, query: Tensor, value: Tensor, specialize: bool, build: Callable[..., Tensor]
 ) -> Tensor | None:
@@ -385,8 +400,7 @@ def _forward(
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
     if schedule is None:
         return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
-    configs = _configs(query, value, specialize)
-    assert configs is not None, "there is a schedule only where there are kernels"
+    configs = _launched_configs(query, value, specialize)
     with torch.cuda.device_of(query):
         if specialize:
             from . import hopper
@@ -421,8 +435,7 @@ def _backward(
         return d_query, d_key, d_value, torch.zeros_like(lse)
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
-    configs = _configs(query, value, specialize)
-    assert configs is not None, "there is a schedule only where there are kernels"
+    configs = _launched_configs(query, value, specialize)
     with torch.cuda.device_of(query):
         if specialize:
             from . import hopper

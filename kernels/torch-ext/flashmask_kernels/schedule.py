@@ -22,6 +22,11 @@ import triton.language as tl
 _HIDDEN, _CUT, _FULL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
+def tiles_in(length: int, block: int) -> int:
+    """Tiles of a length (`triton.cdiv` takes the host microseconds)."""
+    return -(-length // block)
+
+
 def mask_strides(bounds: torch.Tensor, num_heads: int) -> tuple[int, int]:
     """How attention heads index masks: mask = batch * stride + head // heads_per_mask."""
     batch, heads = bounds.shape[:2]
@@ -236,7 +241,7 @@ def build_schedule(bounds: torch.Tensor, q_len: int, block_m: int, block_n: int,
     batch, heads, num_planes, kv_len = bounds.shape
     num_masks = batch * heads
     schedule = bounds.new_empty(schedule_shape(num_masks, q_len, kv_len, block_m, block_n, by_column))
-    extrema = bounds.new_empty(num_masks, 2 * num_planes, triton.cdiv(kv_len, block_n))
+    extrema = bounds.new_empty(num_masks, 2 * num_planes, tiles_in(kv_len, block_n))
     column_extrema_kernel[(num_masks * extrema.shape[-1],)](
         bounds, extrema, kv_len, NUM_PLANES=num_planes, BLOCK_N=block_n, num_warps=1
     )
@@ -262,7 +267,7 @@ def schedule_shape(
     num_masks: int, q_len: int, kv_len: int, block_m: int, block_n: int, by_column: bool
 ) -> tuple[int, int, int]:
     """Shape of what `build_schedule` returns: a few bytes per key, however long the row."""
-    num_row_tiles, num_column_tiles = triton.cdiv(q_len, block_m), triton.cdiv(kv_len, block_n)
+    num_row_tiles, num_column_tiles = tiles_in(q_len, block_m), tiles_in(kv_len, block_n)
     num_lists, num_tiles = (num_column_tiles, num_row_tiles) if by_column else (num_row_tiles, num_column_tiles)
     max_runs = min(num_tiles, max(64, (1 << 17) // max(num_tiles, 1)))
     return num_masks, num_lists, 2 + 2 * max_runs

@@ -6,7 +6,6 @@ tile instead of five, and gradients that are bitwise repeatable.
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,9 +13,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Configs
+from ..launch import kind_of, launch
 from ..portable.backward import row_statistics
 from ..portable.redo import redo_backward
-from ..schedule import mask_strides, max_runs_of
+from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
     LOG2_E,
@@ -449,78 +449,93 @@ def attention_backward(
 
     config = configs.key_value_gradient
     column_tile = config.block_m, config.block_n
-    num_column_tiles = triton.cdiv(kv_len, config.block_n)
+    num_column_tiles = tiles_in(kv_len, config.block_n)
     num_items = num_column_tiles * batch_size * kv_heads
-    key_value_gradient_kernel[(num_programs(query.device, num_items),)](
-        tile_source(query, 1, 1, config.block_m, block_dim),
-        tile_source(key, 1, 1, 64, block_dim),
-        tile_source(value, 1, 1, 64, block_dim_v),
-        tile_source(d_out, 1, 1, config.block_m, block_dim_v),
-        tile_source(lse_2.flatten(0, 1), 1, config.block_m),
-        tile_source(delta.flatten(0, 1), 1, config.block_m),
-        d_key,
-        d_value,
-        bounds,
-        by_column,
-        column_counter,
-        has_nan,
-        *d_key.stride()[:3],
-        *d_value.stride()[:3],
-        scale,
-        q_len,
-        kv_len,
-        num_items,
-        num_column_tiles,
-        mask_stride_b,
-        max_runs_of(by_column),
-        KV_HEADS=kv_heads,
-        HEADS_PER_KV_HEAD=num_heads // kv_heads,
-        KV_HEADS_PER_MASK=heads_per_mask * kv_heads // num_heads,
-        NUM_PLANES=bounds.shape[2],
-        DIM=dim,
-        DIM_V=dim_v,
-        BLOCK_M=config.block_m,
-        BLOCK_DIM=block_dim,
-        BLOCK_DIM_V=block_dim_v,
-        STAGES=config.num_stages,
+    kind = kind_of(query, key, value, d_out, bounds), configs
+    launch(
+        key_value_gradient_kernel,
+        num_programs(query.device, num_items),
+        kind,
+        (
+            tile_source(query, 1, 1, config.block_m, block_dim),
+            tile_source(key, 1, 1, 64, block_dim),
+            tile_source(value, 1, 1, 64, block_dim_v),
+            tile_source(d_out, 1, 1, config.block_m, block_dim_v),
+            tile_source(lse_2.flatten(0, 1), 1, config.block_m),
+            tile_source(delta.flatten(0, 1), 1, config.block_m),
+            d_key,
+            d_value,
+            bounds,
+            by_column,
+            column_counter,
+            has_nan,
+            *d_key.stride()[:3],
+            *d_value.stride()[:3],
+            scale,
+            q_len,
+            kv_len,
+            num_items,
+            num_column_tiles,
+            mask_stride_b,
+            max_runs_of(by_column),
+        ),
+        {
+            "KV_HEADS": kv_heads,
+            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "KV_HEADS_PER_MASK": heads_per_mask * kv_heads // num_heads,
+            "NUM_PLANES": bounds.shape[2],
+            "DIM": dim,
+            "DIM_V": dim_v,
+            "BLOCK_M": config.block_m,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_DIM_V": block_dim_v,
+            "STAGES": config.num_stages,
+        },
         **LAUNCH_OPTIONS,
     )
 
     config = configs.query_gradient
     row_tile = config.block_m, config.block_n
-    num_row_tiles = triton.cdiv(q_len, config.block_m)
+    num_row_tiles = tiles_in(q_len, config.block_m)
     num_items = num_row_tiles * batch_size * num_heads
-    query_gradient_kernel[(num_programs(query.device, num_items),)](
-        tile_source(query, 1, 1, 64, block_dim),
-        tile_source(key, 1, 1, config.block_n, block_dim),
-        tile_source(value, 1, 1, config.block_n, block_dim_v),
-        tile_source(d_out, 1, 1, 64, block_dim_v),
-        lse_2,
-        delta,
-        d_query,
-        bounds,
-        by_row,
-        row_counter,
-        has_nan,
-        *d_query.stride()[:3],
-        scale,
-        q_len,
-        kv_len,
-        delta.shape[-1],
-        num_items,
-        num_row_tiles,
-        mask_stride_b,
-        max_runs_of(by_row),
-        NUM_HEADS=num_heads,
-        HEADS_PER_KV_HEAD=num_heads // kv_heads,
-        HEADS_PER_MASK=heads_per_mask,
-        HEADS_PER_GROUP=heads_per_group(key, value, num_heads),
-        NUM_PLANES=bounds.shape[2],
-        DIM=dim,
-        BLOCK_N=config.block_n,
-        BLOCK_DIM=block_dim,
-        BLOCK_DIM_V=block_dim_v,
-        STAGES=config.num_stages,
+    launch(
+        query_gradient_kernel,
+        num_programs(query.device, num_items),
+        kind,
+        (
+            tile_source(query, 1, 1, 64, block_dim),
+            tile_source(key, 1, 1, config.block_n, block_dim),
+            tile_source(value, 1, 1, config.block_n, block_dim_v),
+            tile_source(d_out, 1, 1, 64, block_dim_v),
+            lse_2,
+            delta,
+            d_query,
+            bounds,
+            by_row,
+            row_counter,
+            has_nan,
+            *d_query.stride()[:3],
+            scale,
+            q_len,
+            kv_len,
+            delta.shape[-1],
+            num_items,
+            num_row_tiles,
+            mask_stride_b,
+            max_runs_of(by_row),
+        ),
+        {
+            "NUM_HEADS": num_heads,
+            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_MASK": heads_per_mask,
+            "HEADS_PER_GROUP": heads_per_group(key, value, num_heads),
+            "NUM_PLANES": bounds.shape[2],
+            "DIM": dim,
+            "BLOCK_N": config.block_n,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_DIM_V": block_dim_v,
+            "STAGES": config.num_stages,
+        },
         **LAUNCH_OPTIONS,
     )
     gradients = d_query, d_key, d_value

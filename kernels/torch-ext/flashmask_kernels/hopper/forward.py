@@ -7,7 +7,6 @@ softmax of one tile runs beside the matrix products of another (FlashAttention-3
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,8 +14,9 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Config
+from ..launch import kind_of, launch
 from ..portable.redo import redo_forward
-from ..schedule import mask_strides, max_runs_of
+from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
     LN_2,
@@ -278,38 +278,45 @@ def attention_forward(
     counter, has_nan = new_counters(2, query.device)
     block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    num_row_tiles = triton.cdiv(q_len, config.block_m)
+    num_row_tiles = tiles_in(q_len, config.block_m)
     num_items = num_row_tiles * batch_size * num_heads
-    attention_forward_kernel[(num_programs(query.device, num_items),)](
-        tile_source(query, 1, 1, 64, block_dim),
-        tile_source(key, 1, 1, config.block_n, block_dim),
-        tile_source(value, 1, 1, config.block_n, block_dim_v),
-        out,
-        lse,
-        bounds,
-        schedule,
-        sinks,
-        counter,
-        has_nan,
-        *out.stride()[:3],
-        scale,
-        q_len,
-        kv_len,
-        num_items,
-        num_row_tiles,
-        mask_stride_b,
-        max_runs_of(schedule),
-        NUM_HEADS=num_heads,
-        HEADS_PER_KV_HEAD=num_heads // kv_heads,
-        HEADS_PER_MASK=heads_per_mask,
-        HEADS_PER_GROUP=heads_per_group(key, value, num_heads),
-        NUM_PLANES=bounds.shape[2],
-        HAS_SINKS=sinks is not None,
-        DIM_V=dim_v,
-        BLOCK_N=config.block_n,
-        BLOCK_DIM=block_dim,
-        BLOCK_DIM_V=block_dim_v,
-        STAGES=config.num_stages,
+    launch(
+        attention_forward_kernel,
+        num_programs(query.device, num_items),
+        (kind_of(query, key, value, bounds, sinks), config),
+        (
+            tile_source(query, 1, 1, 64, block_dim),
+            tile_source(key, 1, 1, config.block_n, block_dim),
+            tile_source(value, 1, 1, config.block_n, block_dim_v),
+            out,
+            lse,
+            bounds,
+            schedule,
+            sinks,
+            counter,
+            has_nan,
+            *out.stride()[:3],
+            scale,
+            q_len,
+            kv_len,
+            num_items,
+            num_row_tiles,
+            mask_stride_b,
+            max_runs_of(schedule),
+        ),
+        {
+            "NUM_HEADS": num_heads,
+            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_MASK": heads_per_mask,
+            "HEADS_PER_GROUP": heads_per_group(key, value, num_heads),
+            "NUM_PLANES": bounds.shape[2],
+            "HAS_SINKS": sinks is not None,
+            "DIM_V": dim_v,
+            "BLOCK_N": config.block_n,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_DIM_V": block_dim_v,
+            "STAGES": config.num_stages,
+        },
         **LAUNCH_OPTIONS,
     )
     tile = config.block_m, config.block_n

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from ..configs import Configs
 from ..dropout import drop_below
-from ..schedule import mask_strides, max_runs_of
+from ..launch import kind_of, launch
+from ..schedule import mask_strides, max_runs_of, tiles_in
 from .forward import head_dim_blocks
 from .tiles import (
     LOG2_E,
@@ -493,24 +494,21 @@ def row_statistics(
     rounded up to whole tiles.
     """
     batch_size, num_heads, q_len, dim_v = out.shape
-    padded_len = triton.cdiv(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
+    padded_len = tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
     lse_2, delta = lse.new_empty(2, batch_size, num_heads, padded_len)
     block_m = 64 if dim_v <= 256 else 16
-    row_statistics_kernel[(padded_len // block_m * batch_size * num_heads,)](
-        out,
-        d_out,
-        lse,
-        d_lse,
-        lse_2,
-        delta,
-        out.stride()[:3],
-        d_out.stride()[:3],
-        q_len,
-        NUM_HEADS=num_heads,
-        HAS_D_LSE=d_lse is not None,
-        DIM_V=dim_v,
-        BLOCK_M=block_m,
-        BLOCK_DIM_V=head_dim_blocks(dim_v, dim_v)[1],
+    launch(
+        row_statistics_kernel,
+        padded_len // block_m * batch_size * num_heads,
+        kind_of(out, lse, d_out, d_lse),
+        (out, d_out, lse, d_lse, lse_2, delta, out.stride()[:3], d_out.stride()[:3], q_len),
+        {
+            "NUM_HEADS": num_heads,
+            "HAS_D_LSE": d_lse is not None,
+            "DIM_V": dim_v,
+            "BLOCK_M": block_m,
+            "BLOCK_DIM_V": head_dim_blocks(dim_v, dim_v)[1],
+        },
     )
     return lse_2, delta
 
@@ -564,81 +562,89 @@ def attention_backward(
         "HAS_DROPOUT": seed is not None,
         "DIM": dim,
         "DIM_V": dim_v,
-        "BLOCK_DIM": block_dim,
-        "BLOCK_DIM_V": block_dim_v,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    softcap = 0.0 if softcap is None else softcap
-    can_use_descriptors = descriptors_can_address(query, key, value, d_out)
+    padded_dims = {"BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v}
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    kind = kind_of(query, key, value, d_out, bounds), configs, softcap is None, dropout_p
+    tensors = query, key, value, d_out
+    strides = tuple(tensor.stride()[:3] for tensor in tensors)
+    factors = scale, 0.0 if softcap is None else softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
+    can_use_descriptors = descriptors_can_address(*tensors)
 
     config = configs.key_value_gradient
     use_descriptors = config.use_descriptors and can_use_descriptors
-    key_value_gradient_kernel[(triton.cdiv(kv_len, config.block_n) * batch_size * kv_heads,)](
-        tile_source(query, config.block_m, block_dim, use_descriptors),
-        tile_source(key, config.block_n, block_dim, use_descriptors),
-        tile_source(value, config.block_n, block_dim_v, use_descriptors),
-        tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
-        (query, key, value, d_out),
-        lse_2,
-        delta,
-        d_key,
-        d_value,
-        bounds,
-        by_column,
-        seed,
-        query.stride()[:3],
-        key.stride()[:3],
-        value.stride()[:3],
-        d_out.stride()[:3],
-        d_key.stride()[:3],
-        d_value.stride()[:3],
-        scale,
-        softcap,
-        drop_below(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        q_len,
-        kv_len,
-        mask_stride_b,
-        max_runs_of(by_column),
-        **constants,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        USE_DESCRIPTORS=use_descriptors,
+    launch(
+        key_value_gradient_kernel,
+        tiles_in(kv_len, config.block_n) * batch_size * kv_heads,
+        kind,
+        (
+            tile_source(query, config.block_m, block_dim, use_descriptors),
+            tile_source(key, config.block_n, block_dim, use_descriptors),
+            tile_source(value, config.block_n, block_dim_v, use_descriptors),
+            tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
+            tensors,
+            lse_2,
+            delta,
+            d_key,
+            d_value,
+            bounds,
+            by_column,
+            seed,
+            *strides,
+            d_key.stride()[:3],
+            d_value.stride()[:3],
+            *factors,
+            q_len,
+            kv_len,
+            mask_stride_b,
+            max_runs_of(by_column),
+        ),
+        {
+            **constants,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            **padded_dims,
+            "PRECISION": precision,
+            "USE_DESCRIPTORS": use_descriptors,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
     config = configs.query_gradient
     use_descriptors = config.use_descriptors and can_use_descriptors
-    query_gradient_kernel[(triton.cdiv(q_len, config.block_m) * batch_size * num_heads,)](
-        tile_source(query, config.block_m, block_dim, use_descriptors),
-        tile_source(key, config.block_n, block_dim, use_descriptors),
-        tile_source(value, config.block_n, block_dim_v, use_descriptors),
-        tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
-        (query, key, value, d_out),
-        lse_2,
-        delta,
-        d_query,
-        bounds,
-        by_row,
-        seed,
-        query.stride()[:3],
-        key.stride()[:3],
-        value.stride()[:3],
-        d_out.stride()[:3],
-        d_query.stride()[:3],
-        scale,
-        softcap,
-        drop_below(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        q_len,
-        kv_len,
-        mask_stride_b,
-        max_runs_of(by_row),
-        **constants,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        USE_DESCRIPTORS=use_descriptors,
+    launch(
+        query_gradient_kernel,
+        tiles_in(q_len, config.block_m) * batch_size * num_heads,
+        kind,
+        (
+            tile_source(query, config.block_m, block_dim, use_descriptors),
+            tile_source(key, config.block_n, block_dim, use_descriptors),
+            tile_source(value, config.block_n, block_dim_v, use_descriptors),
+            tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
+            tensors,
+            lse_2,
+            delta,
+            d_query,
+            bounds,
+            by_row,
+            seed,
+            *strides,
+            d_query.stride()[:3],
+            *factors,
+            q_len,
+            kv_len,
+            mask_stride_b,
+            max_runs_of(by_row),
+        ),
+        {
+            **constants,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            **padded_dims,
+            "PRECISION": precision,
+            "USE_DESCRIPTORS": use_descriptors,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -7,13 +7,16 @@ list. When NaN comes out, it may be 0 x NaN of a hidden value: the program repea
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from ..configs import Config
 from ..dropout import drop_below
-from ..schedule import mask_strides, max_runs_of
+from ..launch import kind_of, launch
+from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LN_2,
     LOG2_E,
@@ -256,52 +259,59 @@ def attention_forward(
     block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
     use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    grid = (triton.cdiv(q_len, config.block_m) * batch_size * num_heads,)
-    attention_forward_kernel[grid](
-        tile_source(query, config.block_m, block_dim, use_descriptors),
-        tile_source(key, config.block_n, block_dim, use_descriptors),
-        tile_source(value, config.block_n, block_dim_v, use_descriptors),
-        (query, key, value),
-        out,
-        lse,
-        bounds,
-        schedule,
-        sinks,
-        seed,
-        query.stride()[:3],
-        key.stride()[:3],
-        value.stride()[:3],
-        out.stride()[:3],
-        scale,
-        0.0 if softcap is None else softcap,
-        drop_below(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        q_len,
-        kv_len,
-        mask_stride_b,
-        max_runs_of(schedule),
-        NUM_HEADS=num_heads,
-        HEADS_PER_KV_HEAD=num_heads // kv_heads,
-        HEADS_PER_MASK=heads_per_mask,
-        NUM_PLANES=bounds.shape[2],
-        HAS_SOFTCAP=softcap is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_DROPOUT=seed is not None,
-        DIM=dim,
-        DIM_V=dim_v,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_DIM=block_dim,
-        BLOCK_DIM_V=block_dim_v,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        USE_DESCRIPTORS=use_descriptors,
-        QUERY_IN_REGISTERS=config.query_in_registers,
+    launch(
+        attention_forward_kernel,
+        tiles_in(q_len, config.block_m) * batch_size * num_heads,
+        (kind_of(query, key, value, bounds, sinks), config, softcap is None, dropout_p),
+        (
+            tile_source(query, config.block_m, block_dim, use_descriptors),
+            tile_source(key, config.block_n, block_dim, use_descriptors),
+            tile_source(value, config.block_n, block_dim_v, use_descriptors),
+            (query, key, value),
+            out,
+            lse,
+            bounds,
+            schedule,
+            sinks,
+            seed,
+            query.stride()[:3],
+            key.stride()[:3],
+            value.stride()[:3],
+            out.stride()[:3],
+            scale,
+            0.0 if softcap is None else softcap,
+            drop_below(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            q_len,
+            kv_len,
+            mask_stride_b,
+            max_runs_of(schedule),
+        ),
+        {
+            "NUM_HEADS": num_heads,
+            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_MASK": heads_per_mask,
+            "NUM_PLANES": bounds.shape[2],
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_SINKS": sinks is not None,
+            "HAS_DROPOUT": seed is not None,
+            "DIM": dim,
+            "DIM_V": dim_v,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_DIM_V": block_dim_v,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            "USE_DESCRIPTORS": use_descriptors,
+            "QUERY_IN_REGISTERS": config.query_in_registers,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out, lse
 
 
+@functools.lru_cache
 def head_dim_blocks(dim: int, dim_v: int) -> tuple[int, int]:
     """Tile widths for the head sizes: the next power of two, at least the 16 that `tl.dot` needs."""
     return max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim_v))

@@ -1,0 +1,132 @@
+"""Call the launch code of all attention kernels with random inputs and print, as JSON, the launches whose kind does not
+say what Triton would compile for them: of equal kinds, Triton's own specialization must be equal.
+
+    python tests/launch_kinds.py
+
+Nothing is compiled or launched; the tensors are on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+from unittest import mock
+
+import torch
+from compile_kernels import TARGETS, OfflineDriver
+from torch import Tensor
+from triton.runtime import driver
+
+from flashmask_kernels import configs, portable
+from flashmask_kernels.schedule import schedule_shape
+
+CALLS = 1200
+SHAPES = 40
+
+
+class Record:
+    """Stands in for `launch`."""
+
+    def __init__(self) -> None:
+        self.specializations: dict[tuple[Any, ...], str] = {}
+        self.launches = 0
+        self.conflicts: list[str] = []
+
+    def __call__(
+        self,
+        kernel: Any,
+        programs: int,
+        kind: Any,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        assert kernel.arg_names[len(arguments) :] == list(constants)
+        binder = kernel.device_caches[0][-1]
+        _, specialization, _ = binder(*arguments, **constants, **options)
+        found = f"{specialization} {options}"
+        known = self.specializations.setdefault((kernel.fn, kind), found)
+        self.launches += 1
+        if known != found:
+            self.conflicts.append(f"{kernel.fn.__name__}: {known} and {found}")
+
+
+def random_tensor(choose: random.Random, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """`[B, H, S, D]`, laid out as by models or a part of more, at an even or odd address."""
+    offset, padding = choose.choice([(0, 0)] * 5 + [(8, 8), (1, 8)])
+    whole = torch.empty(batch, length, heads, dim + padding, dtype=dtype)
+    if choose.random() < 0.2:
+        whole = torch.empty(batch, heads, length, dim + padding, dtype=dtype).transpose(1, 2)
+    return whole[..., offset : offset + dim].transpose(1, 2)
+
+
+def call(number: int) -> None:
+    choose = random.Random(number % SHAPES)
+    dtype = choose.choice([torch.bfloat16, torch.float32])
+    dim = choose.choice([16, 72, 128])
+    batch, kv_heads, planes = choose.choice([1, 2]), choose.choice([1, 2]), choose.choice([1, 2, 4])
+    heads = kv_heads * choose.choice([1, 2])
+    q_len, kv_len = (choose.choice([1, 16, 33]) for _ in range(2))
+    choose = random.Random(number)  # what follows differs between calls of one shape
+    query, d_out = (random_tensor(choose, batch, heads, q_len, dim, dtype) for _ in range(2))
+    key, value = (random_tensor(choose, batch, kv_heads, kv_len, dim, dtype) for _ in range(2))
+    mask_heads = choose.choice([1, kv_heads])
+    size = choose.choice([1, batch]) * mask_heads * planes * kv_len
+    bounds = torch.empty(size + 1, dtype=torch.int32)[choose.choice([0, 1]) :][:size]
+    bounds = bounds.view(-1, mask_heads, planes, kv_len)
+    sinks = choose.choice([None, torch.empty(heads + 1)[choose.choice([0, 1]) :][:heads]])
+    d_lse = choose.choice([None, torch.empty(batch, heads, q_len)])
+    chosen = configs.select_specialized_configs(torch.device("cuda"), dtype, dim)
+    specialized = chosen is not None and choose.random() < 0.5
+    if not specialized:
+        chosen = configs.select_configs(torch.device("cuda"), dtype, dim)
+    assert chosen is not None
+
+    def schedule(config: configs.Config, by_column: bool) -> Tensor:
+        shape = schedule_shape(len(bounds) * mask_heads, q_len, kv_len, config.block_m, config.block_n, by_column)
+        return torch.empty(shape, dtype=torch.int32)
+
+    by_row, by_column = schedule(chosen.forward, False), schedule(chosen.key_value_gradient, True)
+    by_row_again = schedule(chosen.query_gradient, False)
+    if specialized:
+        from flashmask_kernels import hopper
+
+        out, lse = hopper.attention_forward(query, key, value, bounds, sinks, by_row, 0.1, chosen.forward)
+        hopper.attention_backward(
+            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row_again, 0.1, chosen
+        )
+        return
+    if choose.random() < 0.5:
+        chosen = configs.without_descriptors(chosen)
+    softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
+    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    out, lse = portable.attention_forward(
+        query, key, value, bounds, sinks, by_row, seed, 0.1, softcap, dropout_p, chosen.forward
+    )
+    schedules = by_column, by_row_again
+    portable.attention_backward(
+        d_out, d_lse, query, key, value, bounds, out, lse, *schedules, seed, 0.1, softcap, dropout_p, chosen
+    )
+
+
+def main() -> None:
+    driver.set_active(OfflineDriver(TARGETS["sm_90"]))
+    record = Record()
+    modules = [portable.forward, portable.backward]
+    if configs._HAS_GLUON:
+        from flashmask_kernels import hopper
+
+        modules += [portable.redo, hopper.forward, hopper.backward]
+    with mock.patch.object(configs, "architecture", return_value="sm_90"):
+        for module in modules:
+            mock.patch.object(module, "launch", record).start()
+        for number in range(CALLS):
+            call(number)
+    print(
+        json.dumps({"launches": record.launches, "kinds": len(record.specializations), "conflicts": record.conflicts})
+    )
+
+
+if __name__ == "__main__":
+    main()
