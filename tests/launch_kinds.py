@@ -1,22 +1,26 @@
-"""Call the launch code of all attention kernels with random inputs and print, as JSON, the launches whose kind does not
-say what Triton would compile for them: of equal kinds, Triton's own specialization must be equal.
+"""What `launch` does against what Triton does, without a GPU. Prints JSON.
 
     python tests/launch_kinds.py
 
-Nothing is compiled or launched; the tensors are on the CPU.
+`conflicts`: the launch code of all attention kernels is called with random inputs; of equal kinds, Triton's own
+specialization must be equal. `differences`: of what Triton hands to its driver in a first call and `launch` in a
+second one.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
 from compile_kernels import TARGETS, OfflineDriver
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashmask_kernels import configs, portable
 from flashmask_kernels.schedule import schedule_shape
@@ -110,8 +114,49 @@ def call(number: int) -> None:
     )
 
 
+def differences_to_triton() -> list[str]:
+    """Two calls of forward and backward, compiled and handed to a driver that only notes its arguments."""
+    handed_over: list[list[Any]] = []
+
+    def note(self: CompiledKernel) -> Callable[..., None]:
+        return lambda *arguments: handed_over[-1].append([self.metadata.name, *map(plain, arguments)])
+
+    parts = {"_init_handles": lambda self: None, "run": property(note)}
+    parts |= {name: property(lambda self: 0, lambda self, value: None) for name in ("function", "packed_metadata")}
+    query, key, value, d_out = (torch.empty(1, 64, heads, 16, dtype=torch.float16) for heads in (4, 2, 2, 4))
+    query, key, value, d_out = (tensor.transpose(1, 2) for tensor in (query, key, value, d_out))
+    bounds = torch.empty(1, 1, 1, 64, dtype=torch.int32)
+    config = configs.Config(32, 32, 4, 2, use_descriptors=True)
+    schedule = torch.empty(schedule_shape(1, 64, 64, 32, 32, False), dtype=torch.int32)
+    chosen = configs.Configs(config, config._replace(use_descriptors=False), config)
+    with mock.patch.multiple(CompiledKernel, create=True, **parts):
+        for _ in range(2):
+            handed_over.append([])
+            out, lse = portable.attention_forward(
+                query, key, value, bounds, None, schedule, None, 0.1, None, 0.0, config
+            )
+            portable.attention_backward(
+                d_out, None, query, key, value, bounds, out, lse, schedule, schedule, None, 0.1, None, 0.0, chosen
+            )
+    first, second = handed_over
+    assert len(first) == len(second) == 4
+    return [f"{one} and {other}" for one, other in zip(first, second) if one != other]
+
+
+def plain(argument: Any) -> Any:
+    """Something to compare: the memory of outputs differs from call to call, and so do the hooks' dictionaries."""
+    if isinstance(argument, Tensor):
+        return str(argument.dtype), argument.shape, argument.stride()
+    if isinstance(argument, TensorDescriptor):
+        return plain(argument.base), argument.shape, argument.strides, argument.block_shape
+    if isinstance(argument, tuple):
+        return tuple(plain(part) for part in argument)
+    return argument if isinstance(argument, (int, float, str, type(None))) else type(argument).__name__
+
+
 def main() -> None:
     driver.set_active(OfflineDriver(TARGETS["sm_90"]))
+    differences = differences_to_triton()
     record = Record()
     modules = [portable.forward, portable.backward]
     if configs._HAS_GLUON:
@@ -123,9 +168,13 @@ def main() -> None:
             mock.patch.object(module, "launch", record).start()
         for number in range(CALLS):
             call(number)
-    print(
-        json.dumps({"launches": record.launches, "kinds": len(record.specializations), "conflicts": record.conflicts})
-    )
+    found = {
+        "launches": record.launches,
+        "kinds": len(record.specializations),
+        "conflicts": record.conflicts,
+        "differences": differences,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
