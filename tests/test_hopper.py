@@ -8,6 +8,7 @@ from attention_checks import (
     NOT_FINITE,
     assert_documents_are_alone,
     assert_hides_what_is_not_finite,
+    assert_inductor_computes_as_eager,
     assert_matches_reference,
     assert_replays_as_eager,
     assert_right_past_32_bit_offsets,
@@ -121,18 +122,7 @@ def test_cuda_graph_of_forward_and_backward() -> None:
 
 
 def test_compiled_by_inductor_equals_eager() -> None:
-    inputs = [model_tensor(1, 2050, heads, 128, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)]
-    bounds = masks(2050, 2050)["causal_document"].cuda()
-
-    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        for _ in range(3):
-            query = query + flashmask_attention(query, key, value, bounds)
-        return query.square().mean()
-
-    expected = torch.autograd.grad(step(*inputs), inputs)
-    compiled = torch.compile(step, fullgraph=True)
-    for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
-        torch.testing.assert_close(ours, truth, rtol=2e-2, atol=1e-6)
+    assert_inductor_computes_as_eager(2050, 128)
 
 
 @pytest.mark.parametrize("dim", [80, 128])

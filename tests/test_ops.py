@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_checks import assert_replays_as_eager, masks, model_tensor, random_intervals
+from attention_checks import (
+    assert_inductor_computes_as_eager,
+    assert_replays_as_eager,
+    masks,
+    model_tensor,
+    random_intervals,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
@@ -277,18 +283,7 @@ def test_errors_name_the_argument(change: dict[str, object], error: type[Excepti
 
 @pytest.mark.gpu
 def test_compiled_by_inductor_equals_eager() -> None:
-    inputs = [model_tensor(1, 1000, heads, 64, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)]
-    bounds = masks(1000, 1000)["causal_document"].cuda()
-
-    def step(query, key, value):
-        for _ in range(3):
-            query = query + flashmask_attention(query, key, value, bounds)
-        return query.square().mean()
-
-    expected = torch.autograd.grad(step(*inputs), inputs)
-    compiled = torch.compile(step, fullgraph=True)
-    for ours, truth in zip(torch.autograd.grad(compiled(*inputs), inputs), expected):
-        assert_close(ours, truth, rtol=2e-2, atol=1e-6)
+    assert_inductor_computes_as_eager(1000, 64)
 
 
 @pytest.mark.gpu

@@ -7,11 +7,13 @@ atomic dQ measured 293-330 TFLOP/s where this form reached 433 (H200, causal, 32
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ..configs import Configs
+from ..configs import Config, Configs
 from ..dropout import drop_below
 from ..launch import kind_of, launch
 from ..schedule import mask_strides, max_runs_of, tiles_in
@@ -553,31 +555,17 @@ def attention_backward(
         for tensor in (query, key, value)
     )
 
-    constants = {
-        "NUM_HEADS": num_heads,
-        "HEADS_PER_KV_HEAD": num_heads // kv_heads,
-        "HEADS_PER_MASK": heads_per_mask,
-        "NUM_PLANES": bounds.shape[2],
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_DROPOUT": seed is not None,
-        "DIM": dim,
-        "DIM_V": dim_v,
-    }
-    padded_dims = {"BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v}
-    precision = "ieee" if query.dtype == torch.float32 else "tf32"
-    kind = kind_of(query, key, value, d_out, bounds), configs, softcap is None, dropout_p
     tensors = query, key, value, d_out
+    kind = kind_of(*tensors, bounds), configs, softcap is None, dropout_p
     strides = tuple(tensor.stride()[:3] for tensor in tensors)
     factors = scale, 0.0 if softcap is None else softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
     can_use_descriptors = descriptors_can_address(*tensors)
 
-    config = configs.key_value_gradient
-    use_descriptors = config.use_descriptors and can_use_descriptors
-    launch(
-        key_value_gradient_kernel,
-        tiles_in(kv_len, config.block_n) * batch_size * kv_heads,
-        kind,
-        (
+    def launch_gradient(
+        kernel: Any, programs: int, config: Config, gradients: tuple[torch.Tensor, ...], schedule: torch.Tensor
+    ) -> None:
+        use_descriptors = config.use_descriptors and can_use_descriptors
+        arguments = (
             tile_source(query, config.block_m, block_dim, use_descriptors),
             tile_source(key, config.block_n, block_dim, use_descriptors),
             tile_source(value, config.block_n, block_dim_v, use_descriptors),
@@ -585,67 +573,40 @@ def attention_backward(
             tensors,
             lse_2,
             delta,
-            d_key,
-            d_value,
+            *gradients,
             bounds,
-            by_column,
+            schedule,
             seed,
             *strides,
-            d_key.stride()[:3],
-            d_value.stride()[:3],
+            *(gradient.stride()[:3] for gradient in gradients),
             *factors,
             q_len,
             kv_len,
             mask_stride_b,
-            max_runs_of(by_column),
-        ),
-        {
-            **constants,
+            max_runs_of(schedule),
+        )
+        constants = {
+            "NUM_HEADS": num_heads,
+            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_MASK": heads_per_mask,
+            "NUM_PLANES": bounds.shape[2],
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_DROPOUT": seed is not None,
+            "DIM": dim,
+            "DIM_V": dim_v,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            **padded_dims,
-            "PRECISION": precision,
+            "BLOCK_DIM": block_dim,
+            "BLOCK_DIM_V": block_dim_v,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             "USE_DESCRIPTORS": use_descriptors,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        }
+        launch(kernel, programs, kind, arguments, constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
+    config = configs.key_value_gradient
+    programs = tiles_in(kv_len, config.block_n) * batch_size * kv_heads
+    launch_gradient(key_value_gradient_kernel, programs, config, (d_key, d_value), by_column)
     config = configs.query_gradient
-    use_descriptors = config.use_descriptors and can_use_descriptors
-    launch(
-        query_gradient_kernel,
-        tiles_in(q_len, config.block_m) * batch_size * num_heads,
-        kind,
-        (
-            tile_source(query, config.block_m, block_dim, use_descriptors),
-            tile_source(key, config.block_n, block_dim, use_descriptors),
-            tile_source(value, config.block_n, block_dim_v, use_descriptors),
-            tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
-            tensors,
-            lse_2,
-            delta,
-            d_query,
-            bounds,
-            by_row,
-            seed,
-            *strides,
-            d_query.stride()[:3],
-            *factors,
-            q_len,
-            kv_len,
-            mask_stride_b,
-            max_runs_of(by_row),
-        ),
-        {
-            **constants,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            **padded_dims,
-            "PRECISION": precision,
-            "USE_DESCRIPTORS": use_descriptors,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
+    launch_gradient(query_gradient_kernel, programs, config, (d_query,), by_row)
     return d_query, d_key, d_value, delta[..., :q_len]
