@@ -3,8 +3,8 @@
     python tests/launch_kinds.py
 
 `conflicts`: the launch code of all attention kernels is called with random inputs; of equal kinds, Triton's own
-specialization must be equal. `differences`: of what Triton hands to its driver in a first call and `launch` in a
-second one.
+specialization must be equal, and so must what kernels get beside tensors. `differences`: of what Triton hands to its
+driver in a first call and `launch` in a second one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashmask_kernels import configs, portable
+from flashmask_kernels.launch import Launch
 from flashmask_kernels.schedule import schedule_shape
 
 CALLS = 1200
@@ -33,24 +34,17 @@ class Record:
     """Stands in for `launch`."""
 
     def __init__(self) -> None:
-        self.specializations: dict[tuple[Any, ...], str] = {}
+        self.found: dict[tuple[Any, ...], str] = {}
         self.launches = 0
         self.conflicts: list[str] = []
 
-    def __call__(
-        self,
-        kernel: Any,
-        programs: int,
-        kind: Any,
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        **options: Any,
-    ) -> None:
-        assert kernel.arg_names[len(arguments) :] == list(constants)
+    def __call__(self, kernel: Any, kind: Any, tensors: tuple[Any, ...], describe: Callable[[], Launch]) -> None:
+        _, numbers, constants, options = description = describe()
+        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants)
         binder = kernel.device_caches[0][-1]
-        _, specialization, _ = binder(*arguments, **constants, **options)
-        found = f"{specialization} {options}"
-        known = self.specializations.setdefault((kernel.fn, kind), found)
+        _, specialization, _ = binder(*tensors, *numbers, **constants, **options)
+        found = f"{specialization} {description}"
+        known = self.found.setdefault((kernel.fn, kind), found)
         self.launches += 1
         if known != found:
             self.conflicts.append(f"{kernel.fn.__name__}: {known} and {found}")
@@ -81,6 +75,7 @@ def call(number: int) -> None:
     bounds = bounds.view(-1, mask_heads, planes, kv_len)
     sinks = choose.choice([None, torch.empty(heads + 1)[choose.choice([0, 1]) :][:heads]])
     d_lse = choose.choice([None, torch.empty(batch, heads, q_len)])
+    scale = choose.choice([0.1, 0.5])
     chosen = configs.select_specialized_configs(torch.device("cuda"), dtype, dim)
     specialized = chosen is not None and choose.random() < 0.5
     if not specialized:
@@ -96,9 +91,9 @@ def call(number: int) -> None:
     if specialized:
         from flashmask_kernels import hopper
 
-        out, lse = hopper.attention_forward(query, key, value, bounds, sinks, by_row, 0.1, chosen.forward)
+        out, lse = hopper.attention_forward(query, key, value, bounds, sinks, by_row, scale, chosen.forward)
         hopper.attention_backward(
-            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row_again, 0.1, chosen
+            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row_again, scale, chosen
         )
         return
     if choose.random() < 0.5:
@@ -106,11 +101,11 @@ def call(number: int) -> None:
     softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
     seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     out, lse = portable.attention_forward(
-        query, key, value, bounds, sinks, by_row, seed, 0.1, softcap, dropout_p, chosen.forward
+        query, key, value, bounds, sinks, by_row, seed, scale, softcap, dropout_p, chosen.forward
     )
     schedules = by_column, by_row_again
     portable.attention_backward(
-        d_out, d_lse, query, key, value, bounds, out, lse, *schedules, seed, 0.1, softcap, dropout_p, chosen
+        d_out, d_lse, query, key, value, bounds, out, lse, *schedules, seed, scale, softcap, dropout_p, chosen
     )
 
 
@@ -170,7 +165,7 @@ def main() -> None:
             call(number)
     found = {
         "launches": record.launches,
-        "kinds": len(record.specializations),
+        "kinds": len(record.found),
         "conflicts": record.conflicts,
         "differences": differences,
     }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from triton.compiler import CompiledKernel
 
 from flashmask_kernels import launch as module
-from flashmask_kernels.launch import kind_of, launch
+from flashmask_kernels.launch import Launch, kind_of, launch
 
 FOLDER = Path(__file__).parent
 
@@ -46,15 +47,22 @@ class Kernel:
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_known", {})
+
+
+def described(length: int) -> Callable[[], Launch]:
+    return lambda: Launch(length, (length,), {"BLOCK": 16}, {"num_warps": 4})
 
 
 def test_the_same_kind_is_launched_without_triton() -> None:
-    kernel, tensor = Kernel(), torch.zeros(4)
-    for length in (5, 6, 7):
-        launch(kernel, length, kind_of(tensor), (tensor, length), {"BLOCK": 16}, num_warps=4)
+    kernel, tensors = Kernel(), [torch.zeros(4) for _ in range(3)]
+    for tensor in tensors:
+        launch(kernel, kind_of(tensor), (tensor,), described(5))
     assert kernel.calls == 1
-    assert kernel.launched == [((length, 1, 1), (tensor, length, 16)) for length in (6, 7)]
+    assert [grid for grid, _ in kernel.launched] == [(5, 1, 1)] * 2
+    for tensor, (_, arguments) in zip(tensors[1:], kernel.launched):
+        assert arguments[0] is tensor
+        assert arguments[1:] == (5, 16)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def test_the_same_kind_is_launched_without_triton() -> None:
 def test_another_kind(other: torch.Tensor | None) -> None:
     kernel, tensor = Kernel(), torch.zeros(33)[:32]
     for source in (tensor, other, tensor, other):
-        launch(kernel, 1, kind_of(source), (source, 32), {"BLOCK": 16})
+        launch(kernel, kind_of(source), (source,), described(32))
     assert kernel.calls == 2
     assert len(kernel.launched) == 2
 
@@ -81,16 +89,16 @@ def test_kernels_are_told_apart_and_the_interpreter_has_none() -> None:
     kernels = [Kernel(), Kernel(), Kernel(compiles=False)]
     for _ in range(3):
         for kernel in kernels:
-            launch(kernel, 1, (), (torch.zeros(1), 1), {"BLOCK": 16})
+            launch(kernel, (), (torch.zeros(1),), described(1))
     assert [kernel.calls for kernel in kernels] == [1, 1, 3]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_COMPILED", 10)
+    monkeypatch.setattr(module, "_MOST_KNOWN", 10)
     kernel = Kernel()
     for length in range(35):
-        launch(kernel, 1, (length,), (None, length), {"BLOCK": 16})
-        assert len(module._compiled) <= 10
+        launch(kernel, (length,), (None,), described(length))
+        assert len(module._known) <= 10
 
 
 def test_against_triton() -> None:

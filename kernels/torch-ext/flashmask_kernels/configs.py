@@ -24,6 +24,11 @@ class Config(NamedTuple):
     use_descriptors: bool = False
     query_in_registers: bool = False
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles a portable kernel with."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 class Configs(NamedTuple):
     """The configurations of the kernels. Where forward and dQ have the same tiles, they share one schedule."""

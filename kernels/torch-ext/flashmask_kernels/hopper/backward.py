@@ -6,6 +6,8 @@ tile instead of five, and gradients that are bitwise repeatable.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,7 +15,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Configs
-from ..launch import kind_of, launch
+from ..launch import Launch, kind_of, launch
 from ..portable.backward import row_statistics
 from ..portable.redo import redo_backward
 from ..schedule import mask_strides, max_runs_of, tiles_in
@@ -184,11 +186,15 @@ def _consume_rows(
         column_tile, batch_kv_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "num_items", "num_column_tiles", "mask_stride_b", "max_runs"])
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "num_items", "num_column_tiles", "heads_per_group", "mask_stride_b", "max_runs"
+    ]
+)  # fmt: skip
 def key_value_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, counter, has_nan,
     d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
-    scale, q_len, kv_len, num_items, num_column_tiles, mask_stride_b, max_runs,
+    scale, q_len, kv_len, num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
@@ -235,8 +241,8 @@ def key_value_gradient_kernel(
             )),
             (deal_out_work, (
                 schedule, counter, work_items, item_full, item_empty,
-                num_items, num_column_tiles, mask_stride_b, max_runs,
-                KV_HEADS, KV_HEADS_PER_MASK, KV_HEADS, False,
+                num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
+                KV_HEADS, KV_HEADS_PER_MASK, BLOCK_M, False,
             )),
         ],
         [4, 1, 1],
@@ -362,13 +368,16 @@ def _consume_columns(
 
 
 @gluon.jit(
-    do_not_specialize=["q_len", "kv_len", "statistics_len", "num_items", "num_row_tiles", "mask_stride_b", "max_runs"]
-)
+    do_not_specialize=[
+        "q_len", "kv_len", "statistics_len", "num_items", "num_row_tiles", "heads_per_group", "mask_stride_b",
+        "max_runs",
+    ]
+)  # fmt: skip
 def query_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, counter, has_nan, d_q_stride_b, d_q_stride_h, d_q_stride_m,
-    scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, mask_stride_b, max_runs,
+    scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
-    HEADS_PER_GROUP: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, BLOCK_DIM], q.layout)
@@ -404,8 +413,9 @@ def query_gradient_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
             )),
             (deal_out_work, (
-                schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
+                schedule, counter, work_items, item_full, item_empty,
+                num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, BLOCK_N, True,
             )),
             (make_masks, (
                 bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
@@ -446,29 +456,31 @@ def attention_backward(
     column_counter, row_counter, has_nan = new_counters(3, query.device)
     block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+    heads_per_kv_head = num_heads // kv_heads
+    kind = kind_of(query, key, value, bounds), kind_of(d_out), configs, scale
 
     config = configs.key_value_gradient
     column_tile = config.block_m, config.block_n
-    num_column_tiles = tiles_in(kv_len, config.block_n)
-    num_items = num_column_tiles * batch_size * kv_heads
-    kind = kind_of(query, key, value, d_out, bounds), configs
-    launch(
-        key_value_gradient_kernel,
-        num_programs(query.device, num_items),
-        kind,
-        (
-            tile_source(query, 1, 1, config.block_m, block_dim),
-            tile_source(key, 1, 1, 64, block_dim),
-            tile_source(value, 1, 1, 64, block_dim_v),
-            tile_source(d_out, 1, 1, config.block_m, block_dim_v),
-            tile_source(lse_2.flatten(0, 1), 1, config.block_m),
-            tile_source(delta.flatten(0, 1), 1, config.block_m),
-            d_key,
-            d_value,
-            bounds,
-            by_column,
-            column_counter,
-            has_nan,
+    tensors: tuple[Any, ...] = (
+        tile_source(query, 1, 1, config.block_m, block_dim),
+        tile_source(key, 1, 1, 64, block_dim),
+        tile_source(value, 1, 1, 64, block_dim_v),
+        tile_source(d_out, 1, 1, config.block_m, block_dim_v),
+        tile_source(lse_2.flatten(0, 1), 1, config.block_m),
+        tile_source(delta.flatten(0, 1), 1, config.block_m),
+        d_key,
+        d_value,
+        bounds,
+        by_column,
+        column_counter,
+        has_nan,
+    )
+
+    def describe_key_value_gradient() -> Launch:
+        config = configs.key_value_gradient
+        num_column_tiles = tiles_in(kv_len, config.block_n)
+        num_items = num_column_tiles * batch_size * kv_heads
+        numbers = (
             *d_key.stride()[:3],
             *d_value.stride()[:3],
             scale,
@@ -476,13 +488,14 @@ def attention_backward(
             kv_len,
             num_items,
             num_column_tiles,
+            heads_per_group(kv_heads, num_column_tiles, query, d_out),
             mask_stride_b,
             max_runs_of(by_column),
-        ),
-        {
+        )
+        constants = {
             "KV_HEADS": kv_heads,
-            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
-            "KV_HEADS_PER_MASK": heads_per_mask * kv_heads // num_heads,
+            "HEADS_PER_KV_HEAD": heads_per_kv_head,
+            "KV_HEADS_PER_MASK": heads_per_mask // heads_per_kv_head,
             "NUM_PLANES": bounds.shape[2],
             "DIM": dim,
             "DIM_V": dim_v,
@@ -490,30 +503,32 @@ def attention_backward(
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
-        },
-        **LAUNCH_OPTIONS,
-    )
+        }
+        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+
+    launch(key_value_gradient_kernel, kind, tensors, describe_key_value_gradient)
 
     config = configs.query_gradient
     row_tile = config.block_m, config.block_n
-    num_row_tiles = tiles_in(q_len, config.block_m)
-    num_items = num_row_tiles * batch_size * num_heads
-    launch(
-        query_gradient_kernel,
-        num_programs(query.device, num_items),
-        kind,
-        (
-            tile_source(query, 1, 1, 64, block_dim),
-            tile_source(key, 1, 1, config.block_n, block_dim),
-            tile_source(value, 1, 1, config.block_n, block_dim_v),
-            tile_source(d_out, 1, 1, 64, block_dim_v),
-            lse_2,
-            delta,
-            d_query,
-            bounds,
-            by_row,
-            row_counter,
-            has_nan,
+    tensors = (
+        tile_source(query, 1, 1, 64, block_dim),
+        tile_source(key, 1, 1, config.block_n, block_dim),
+        tile_source(value, 1, 1, config.block_n, block_dim_v),
+        tile_source(d_out, 1, 1, 64, block_dim_v),
+        lse_2,
+        delta,
+        d_query,
+        bounds,
+        by_row,
+        row_counter,
+        has_nan,
+    )
+
+    def describe_query_gradient() -> Launch:
+        config = configs.query_gradient
+        num_row_tiles = tiles_in(q_len, config.block_m)
+        num_items = num_row_tiles * batch_size * num_heads
+        numbers = (
             *d_query.stride()[:3],
             scale,
             q_len,
@@ -521,23 +536,24 @@ def attention_backward(
             delta.shape[-1],
             num_items,
             num_row_tiles,
+            heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
             mask_stride_b,
             max_runs_of(by_row),
-        ),
-        {
+        )
+        constants = {
             "NUM_HEADS": num_heads,
-            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_KV_HEAD": heads_per_kv_head,
             "HEADS_PER_MASK": heads_per_mask,
-            "HEADS_PER_GROUP": heads_per_group(key, value, num_heads),
             "NUM_PLANES": bounds.shape[2],
             "DIM": dim,
             "BLOCK_N": config.block_n,
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
-        },
-        **LAUNCH_OPTIONS,
-    )
+        }
+        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+
+    launch(query_gradient_kernel, kind, tensors, describe_query_gradient)
     gradients = d_query, d_key, d_value
     redo_backward(
         has_nan, d_out, query, key, value, bounds, lse_2, delta, by_column, by_row, gradients, scale,

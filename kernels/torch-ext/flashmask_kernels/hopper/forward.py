@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Config
-from ..launch import kind_of, launch
+from ..launch import Launch, kind_of, launch
 from ..portable.redo import redo_forward
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
@@ -201,14 +201,17 @@ def _consumer(
         row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "num_items", "num_row_tiles", "mask_stride_b", "max_runs"])
+@gluon.jit(
+    do_not_specialize=[
+        "q_len", "kv_len", "num_items", "num_row_tiles", "heads_per_group", "mask_stride_b", "max_runs"
+    ]
+)  # fmt: skip
 def attention_forward_kernel(
     q, k, v, out, lse, bounds, schedule, sinks, counter, has_nan, out_stride_b, out_stride_h, out_stride_m,
-    scale, q_len, kv_len, num_items, num_row_tiles, mask_stride_b, max_runs,
+    scale, q_len, kv_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
-    HEADS_PER_GROUP: gl.constexpr, NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr,
-    DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr,
+    NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # Two buffers for the query of each consumer: that of the next piece of work is loaded early.
     q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
@@ -243,8 +246,9 @@ def attention_forward_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
             )),
             (deal_out_work, (
-                schedule, counter, work_items, item_full, item_empty, num_items, num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, HEADS_PER_GROUP, True,
+                schedule, counter, work_items, item_full, item_empty,
+                num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
+                NUM_HEADS, HEADS_PER_MASK, BLOCK_N, True,
             )),
             (make_masks, (
                 bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
@@ -277,38 +281,39 @@ def attention_forward(
     lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
     counter, has_nan = new_counters(2, query.device)
     block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    num_row_tiles = tiles_in(q_len, config.block_m)
-    num_items = num_row_tiles * batch_size * num_heads
-    launch(
-        attention_forward_kernel,
-        num_programs(query.device, num_items),
-        (kind_of(query, key, value, bounds, sinks), config),
-        (
-            tile_source(query, 1, 1, 64, block_dim),
-            tile_source(key, 1, 1, config.block_n, block_dim),
-            tile_source(value, 1, 1, config.block_n, block_dim_v),
-            out,
-            lse,
-            bounds,
-            schedule,
-            sinks,
-            counter,
-            has_nan,
+    tensors = (
+        tile_source(query, 1, 1, 64, block_dim),
+        tile_source(key, 1, 1, config.block_n, block_dim),
+        tile_source(value, 1, 1, config.block_n, block_dim_v),
+        out,
+        lse,
+        bounds,
+        schedule,
+        sinks,
+        counter,
+        has_nan,
+    )
+
+    def describe() -> Launch:
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        num_row_tiles = tiles_in(q_len, config.block_m)
+        num_items = num_row_tiles * batch_size * num_heads
+        heads_per_kv_head = num_heads // kv_heads
+        numbers = (
             *out.stride()[:3],
             scale,
             q_len,
             kv_len,
             num_items,
             num_row_tiles,
+            heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
             mask_stride_b,
             max_runs_of(schedule),
-        ),
-        {
+        )
+        constants = {
             "NUM_HEADS": num_heads,
-            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+            "HEADS_PER_KV_HEAD": heads_per_kv_head,
             "HEADS_PER_MASK": heads_per_mask,
-            "HEADS_PER_GROUP": heads_per_group(key, value, num_heads),
             "NUM_PLANES": bounds.shape[2],
             "HAS_SINKS": sinks is not None,
             "DIM_V": dim_v,
@@ -316,8 +321,11 @@ def attention_forward(
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
-        },
-        **LAUNCH_OPTIONS,
+        }
+        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+
+    launch(
+        attention_forward_kernel, (kind_of(query, key, value, bounds), kind_of(sinks), config, scale), tensors, describe
     )
     tile = config.block_m, config.block_n
     redo_forward(has_nan, query, key, value, bounds, sinks, schedule, out, lse, scale, tile)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..configs import Config, Configs
 from ..dropout import drop_below
-from ..launch import kind_of, launch
+from ..launch import Launch, kind_of, launch
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .forward import head_dim_blocks
 from .tiles import (
@@ -498,20 +498,21 @@ def row_statistics(
     batch_size, num_heads, q_len, dim_v = out.shape
     padded_len = tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
     lse_2, delta = lse.new_empty(2, batch_size, num_heads, padded_len)
-    block_m = 64 if dim_v <= 256 else 16
-    launch(
-        row_statistics_kernel,
-        padded_len // block_m * batch_size * num_heads,
-        kind_of(out, lse, d_out, d_lse),
-        (out, d_out, lse, d_lse, lse_2, delta, out.stride()[:3], d_out.stride()[:3], q_len),
-        {
+    tensors = out, d_out, lse, d_lse, lse_2, delta
+
+    def describe() -> Launch:
+        block_m = 64 if dim_v <= 256 else 16
+        constants = {
             "NUM_HEADS": num_heads,
             "HAS_D_LSE": d_lse is not None,
             "DIM_V": dim_v,
             "BLOCK_M": block_m,
             "BLOCK_DIM_V": head_dim_blocks(dim_v, dim_v)[1],
-        },
-    )
+        }
+        numbers = out.stride()[:3], d_out.stride()[:3], q_len
+        return Launch(padded_len // block_m * batch_size * num_heads, numbers, constants)
+
+    launch(row_statistics_kernel, (kind_of(out, lse, d_lse), kind_of(d_out)), tensors, describe)
     return lse_2, delta
 
 
@@ -548,65 +549,73 @@ def attention_backward(
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
     block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
     lse_2, delta = row_statistics(out, lse, d_out, d_lse)
     d_query, d_key, d_value = (
         tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
         for tensor in (query, key, value)
     )
-
-    tensors = query, key, value, d_out
-    kind = kind_of(*tensors, bounds), configs, softcap is None, dropout_p
-    strides = tuple(tensor.stride()[:3] for tensor in tensors)
-    factors = scale, 0.0 if softcap is None else softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
-    can_use_descriptors = descriptors_can_address(*tensors)
+    inputs = query, key, value, d_out
+    kind = kind_of(query, key, value, bounds), kind_of(d_out), configs, scale, softcap, dropout_p
 
     def launch_gradient(
-        kernel: Any, programs: int, config: Config, gradients: tuple[torch.Tensor, ...], schedule: torch.Tensor
+        kernel: Any,
+        config: Config,
+        programs: int,
+        gradients: tuple[torch.Tensor, ...],
+        schedule: torch.Tensor,
     ) -> None:
-        use_descriptors = config.use_descriptors and can_use_descriptors
-        arguments = (
+        use_descriptors = config.use_descriptors and descriptors_can_address(*inputs)
+        tensors = (
             tile_source(query, config.block_m, block_dim, use_descriptors),
             tile_source(key, config.block_n, block_dim, use_descriptors),
             tile_source(value, config.block_n, block_dim_v, use_descriptors),
             tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
-            tensors,
+            inputs,
             lse_2,
             delta,
             *gradients,
             bounds,
             schedule,
             seed,
-            *strides,
-            *(gradient.stride()[:3] for gradient in gradients),
-            *factors,
-            q_len,
-            kv_len,
-            mask_stride_b,
-            max_runs_of(schedule),
         )
-        constants = {
-            "NUM_HEADS": num_heads,
-            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
-            "HEADS_PER_MASK": heads_per_mask,
-            "NUM_PLANES": bounds.shape[2],
-            "HAS_SOFTCAP": softcap is not None,
-            "HAS_DROPOUT": seed is not None,
-            "DIM": dim,
-            "DIM_V": dim_v,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_DIM": block_dim,
-            "BLOCK_DIM_V": block_dim_v,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-            "USE_DESCRIPTORS": use_descriptors,
-        }
-        launch(kernel, programs, kind, arguments, constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+        def describe() -> Launch:
+            mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+            numbers = (
+                *(tensor.stride()[:3] for tensor in (*inputs, *gradients)),
+                scale,
+                0.0 if softcap is None else softcap,
+                drop_below(dropout_p),
+                1.0 / (1.0 - dropout_p),
+                q_len,
+                kv_len,
+                mask_stride_b,
+                max_runs_of(schedule),
+            )
+            constants = {
+                "NUM_HEADS": num_heads,
+                "HEADS_PER_KV_HEAD": num_heads // kv_heads,
+                "HEADS_PER_MASK": heads_per_mask,
+                "NUM_PLANES": bounds.shape[2],
+                "HAS_SOFTCAP": softcap is not None,
+                "HAS_DROPOUT": seed is not None,
+                "DIM": dim,
+                "DIM_V": dim_v,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_DIM": block_dim,
+                "BLOCK_DIM_V": block_dim_v,
+                "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+                "USE_DESCRIPTORS": use_descriptors,
+            }
+            return Launch(programs, numbers, constants, config.options)
+
+        launch(kernel, kind, tensors, describe)
 
     config = configs.key_value_gradient
     programs = tiles_in(kv_len, config.block_n) * batch_size * kv_heads
-    launch_gradient(key_value_gradient_kernel, programs, config, (d_key, d_value), by_column)
+    launch_gradient(key_value_gradient_kernel, config, programs, (d_key, d_value), by_column)
     config = configs.query_gradient
     programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
-    launch_gradient(query_gradient_kernel, programs, config, (d_query,), by_row)
+    launch_gradient(query_gradient_kernel, config, programs, (d_query,), by_row)
     return d_query, d_key, d_value, delta[..., :q_len]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..configs import Config
 from ..dropout import drop_below
-from ..launch import kind_of, launch
+from ..launch import Launch, kind_of, launch
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LN_2,
@@ -258,26 +258,24 @@ def attention_forward(
     lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
     block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
     use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    launch(
-        attention_forward_kernel,
-        tiles_in(q_len, config.block_m) * batch_size * num_heads,
-        (kind_of(query, key, value, bounds, sinks), config, softcap is None, dropout_p),
-        (
-            tile_source(query, config.block_m, block_dim, use_descriptors),
-            tile_source(key, config.block_n, block_dim, use_descriptors),
-            tile_source(value, config.block_n, block_dim_v, use_descriptors),
-            (query, key, value),
-            out,
-            lse,
-            bounds,
-            schedule,
-            sinks,
-            seed,
-            query.stride()[:3],
-            key.stride()[:3],
-            value.stride()[:3],
-            out.stride()[:3],
+    tensors = (
+        tile_source(query, config.block_m, block_dim, use_descriptors),
+        tile_source(key, config.block_n, block_dim, use_descriptors),
+        tile_source(value, config.block_n, block_dim_v, use_descriptors),
+        (query, key, value),
+        out,
+        lse,
+        bounds,
+        schedule,
+        sinks,
+        seed,
+    )
+
+    def describe() -> Launch:
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
+        numbers = (
+            *(tensor.stride()[:3] for tensor in (query, key, value, out)),
             scale,
             0.0 if softcap is None else softcap,
             drop_below(dropout_p),
@@ -286,8 +284,8 @@ def attention_forward(
             kv_len,
             mask_stride_b,
             max_runs_of(schedule),
-        ),
-        {
+        )
+        constants = {
             "NUM_HEADS": num_heads,
             "HEADS_PER_KV_HEAD": num_heads // kv_heads,
             "HEADS_PER_MASK": heads_per_mask,
@@ -304,10 +302,11 @@ def attention_forward(
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             "USE_DESCRIPTORS": use_descriptors,
             "QUERY_IN_REGISTERS": config.query_in_registers,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        }
+        return Launch(programs, numbers, constants, config.options)
+
+    kind = kind_of(query, key, value, bounds), kind_of(sinks), config, scale, softcap, dropout_p
+    launch(attention_forward_kernel, kind, tensors, describe)
     return out, lse
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import kind_of, launch
+from ..launch import Launch, kind_of, launch
 from ..schedule import mask_strides, max_runs_of
 from .backward import _key_value_gradients, _query_gradients
 from .forward import _attend, head_dim_blocks
@@ -128,23 +128,28 @@ def redo_forward(
     """
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
-    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    launch(
-        redo_forward_kernel,
-        num_processors(query.device),
-        (kind_of(has_nan, query, key, value, bounds, sinks), tile),
-        (
-            has_nan, query, key, value, out, lse, bounds, schedule, sinks,
-            query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3],
+    tensors = has_nan, query, key, value, out, lse, bounds, schedule, sinks
+
+    def describe() -> Launch:
+        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        numbers = (
+            *(tensor.stride()[:3] for tensor in (query, key, value, out)),
             scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(schedule),
-        ),
-        {
+        )  # fmt: skip
+        constants = {
             "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
             "NUM_PLANES": bounds.shape[2], "HAS_SINKS": sinks is not None, "DIM": dim, "DIM_V": dim_v,
             "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v, "SCHEDULED_M": tile[0], "SCHEDULED_N": tile[1],
-        },
-    )  # fmt: skip
+        }  # fmt: skip
+        return Launch(num_processors(query.device), numbers, constants)
+
+    launch(
+        redo_forward_kernel,
+        (kind_of(query, key, value, bounds, has_nan), kind_of(sinks), tile, scale),
+        tensors,
+        describe,
+    )
 
 
 def redo_backward(
@@ -170,26 +175,25 @@ def redo_backward(
     """
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
-    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    d_query, d_key, d_value = gradients
-    launch(
-        redo_backward_kernel,
-        num_processors(query.device),
-        (kind_of(has_nan, query, key, value, d_out, bounds), column_tile, row_tile),
-        (
-            has_nan, query, key, value, d_out, lse_2, delta, d_query, d_key, d_value, bounds, by_column, by_row,
-            query.stride()[:3], key.stride()[:3], value.stride()[:3], d_out.stride()[:3],
-            d_query.stride()[:3], d_key.stride()[:3], d_value.stride()[:3],
+    tensors = has_nan, query, key, value, d_out, lse_2, delta, *gradients, bounds, by_column, by_row
+
+    def describe() -> Launch:
+        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        numbers = (
+            *(tensor.stride()[:3] for tensor in (query, key, value, d_out, *gradients)),
             scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(by_column), max_runs_of(by_row),
-        ),
-        {
+        )  # fmt: skip
+        constants = {
             "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
             "NUM_PLANES": bounds.shape[2], "DIM": dim, "DIM_V": dim_v,
             "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v,
             "COLUMN_M": column_tile[0], "COLUMN_N": column_tile[1], "ROW_M": row_tile[0], "ROW_N": row_tile[1],
-        },
-    )  # fmt: skip
+        }  # fmt: skip
+        return Launch(num_processors(query.device), numbers, constants)
+
+    kind = kind_of(query, key, value, bounds, has_nan), kind_of(d_out), column_tile, row_tile, scale
+    launch(redo_backward_kernel, kind, tensors, describe)
 
 
 @functools.lru_cache
