@@ -4,6 +4,7 @@
 # make sweep   compare every family of models with eager attention, write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
 # make fuzz    10,000 random calls of attention on the GPU against dense attention
+# make sanitize  compute-sanitizer, or SANITIZER, on the kernels that the GPU has
 # make versions  run the core of the tests with the versions that are supported, or VERSIONS=oldest ... of them
 # PYTHON picks the interpreter of the environment, VENV its place.
 
@@ -11,11 +12,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_WORKERS ?= 2
 VERSIONS ?=
+SANITIZER ?= compute-sanitizer
 
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-gpu fuzz sweep transformers-tests versions lint check clean
+.PHONY: demo test test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
 
 # Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
 demo: $(READY)
@@ -29,6 +31,12 @@ test-gpu: $(READY)
 
 fuzz: $(READY)
 	$(RUN) tests/fuzz_attention.py
+
+# racecheck does not follow how the warps of the sm_90 kernels wait for each other.
+sanitize: $(READY)
+	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
+	  "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
+	  $(SANITIZER) --tool $$1 --error-exitcode 1 $(RUN) tests/sanitize_attention.py $$2 $$3; done
 
 sweep: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) tests/sweep_models.py

@@ -203,10 +203,11 @@ class Run:
         return all(row.get(name) == other.get(name) for name in self.key)
 
 
-def latest_run(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """The run of that name that was added to last, or None."""
+def latest_run(name: str, folder: Path = RESULTS, **values: Any) -> dict[str, Any] | None:
+    """The run of that name that was added to last, of those with a row that has these values; or None."""
     found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
-    return max(found, key=lambda result: result["environment"]["updated"], default=None)
+    having = [run for run in found if any(all(row.get(key) == values[key] for key in values) for row in run["rows"])]
+    return max(having, key=lambda run: run["environment"]["updated"], default=None)
 
 
 def visible_flops(pairs: int, heads: int, head_dim: int) -> dict[str, float]:

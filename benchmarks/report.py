@@ -142,11 +142,11 @@ def mask_making(cells: dict[tuple[str, str], Json]) -> str:
     )
 
 
-def failures(run: Json) -> list[str]:
+def failures(run: Json, protocol: str) -> list[str]:
     """What did not run, and why: nothing is left out in silence."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in run["rows"]:
-        if "error" in row:
+        if "error" in row and row["protocol"] == protocol:
             where = (
                 f"{MASK_NAMES[row['mask']]} ({row['length']:,}, {row['heads']}/{row['kv_heads']}, {row['head_dim']})"
             )
@@ -189,7 +189,7 @@ def paper_section(run: Json, published: Json) -> list[str]:
 
 
 def short_rows_section(run: Json) -> list[str]:
-    """Where launches count: forward and backward of packed documents from the first launch to the last result."""
+    """Where launches count: forward and backward of packed documents, host and device."""
     rows = [row for row in measured(run, mask="causal_document", sample=0) if "end_to_end" in row["milliseconds"]]
     cells = {(shape_of(row), row["implementation"]): row["milliseconds"]["end_to_end"] for row in rows}
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -197,7 +197,7 @@ def short_rows_section(run: Json) -> list[str]:
     for shape in dict.fromkeys(shape_of(row) for row in rows):
         times = [f"{cells[shape, name]:.2f}" if (shape, name) in cells else "-" for name in names]
         body.append([f"{shape[0]:,}", f"{shape[2]}/{shape[3]}", str(shape[1]), *times])
-    title = "Short rows of packed documents, forward and backward, the host's launches included (ms):"
+    title = "Short rows of packed documents: forward and backward per layer of a stack, the host's part included (ms):"
     return ["", title, "", *table(["tokens", "heads", "size", *names], body, left=0)] if body else []
 
 
@@ -438,7 +438,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def readme_section() -> str:
-    attention, training = latest_run("attention_gpu"), latest_run("training_gpu")
+    attention, training = latest_run("attention_gpu", protocol="bar"), latest_run("training_gpu")
     masking = RESULTS / "masking_gpu.json"
     sections = (
         attention_section(attention) if attention else [],
@@ -451,28 +451,27 @@ def readme_section() -> str:
 
 
 def performance_section() -> str:
-    run = latest_run("attention_gpu")
-    if run is None:
-        return ""
-    lines = paper_section(run, json.loads(PUBLISHED.read_text()))
+    paper, sparsity, bar = (latest_run("attention_gpu", protocol=name) for name in ("paper", "sparsity", "bar"))
+    lines = [*paper_section(paper, json.loads(PUBLISHED.read_text())), *failures(paper, "paper")] if paper else []
     for name, alternative, is_there in (
-        ("speed_over_sparsity", "Time over the hidden part of all tiles", measured(run, protocol="sparsity")),
-        ("memory_over_length", "Peak memory over the length of the row", has_several_lengths(run)),
+        ("speed_over_sparsity", "Time over the hidden part of all tiles", sparsity is not None),
+        ("memory_over_length", "Peak memory over the length of the row", bar is not None and has_several_lengths(bar)),
     ):
         if is_there:
             lines += ["", f"![{alternative}]({name}.png)"]
-    return "\n".join([*lines, *short_rows_section(run), *failures(run)]).strip()
+    return "\n".join([*lines, *(short_rows_section(bar) + failures(bar, "bar") if bar else [])]).strip()
 
 
 def draw() -> None:
     draw_shared_prompts(results("shared_prompts_gpu"))
-    attention, training = latest_run("attention_gpu"), latest_run("training_gpu")
-    if attention and measured(attention, protocol="bar", sample=0, **HEADLINE):
-        draw_speed_per_mask(attention)
-    if attention and measured(attention, protocol="sparsity"):
-        draw_speed_over_sparsity(attention)
-    if attention and has_several_lengths(attention):
-        draw_memory_over_length(attention)
+    bar, sparsity = (latest_run("attention_gpu", protocol=name) for name in ("bar", "sparsity"))
+    training = latest_run("training_gpu")
+    if bar and measured(bar, protocol="bar", sample=0, **HEADLINE):
+        draw_speed_per_mask(bar)
+    if sparsity:
+        draw_speed_over_sparsity(sparsity)
+    if bar and has_several_lengths(bar):
+        draw_memory_over_length(bar)
     if training and measured(training, workload="steps"):
         draw_training(training)
 

@@ -206,16 +206,22 @@ def test_one_row_of_the_pipeline_but_its_clock(monkeypatch: pytest.MonkeyPatch) 
     *inputs, d_out = random_inputs(2, 4, 2, 80, 16)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     expected = truth.Truth(*inputs, d_out, mask.bounds())
+    query, key, value = inputs
+    for _ in range(attention_gpu.LAYERS):
+        query, _ = reference_attention(query, key, value, mask.bounds())
+    of_stack = torch.autograd.grad(query, inputs, d_out)
     for peer in ("flashmask", "sdpa, dense mask"):
         calls.clear()
         attention = peers.PEERS[peer](peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu"))
         row = attention_gpu.measure(attention, tuple(inputs), d_out, expected)
-        parts = {"forward", "backward", "mask", "mask_host", "end_to_end"}
-        assert row["milliseconds"] == {**dict.fromkeys(parts, 2), "total": 4}
+        parts = {"forward", "backward", "mask", "mask_host"}
+        per_layer = 2 / attention_gpu.LAYERS
+        assert row["milliseconds"] == {**dict.fromkeys(parts, 2), "total": 4, "end_to_end": per_layer}
         assert max(row["relative_error"].values()) < 1e-5
         assert row["peak_mib"] == 3
         assert calls[0].shape == d_out.shape
         assert [gradient.shape for gradient in calls[1]] == [tensor.shape for tensor in inputs]
+        torch.testing.assert_close(calls[-1], of_stack, rtol=1e-4, atol=1e-5)
 
     deaf = peers.Attention(None, lambda query, key, value, _: flashmask_attention(query, key, value, is_causal=True))
     with pytest.raises(ValueError, match="wrong result"):
@@ -299,6 +305,11 @@ def test_other_kernels_or_settings_are_another_run(tmp_path: Path, monkeypatch: 
     assert latest is not None
     assert [row["milliseconds"] for row in latest["rows"]] == [4]
     assert measurement.latest_run("nothing", tmp_path) is None
+    first.add({"mask": "full", "length": 2, "milliseconds": 6})
+    with_full = measurement.latest_run("speed", tmp_path, mask="full", length=2)
+    assert with_full is not None
+    assert [row["milliseconds"] for row in with_full["rows"]] == [5, 6]
+    assert measurement.latest_run("speed", tmp_path, mask="full", length=1) is None
 
 
 def test_the_day_does_not_begin_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +500,7 @@ def test_short_rows_are_reported_with_their_launches(speed: dict[str, Any]) -> N
 
 
 def test_what_failed_is_reported(speed: dict[str, Any]) -> None:
-    text = "\n".join(report.failures(speed))
+    text = "\n".join(report.failures(speed, "bar"))
     assert "- cuDNN: `RuntimeError: no such kernel` on full (32,768, 32/8, 128)" in text
     assert "- FA4 varlen: flash_attn.cute is not installed" in text
     assert "cuDNN" not in "\n".join(report.attention_section(speed))
