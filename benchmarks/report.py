@@ -390,6 +390,8 @@ def draw_memory_over_length(run: Json) -> None:
         axes.plot(*zip(*found), "o-", label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="tokens", ylabel="MiB above the inputs")
     finish(figure, axes, "memory_over_length", "Peak memory, forward and backward, packed documents")
 
@@ -419,7 +421,7 @@ def draw_training(run: Json) -> None:
 def finish(figure: Any, axes: Any, name: str, title: str) -> None:
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside lower right", ncols=3)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(PICTURE.parent / f"{name}.png", dpi=150)
     plt.close(figure)
 
