@@ -25,8 +25,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from uniform_registers import unwritten_reads
 
-from flashmask_kernels import configs
-from flashmask_kernels.portable import attention_backward, attention_forward
+from flashmask_kernels import configs, portable
 from flashmask_kernels.schedule import build_schedule
 
 TARGETS = {
@@ -88,25 +87,24 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         long, chosen = chosen, configs.without_descriptors(chosen)
         if chosen == long or planes > 1:
             return []
+    if chosen is None:
+        return []
     if specialized:
-        if chosen is None:
-            return []
         from flashmask_kernels import hopper
+
+        module, factors = hopper, (0.1,)
+    else:
+        module, factors = portable, (0.1, None, 0.0)
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         schedules = [
             build_schedule(bounds, length, config.block_m, config.block_n, config is chosen.key_value_gradient)
             for config in chosen
         ]
-        if specialized:
-            out, lse = hopper.attention_forward(query, key, value, bounds, None, schedules[0], 0.1, chosen.forward)
-            hopper.attention_backward(d_out, None, query, key, value, bounds, out, lse, *schedules[1:], 0.1, chosen)
-        else:
-            out, lse = attention_forward(
-                query, key, value, bounds, None, schedules[0], None, 0.1, None, 0.0, chosen.forward
-            )
-            attention_backward(
-                d_out, None, query, key, value, bounds, out, lse, *schedules[1:], None, 0.1, None, 0.0, chosen
-            )
+        inputs, by_row, by_schedules = (query, key, value, bounds), schedules[0], schedules[1:]
+        forward = module.AttentionForward(*inputs, None, by_row, *factors, chosen.forward)
+        out, lse = forward(*inputs, None, by_row, None)
+        backward = module.AttentionBackward(d_out, None, *inputs, out, *by_schedules, *factors, chosen)
+        backward(d_out, None, *inputs, out, lse, *by_schedules, None)
     return kernels
 
 

@@ -39,6 +39,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_planned() -> None:
+    """What a test replaces must not miss what was planned before it."""
+    if (ops := sys.modules.get("flashmask_kernels.ops")) is not None:
+        ops._plans.clear()
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""

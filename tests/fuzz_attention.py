@@ -153,6 +153,7 @@ def failures(arguments: tuple[range, str]) -> list[str]:
     for number in numbers:
         # As rows long enough for descriptors, or as short ones.
         ops._FEWEST_DESCRIBED_ELEMENTS = 0 if number % SIGNATURES % 2 else 1 << 60
+        ops._plans.clear()
         try:
             run_case(number, device)
         except Exception as error:

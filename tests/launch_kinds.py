@@ -1,10 +1,10 @@
-"""What `launch` does against what Triton does, without a GPU. Prints JSON.
+"""What a `Launcher` does against what Triton does, without a GPU. Prints JSON.
 
     python tests/launch_kinds.py
 
 `conflicts`: the launch code of all attention kernels is called with random inputs; of equal kinds, Triton's own
 specialization must be equal, and so must what kernels get beside tensors. `differences`: of what Triton hands to its
-driver in a first call and `launch` in a second one.
+driver in a first call and a `Launcher` in a second one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -22,39 +22,39 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashmask_kernels import configs, portable
-from flashmask_kernels.launch import Launch
+from flashmask_kernels import configs, ops, portable
+from flashmask_kernels.launch import Launcher
 from flashmask_kernels.schedule import schedule_shape
 
 CALLS = 1200
-SHAPES = 40
+SHAPES = 20
 
 
-class Record:
-    """Stands in for `launch`."""
+class Record(Launcher):
+    """Launches nothing."""
 
-    def __init__(self) -> None:
-        self.found: dict[tuple[Any, ...], str] = {}
-        self.launches = 0
-        self.conflicts: list[str] = []
+    kind: ClassVar[Any] = None  # of the inputs at the moment
+    found: ClassVar[dict[tuple[Any, ...], str]] = {}
+    launches: ClassVar[int] = 0
+    conflicts: ClassVar[list[str]] = []
 
-    def __call__(self, kernel: Any, kind: Any, tensors: tuple[Any, ...], describe: Callable[[], Launch]) -> None:
-        _, numbers, constants, options = description = describe()
-        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants)
+    def __call__(self, *tensors: Any) -> None:
+        kernel, constants = self._kernel, self._constants
+        assert kernel.arg_names[len(tensors) + len(self._numbers) :] == list(constants)
         binder = kernel.device_caches[0][-1]
-        _, specialization, _ = binder(*tensors, *numbers, **constants, **options)
-        found = f"{specialization} {description}"
-        known = self.found.setdefault((kernel.fn, kind), found)
-        self.launches += 1
+        _, specialization, _ = binder(*tensors, *self._numbers, **constants, **self._options)
+        found = f"{specialization} {self._programs} {self._numbers} {constants} {self._options}"
+        known = Record.found.setdefault((kernel.fn, Record.kind), found)
+        Record.launches += 1
         if known != found:
-            self.conflicts.append(f"{kernel.fn.__name__}: {known} and {found}")
+            Record.conflicts.append(f"{kernel.fn.__name__}: {known} and {found}")
 
 
 def random_tensor(choose: random.Random, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Tensor:
     """`[B, H, S, D]`, laid out as by models or a part of more, at an even or odd address."""
-    offset, padding = choose.choice([(0, 0)] * 5 + [(8, 8), (1, 8)])
+    offset, padding = choose.choice([(0, 0)] * 20 + [(8, 8), (1, 8)])
     whole = torch.empty(batch, length, heads, dim + padding, dtype=dtype)
-    if choose.random() < 0.2:
+    if choose.random() < 0.05:
         whole = torch.empty(batch, heads, length, dim + padding, dtype=dtype).transpose(1, 2)
     return whole[..., offset : offset + dim].transpose(1, 2)
 
@@ -71,7 +71,7 @@ def call(number: int) -> None:
     key, value = (random_tensor(choose, batch, kv_heads, kv_len, dim, dtype) for _ in range(2))
     mask_heads = choose.choice([1, kv_heads])
     size = choose.choice([1, batch]) * mask_heads * planes * kv_len
-    bounds = torch.empty(size + 1, dtype=torch.int32)[choose.choice([0, 1]) :][:size]
+    bounds = torch.empty(size + 1, dtype=torch.int32)[choose.choice([0] * 9 + [1]) :][:size]
     bounds = bounds.view(-1, mask_heads, planes, kv_len)
     sinks = choose.choice([None, torch.empty(heads + 1)[choose.choice([0, 1]) :][:heads]])
     d_lse = choose.choice([None, torch.empty(batch, heads, q_len)])
@@ -86,27 +86,24 @@ def call(number: int) -> None:
         shape = schedule_shape(len(bounds) * mask_heads, q_len, kv_len, config.block_m, config.block_n, by_column)
         return torch.empty(shape, dtype=torch.int32)
 
-    by_row, by_column = schedule(chosen.forward, False), schedule(chosen.key_value_gradient, True)
-    by_row_again = schedule(chosen.query_gradient, False)
     if specialized:
         from flashmask_kernels import hopper
 
-        out, lse = hopper.attention_forward(query, key, value, bounds, sinks, by_row, scale, chosen.forward)
-        hopper.attention_backward(
-            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row_again, scale, chosen
-        )
-        return
-    if choose.random() < 0.5:
-        chosen = configs.without_descriptors(chosen)
-    softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
-    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
-    out, lse = portable.attention_forward(
-        query, key, value, bounds, sinks, by_row, seed, scale, softcap, dropout_p, chosen.forward
-    )
-    schedules = by_column, by_row_again
-    portable.attention_backward(
-        d_out, d_lse, query, key, value, bounds, out, lse, *schedules, seed, scale, softcap, dropout_p, chosen
-    )
+        module, factors, seed = hopper, (scale,), None
+    else:
+        if choose.random() < 0.5:
+            chosen = configs.without_descriptors(chosen)
+        softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
+        module, factors = portable, (scale, softcap, dropout_p)
+        seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    inputs, by_row = (query, key, value, bounds), schedule(chosen.forward, False)
+    Record.kind = ops._kind_of(*inputs, sinks), factors, chosen, specialized
+    forward = module.AttentionForward(*inputs, sinks, by_row, *factors, chosen.forward)
+    out, lse = forward(*inputs, sinks, by_row, seed)
+    schedules = schedule(chosen.key_value_gradient, True), schedule(chosen.query_gradient, False)
+    Record.kind = ops._kind_of(d_out, d_lse, *inputs, out, lse), factors, chosen, specialized
+    backward = module.AttentionBackward(d_out, d_lse, *inputs, out, *schedules, *factors, chosen)
+    backward(d_out, d_lse, *inputs, out, lse, *schedules, seed)
 
 
 def differences_to_triton() -> list[str]:
@@ -124,15 +121,17 @@ def differences_to_triton() -> list[str]:
     config = configs.Config(32, 32, 4, 2, use_descriptors=True)
     schedule = torch.empty(schedule_shape(1, 64, 64, 32, 32, False), dtype=torch.int32)
     chosen = configs.Configs(config, config._replace(use_descriptors=False), config)
+    inputs, factors = (query, key, value, bounds), (0.1, None, 0.0)
+    forward = portable.AttentionForward(*inputs, None, schedule, *factors, config)
     with mock.patch.multiple(CompiledKernel, create=True, **parts):
+        backward = None
         for _ in range(2):
             handed_over.append([])
-            out, lse = portable.attention_forward(
-                query, key, value, bounds, None, schedule, None, 0.1, None, 0.0, config
+            out, lse = forward(*inputs, None, schedule, None)
+            backward = backward or portable.AttentionBackward(
+                d_out, None, *inputs, out, schedule, schedule, *factors, chosen
             )
-            portable.attention_backward(
-                d_out, None, query, key, value, bounds, out, lse, schedule, schedule, None, 0.1, None, 0.0, chosen
-            )
+            backward(d_out, None, *inputs, out, lse, schedule, schedule, None)
     first, second = handed_over
     assert len(first) == len(second) == 4
     return [f"{one} and {other}" for one, other in zip(first, second) if one != other]
@@ -152,7 +151,6 @@ def plain(argument: Any) -> Any:
 def main() -> None:
     driver.set_active(OfflineDriver(TARGETS["sm_90"]))
     differences = differences_to_triton()
-    record = Record()
     modules = [portable.forward, portable.backward]
     if configs._HAS_GLUON:
         from flashmask_kernels import hopper
@@ -160,13 +158,13 @@ def main() -> None:
         modules += [portable.redo, hopper.forward, hopper.backward]
     with mock.patch.object(configs, "architecture", return_value="sm_90"):
         for module in modules:
-            mock.patch.object(module, "launch", record).start()
+            mock.patch.object(module, "Launcher", Record).start()
         for number in range(CALLS):
             call(number)
     found = {
-        "launches": record.launches,
-        "kinds": len(record.found),
-        "conflicts": record.conflicts,
+        "launches": Record.launches,
+        "kinds": len(Record.found),
+        "conflicts": Record.conflicts,
         "differences": differences,
     }
     print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""What `launch` remembers, and that what it launches is what Triton would."""
+"""That a `Launcher` launches what Triton would."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +13,7 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from flashmask_kernels import launch as module
-from flashmask_kernels.launch import Launch, kind_of, launch
+from flashmask_kernels.launch import Launcher, strides_of
 
 FOLDER = Path(__file__).parent
 
@@ -35,70 +33,40 @@ class Kernel:
 
     def __init__(self, compiles: bool = True) -> None:
         self.fn = object()
-        self.compiles, self.calls, self.launched = compiles, 0, list[Any]()
+        self.compiles, self.calls, self.launched = compiles, list[Any](), list[Any]()
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
+            self.calls.append((grid, arguments, options))
             return Compiled(self.launched) if self.compiles else None
 
         return run
 
 
-@pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_known", {})
-
-
-def described(length: int) -> Callable[[], Launch]:
-    return lambda: Launch(length, (length,), {"BLOCK": 16}, {"num_warps": 4})
-
-
-def test_the_same_kind_is_launched_without_triton() -> None:
+def test_only_the_first_launch_goes_through_triton() -> None:
     kernel, tensors = Kernel(), [torch.zeros(4) for _ in range(3)]
+    launch = Launcher(kernel, 5, (7,), {"BLOCK": 16}, num_warps=4)
     for tensor in tensors:
-        launch(kernel, kind_of(tensor), (tensor,), described(5))
-    assert kernel.calls == 1
+        launch(tensor)
+    assert kernel.calls == [((5,), (tensors[0], 7), {"BLOCK": 16, "num_warps": 4})]
     assert [grid for grid, _ in kernel.launched] == [(5, 1, 1)] * 2
     for tensor, (_, arguments) in zip(tensors[1:], kernel.launched):
         assert arguments[0] is tensor
-        assert arguments[1:] == (5, 16)
+        assert arguments[1:] == (7, 16)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        torch.zeros(33, dtype=torch.int32)[:32],
-        torch.zeros(33)[1:],
-        torch.zeros(64)[::2],
-        torch.zeros(31),
-        torch.zeros(2, 16),
-        torch.zeros(32, device="meta"),
-        None,
-    ],
-)
-def test_another_kind(other: torch.Tensor | None) -> None:
-    kernel, tensor = Kernel(), torch.zeros(33)[:32]
-    for source in (tensor, other, tensor, other):
-        launch(kernel, kind_of(source), (source,), described(32))
-    assert kernel.calls == 2
-    assert len(kernel.launched) == 2
-
-
-def test_kernels_are_told_apart_and_the_interpreter_has_none() -> None:
+def test_launchers_are_apart_and_the_interpreter_has_nothing_to_remember() -> None:
     kernels = [Kernel(), Kernel(), Kernel(compiles=False)]
+    launchers = [Launcher(kernel, 1, (1,), {"BLOCK": 16}) for kernel in kernels]
     for _ in range(3):
-        for kernel in kernels:
-            launch(kernel, (), (torch.zeros(1),), described(1))
-    assert [kernel.calls for kernel in kernels] == [1, 1, 3]
+        for launch in launchers:
+            launch(torch.zeros(1))
+    assert [len(kernel.calls) for kernel in kernels] == [1, 1, 3]
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_KNOWN", 10)
-    kernel = Kernel()
-    for length in range(35):
-        launch(kernel, (length,), (None,), described(length))
-        assert len(module._known) <= 10
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (1, 1, 1, 16), (1, 7, 1, 8), (3, 1, 4, 24)])
+def test_strides_of_a_new_tensor(shape: tuple[int, ...]) -> None:
+    assert strides_of(*shape) == torch.zeros(shape).transpose(1, 2).stride()[:3]
 
 
 def test_against_triton() -> None:

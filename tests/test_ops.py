@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from attention_checks import (
@@ -208,6 +211,69 @@ def test_schedules_are_cached_per_bounds_until_they_change(monkeypatch: pytest.M
     bounds += 1
     ops._cached_schedule(bounds, 37, 16, 16, False)
     assert len(builds) == 4
+
+
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """As a hook that keeps saved tensors elsewhere gives them back: other strides, an odd address."""
+    elsewhere = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return elsewhere.copy_(tensor)
+
+
+def test_plans_fit_inputs_of_every_kind_in_turn(interpreted) -> None:
+    """Strides, addresses, sinks, gradients and saved tensors change from call to call, shapes do not."""
+    interpreted()
+    bounds = random_intervals(1, 1, 2, 19, 19)
+    layouts = [
+        lambda tensor: tensor,
+        lambda tensor: tensor.contiguous(),
+        moved,
+        lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+        lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
+    ]
+    for number in range(15):
+        layout, of_gradient = layouts[number % 5], layouts[number * 7 // 3 % 5]
+        leaves = [layout(tensor).detach().requires_grad_() for tensor in tensors(19, 2, 1)]
+        sinks = torch.randn(2).requires_grad_() if number % 3 == 0 else None
+        leaves += [sinks] if sinks is not None else []
+        d_out, scale = of_gradient(tensors(19, 2, 1)[0]), 0.2 + number % 2
+        expected, expected_lse = reference_attention(*leaves[:3], bounds, scale=scale, sinks=sinks)
+        unpack = moved if number % 4 == 0 else lambda tensor: tensor
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            out, lse = flashmask_attention(*leaves[:3], bounds, scale=scale, sinks=sinks, return_lse=True)
+        assert_close(out, expected)
+        losses = [(out * d_out).sum(), (expected * d_out).sum()]
+        if number % 2:
+            losses = [loss + of.nan_to_num(neginf=0.0).sum() for loss, of in zip(losses, (lse, expected_lse))]
+        for ours, truth in zip(*(torch.autograd.grad(loss, leaves) for loss in losses)):
+            assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+    assert len(ops._plans) > 10
+
+
+def test_plans_are_bounded_and_hold_no_tensors(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted()
+    monkeypatch.setattr(ops, "_MOST_REMEMBERED", 4)
+    for length in range(3, 10):
+        leaves = [tensor.requires_grad_() for tensor in tensors(length, 2, 1)]
+        flashmask_attention(*leaves, is_causal=True).sum().backward()
+        assert 1 <= len(ops._plans) <= 4
+    known = [weakref.ref(tensor) for tensor in leaves]
+    del leaves
+    gc.collect()
+    assert [reference() for reference in known] == [None] * 3
+
+
+def test_a_mistake_after_a_plan_is_still_an_error() -> None:
+    query, key, value = tensors()
+    for _ in range(2):
+        flashmask_attention(query, key, value, random_intervals(1, 1, 1, 37, 37))
+    for options in (
+        {"is_causal": True, "bounds": random_intervals(1, 1, 2, 37, 37)},
+        {"scale": -1.0},
+        {"softcap": 0.0},
+    ):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                flashmask_attention(query, key, value, **options)
 
 
 @pytest.mark.gpu

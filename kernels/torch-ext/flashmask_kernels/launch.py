@@ -1,70 +1,44 @@
 """Launching kernels. Triton derives from all arguments of each launch which compiled kernel is meant, and takes longer
-for it than short rows take on the device; `launch` remembers it for inputs of the same kind.
+for it than short rows take on the device: a `Launcher` asks it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+import torch
 from triton.compiler import CompiledKernel
 
-Kind = tuple[Hashable, ...]
 
+class Launcher:
+    """Launches a kernel on tensors of one kind: all that Triton compiles for, their device, dtypes, shapes, strides and
+    addresses up to multiples of 16, must be what it was at the first launch.
 
-class Launch(NamedTuple):
-    """What a launch needs beside tensors.
-
-    Attributes:
-        numbers: the parameters of the kernel between tensors and constants.
-        constants: the last parameters of the kernel, in their order.
+    Args:
+        numbers: the parameters of the kernel after the tensors.
+        constants: its last parameters, in their order.
         options: of Triton's compiler.
     """
 
-    programs: int
-    numbers: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, Any] = {}  # noqa: RUF012
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any], **options: Any
+    ) -> None:
+        self._kernel, self._programs, self._numbers = kernel, programs, numbers
+        self._constants, self._options = constants, options
+        self._run: Callable[..., None] | None = None
+        self._values = (*numbers, *constants.values())
+
+    def __call__(self, *tensors: Any) -> None:
+        if self._run is not None:
+            self._run(*tensors, *self._values)
+            return
+        assert self._kernel.arg_names[len(tensors) + len(self._numbers) :] == list(self._constants)
+        compiled = self._kernel[(self._programs,)](*tensors, *self._numbers, **self._constants, **self._options)
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            self._run = compiled[(self._programs, 1, 1)]
 
 
-# {(kernel, kind): (what launches the compiled kernel, its parameters after the tensors)}. Lengths, and with them kinds,
-# may change with every batch: what is full is emptied.
-_known: dict[tuple[Hashable, Kind], tuple[Callable[..., None], tuple[Any, ...]]] = {}
-_MOST_KNOWN = 4096
-
-
-def kind_of(first: Tensor | None, *others: Tensor | None) -> Kind:
-    """What a kernel may be compiled for: shapes, strides, and addresses up to multiples of 16; of ``first``, which
-    decides on those of ``others``, also device and dtype.
-    """
-    parts = [
-        None if tensor is None else (tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
-        for tensor in (first, *others)
-    ]
-    return (*parts, None if first is None else (first.device, first.dtype))
-
-
-def launch(kernel: Any, kind: Kind, tensors: tuple[Any, ...], describe: Callable[[], Launch]) -> None:
-    """Launch a kernel on ``tensors``, its first parameters.
-
-    Args:
-        kind: decides, with the kernel, on all that ``describe`` returns and on everything that Triton compiles for:
-            `kind_of` every tensor from outside and what else ``describe`` uses. Memory that was just allocated is
-            aligned and needs no kind.
-        describe: called for the first launch of a kind.
-    """
-    # `kernel` itself would hash its source.
-    key = (kernel.fn, kind)
-    known = _known.get(key)
-    if known is not None:
-        run, others = known
-        run(*tensors, *others)
-        return
-    programs, numbers, constants, options = describe()
-    assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants)
-    compiled = kernel[(programs,)](*tensors, *numbers, **constants, **options)
-    if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = compiled[(programs, 1, 1)], (*numbers, *constants.values())
+def strides_of(*shape: int) -> tuple[int, ...]:
+    """Of batch, heads and rows of a new tensor of shape `[B, S, H, D]` that is used as `[B, H, S, D]`."""
+    return torch.empty(shape, device="meta").transpose(1, 2).stride()[:3]

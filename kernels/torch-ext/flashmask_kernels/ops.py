@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -109,22 +109,71 @@ def flashmask_attention(
                 query, key, value, bounds, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks,
                 dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse,
             )  # type: ignore[call-overload]  # fmt: skip
+    arguments = is_causal, scale, softcap, float(dropout_p)
+    attend = _attend_in_graph if _runs_as_operator(query) else _attend
+    out, lse = attend(query, key, value, bounds, sinks, *arguments)
+    return (out, lse) if return_lse else out
+
+
+def _attend_in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = None if softcap is None else float(softcap)
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    if _runs_as_operator(query):
-        make_bounds, build, attend = _OPERATORS
-    else:
-        make_bounds, build, attend = _EAGER
+    query, key, value = (_with_dense_rows(tensor) for tensor in (query, key, value))
     if bounds is None:
-        bounds = make_bounds(query.shape[2], key.shape[2], is_causal, query.device)
+        bounds = _plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
     specialize = _specializes(query, value, bounds, softcap, dropout_p)
-    schedule = _schedule("forward", bounds, query, value, specialize, build)
-    out, lse = attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, float(dropout_p), specialize)
-    return (out, lse) if return_lse else out
+    schedule = _schedule("forward", bounds, query, value, specialize, _schedule_in_graph)
+    scale, softcap = _scale_and_softcap(query, scale, softcap)
+    return _forward_operator(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, specialize)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor | None,
+    sinks: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    if bounds is None:
+        _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
+        bounds = _cached_plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
+    kind = _kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p
+    plan = _plans.get(kind)
+    if plan is None:
+        _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
+        given = query, key, value, bounds
+        query, key, value = (_with_dense_rows(tensor) for tensor in (query, key, value))
+        bounds = bounds.contiguous()
+        if any(copy is not tensor for copy, tensor in zip((query, key, value, bounds), given)):
+            return _attend(query, key, value, bounds, sinks, is_causal, scale, softcap, dropout_p)
+        specialize = _specializes(query, value, bounds, softcap, dropout_p)
+        plan = _Plan(query, key, value, *_scale_and_softcap(query, scale, softcap), dropout_p, specialize)
+        _remember(_plans, kind, plan)
+    seed = draw_seed(query.device) if dropout_p else None
+    return _Attention.apply(query, key, value, bounds, sinks, seed, plan)
+
+
+def _scale_and_softcap(query: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float | None]:
+    return query.shape[-1] ** -0.5 if scale is None else float(scale), None if softcap is None else float(softcap)
+
+
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -255,6 +304,130 @@ def _runs_as_operator(query: Tensor) -> bool:
     )
 
 
+# Plans
+
+Kind = tuple[Hashable, ...]
+_MOST_REMEMBERED = 4096
+
+
+def _kind_of(*tensors: Tensor | None) -> Kind:
+    """All that plans depend on: device, dtype, shape, strides, and the address up to multiples of 16."""
+    return tuple(
+        None if tensor is None else (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+        for tensor in tensors
+    )
+
+
+def _remember(memory: dict[Kind, Any], kind: Kind, value: Any) -> None:
+    """Lengths, and with them kinds, may change with every batch: what is full is emptied."""
+    if len(memory) >= _MOST_REMEMBERED:
+        memory.clear()
+    memory[kind] = value
+
+
+class _Plan:
+    """How inputs of one kind are computed: by which kernels, and all that these are launched with but tensors.
+
+    Finding it out takes the host longer than short rows take on the device.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        dropout_p: float,
+        specialize: bool,
+    ) -> None:
+        self.factors = scale, softcap, dropout_p
+        self.specialize = specialize
+        is_empty = query.numel() == 0 or key.numel() == 0
+        # None: plain torch computes them.
+        self.configs = None if is_empty else _launched_configs(query, value, specialize)
+        self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._backwards: dict[Kind, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+
+    def kernels(self) -> tuple[Any, tuple[Any, ...]]:
+        """The module of the kernels, and what they take of the factors."""
+        if self.specialize:
+            from . import hopper
+
+            return hopper, self.factors[:1]
+        from . import portable
+
+        return portable, self.factors
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.cuda.device_of(query):
+            if self._forward is None:
+                assert self.configs is not None
+                kernels, factors = self.kernels()
+                self._forward = kernels.AttentionForward(
+                    query, key, value, bounds, sinks, schedule, *factors, self.configs.forward
+                )
+            return self._forward(query, key, value, bounds, sinks, schedule, seed)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Of saved tensors too: hooks may have moved them.
+        kind = _kind_of(d_out, d_lse, query, key, value, bounds, out, lse)
+        backward = self._backwards.get(kind)
+        with torch.cuda.device_of(query):
+            if backward is None:
+                kernels, factors = self.kernels()
+                backward = kernels.AttentionBackward(
+                    d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs
+                )
+                _remember(self._backwards, kind, backward)
+            return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+
+
+_plans: dict[Kind, _Plan] = {}
+
+
+def _plan_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    specialize: bool,
+) -> _Plan:
+    """For the operators, whose arguments have been checked and chosen."""
+    kind = _kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, specialize, "operator"
+    plan = _plans.get(kind)
+    if plan is None:
+        plan = _Plan(query, key, value, scale, softcap, dropout_p, specialize)
+        _remember(_plans, kind, plan)
+    return plan
+
+
 # Implementations
 
 
@@ -310,14 +483,14 @@ def _configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
 _FEWEST_DESCRIBED_ELEMENTS = 1 << 23
 
 
-def _launched_configs(query: Tensor, value: Tensor, specialize: bool) -> Configs:
-    """`_configs` where there is a schedule, and so a kernel. Not for a graph, which would be another for short rows."""
+def _launched_configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
+    """`_configs`, for a kernel that is launched. Not for a graph, which would be another for short rows."""
+    configs = _configs(query, value, specialize)
+    if configs is None or specialize or query.numel() >= _FEWEST_DESCRIBED_ELEMENTS:
+        return configs
     from .configs import without_descriptors
 
-    configs = _configs(query, value, specialize)
-    assert configs is not None
-    is_short = not specialize and query.numel() < _FEWEST_DESCRIBED_ELEMENTS
-    return without_descriptors(configs) if is_short else configs
+    return without_descriptors(configs)
 
 
 def _schedule(
@@ -402,17 +575,8 @@ def _forward(
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
     if schedule is None:
         return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
-    configs = _launched_configs(query, value, specialize)
-    with torch.cuda.device_of(query):
-        if specialize:
-            from . import hopper
-
-            return hopper.attention_forward(query, key, value, bounds, sinks, schedule, scale, configs.forward)
-        from .portable import attention_forward
-
-        return attention_forward(
-            query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, configs.forward
-        )
+    plan = _plan_of(query, key, value, bounds, sinks, scale, softcap, dropout_p, specialize)
+    return plan.forward(query, key, value, bounds, sinks, schedule, seed)
 
 
 def _backward(
@@ -437,33 +601,8 @@ def _backward(
         return d_query, d_key, d_value, torch.zeros_like(lse)
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
-    configs = _launched_configs(query, value, specialize)
-    with torch.cuda.device_of(query):
-        if specialize:
-            from . import hopper
-
-            return hopper.attention_backward(
-                d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, scale, configs
-            )
-        from .portable import attention_backward
-
-        return attention_backward(
-            d_out,
-            d_lse,
-            query,
-            key,
-            value,
-            bounds,
-            out,
-            lse,
-            by_column,
-            by_row,
-            seed,
-            scale,
-            softcap,
-            dropout_p,
-            configs,
-        )
+    plan = _plan_of(query, key, value, bounds, None, scale, softcap, dropout_p, specialize)
+    return plan.backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,45 +619,73 @@ def _new_gradient(tensor: Tensor) -> Tensor:
 # Autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bounds, sinks, _, seed, ctx.scale, ctx.softcap, ctx.dropout_p, ctx.specialize = inputs
-    ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
-    ctx.set_materialize_grads(False)
-
-
 def _gradients(
-    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, build: Callable[..., Tensor], backward: Callable[..., Any]
+    saved: tuple[Tensor, ...],
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor | None, ...]:
-    query, key, value, bounds, sinks, seed, out, lse = ctx.saved_tensors
-    d_out = torch.zeros_like(out) if d_out is None else d_out
-    by_column = _schedule("key_value_gradient", bounds, query, value, ctx.specialize, build)
-    by_row = _schedule("query_gradient", bounds, query, value, ctx.specialize, build)
-    d_query, d_key, d_value, delta = backward(
-        d_out if d_out.stride(-1) == 1 else d_out.contiguous(),
-        None if d_lse is None else d_lse.contiguous(),
-        query, key, value, bounds, out, lse, by_column, by_row, seed, ctx.scale, ctx.softcap,
-        ctx.dropout_p, ctx.specialize,
-    )  # fmt: skip
+    """Of query, key, value, bounds and sinks."""
+    query, key, value, bounds, sinks, seed, out, lse = saved
+    d_out = torch.zeros_like(out) if d_out is None else _with_dense_rows(d_out)
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    d_query, d_key, d_value, delta = backward(d_out, d_lse, query, key, value, bounds, out, lse, seed)
     d_sinks = None
     if sinks is not None:
         # The sink's probability exp(sink - lse) times its score gradient 0 - delta, summed over the rows of its head.
         probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         d_sinks = -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
-    return d_query, d_key, d_value, None, d_sinks, *[None] * 6
+    return d_query, d_key, d_value, None, d_sinks
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        plan: _Plan,
+    ) -> tuple[Tensor, Tensor]:
         # With a `setup_context` of its own the class would bind the arguments by signature, most of 90 us per call.
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
+        if plan.configs is None:
+            output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.specialize)
+        else:
+            schedule = _cached_schedule(bounds, query.shape[2], *plan.configs.forward[:2], False)
+            output = plan.forward(query, key, value, bounds, sinks, schedule, seed)
+        ctx.plan = plan
+        ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, d_out, d_lse, _cached_schedule, _backward)
+        return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx.plan)), None, None
+
+
+def _planned_backward(
+    plan: _Plan,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = d_out, d_lse, query, key, value, bounds, out, lse
+    if plan.configs is None:
+        return _backward(*arguments, None, None, seed, *plan.factors, plan.specialize)
+    q_len = query.shape[2]
+    by_column = _cached_schedule(bounds, q_len, *plan.configs.key_value_gradient[:2], True)
+    by_row = _cached_schedule(bounds, q_len, *plan.configs.query_gradient[:2], False)
+    return plan.backward(*arguments, by_column, by_row, seed)
 
 
 # Operators
@@ -577,12 +744,29 @@ def _(
     return _new_gradient(query), _new_gradient(key), _new_gradient(value), torch.empty_like(lse)
 
 
-_forward_operator.register_autograd(
-    lambda ctx, d_out, d_lse: _gradients(ctx, d_out, d_lse, _schedule_operator, _backward_operator),
-    setup_context=_setup_context,
-)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bounds, sinks, _, seed, *ctx.choices = inputs
+    ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
+    ctx.set_materialize_grads(False)
 
 
-# How to make plain bounds and schedules and how to attend, eagerly and in a graph.
-_EAGER: tuple[Callable[..., Any], ...] = (_cached_plain_bounds, _cached_schedule, _Attention.apply)
-_OPERATORS: tuple[Callable[..., Any], ...] = (_plain_bounds, _schedule_in_graph, _forward_operator)
+def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *_, specialize = ctx.choices
+
+    def backward(
+        d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *others: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out, lse, seed = others
+        by_column, by_row = (
+            _schedule(kernel, bounds, query, value, specialize, _schedule_operator)
+            for kernel in ("key_value_gradient", "query_gradient")
+        )
+        return _backward_operator(
+            d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed, *ctx.choices
+        )
+
+    *gradients, d_sinks = _gradients(ctx.saved_tensors, d_out, d_lse, backward)
+    return *gradients, d_sinks, *[None] * 6
+
+
+_forward_operator.register_autograd(_backward_in_graph, setup_context=_setup_context)

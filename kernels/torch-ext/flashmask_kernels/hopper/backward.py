@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Configs
-from ..launch import Launch, kind_of, launch
-from ..portable.backward import row_statistics
+from ..launch import Launcher, strides_of
+from ..portable.backward import RowStatistics
 from ..portable.redo import redo_backward
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
@@ -428,61 +428,52 @@ def query_gradient_kernel(
     )  # fmt: skip
 
 
-def attention_backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    by_column: Tensor,
-    by_row: Tensor,
-    scale: float,
-    configs: Configs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward kernels. Arguments and results as of `portable.attention_backward`, without dropout and
-    softcap and for head sizes to 128.
+class AttentionBackward:
+    """The backward kernels for inputs of one kind, as `portable.AttentionBackward`, without dropout and softcap and for
+    head sizes to 128.
     """
-    batch_size, num_heads, q_len, dim = query.shape
-    kv_heads, kv_len, dim_v = value.shape[1:]
-    query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
-    lse_2, delta = row_statistics(out, lse, d_out, d_lse)
-    d_query, d_key, d_value = (
-        tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
-        for tensor in (query, key, value)
-    )
-    column_counter, row_counter, has_nan = new_counters(3, query.device)
-    block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
-    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-    heads_per_kv_head = num_heads // kv_heads
-    kind = kind_of(query, key, value, bounds), kind_of(d_out), configs, scale
 
-    config = configs.key_value_gradient
-    column_tile = config.block_m, config.block_n
-    tensors: tuple[Any, ...] = (
-        tile_source(query, 1, 1, config.block_m, block_dim),
-        tile_source(key, 1, 1, 64, block_dim),
-        tile_source(value, 1, 1, 64, block_dim_v),
-        tile_source(d_out, 1, 1, config.block_m, block_dim_v),
-        tile_source(lse_2.flatten(0, 1), 1, config.block_m),
-        tile_source(delta.flatten(0, 1), 1, config.block_m),
-        d_key,
-        d_value,
-        bounds,
-        by_column,
-        column_counter,
-        has_nan,
-    )
+    def __init__(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        scale: float,
+        configs: Configs,
+    ) -> None:
+        query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
+        batch_size, num_heads, q_len, dim = query.shape
+        kv_heads, kv_len, dim_v = value.shape[1:]
+        block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        heads_per_kv_head = num_heads // kv_heads
+        self._row_statistics = RowStatistics(out, d_out, d_lse)
+        self._gradient_shapes = (
+            (batch_size, q_len, num_heads, dim),
+            (batch_size, kv_len, kv_heads, dim),
+            (batch_size, kv_len, kv_heads, dim_v),
+        )
+        d_query_strides, d_key_strides, d_value_strides = (strides_of(*shape) for shape in self._gradient_shapes)
 
-    def describe_key_value_gradient() -> Launch:
         config = configs.key_value_gradient
         num_column_tiles = tiles_in(kv_len, config.block_n)
         num_items = num_column_tiles * batch_size * kv_heads
-        numbers = (
-            *d_key.stride()[:3],
-            *d_value.stride()[:3],
+        self._block_m = config.block_m
+        self._column_blocks = (
+            (config.block_m, block_dim),
+            (64, block_dim),
+            (64, block_dim_v),
+            (config.block_m, block_dim_v),
+        )
+        numbers: tuple[Any, ...] = (
+            *d_key_strides,
+            *d_value_strides,
             scale,
             q_len,
             kv_len,
@@ -504,36 +495,25 @@ def attention_backward(
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
         }
-        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+        programs = num_programs(query.device, num_items)
+        self._launch_d_key_value = Launcher(key_value_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
+        column_tile = config.block_m, config.block_n
 
-    launch(key_value_gradient_kernel, kind, tensors, describe_key_value_gradient)
-
-    config = configs.query_gradient
-    row_tile = config.block_m, config.block_n
-    tensors = (
-        tile_source(query, 1, 1, 64, block_dim),
-        tile_source(key, 1, 1, config.block_n, block_dim),
-        tile_source(value, 1, 1, config.block_n, block_dim_v),
-        tile_source(d_out, 1, 1, 64, block_dim_v),
-        lse_2,
-        delta,
-        d_query,
-        bounds,
-        by_row,
-        row_counter,
-        has_nan,
-    )
-
-    def describe_query_gradient() -> Launch:
         config = configs.query_gradient
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
+        self._row_blocks = (
+            (64, block_dim),
+            (config.block_n, block_dim),
+            (config.block_n, block_dim_v),
+            (64, block_dim_v),
+        )
         numbers = (
-            *d_query.stride()[:3],
+            *d_query_strides,
             scale,
             q_len,
             kv_len,
-            delta.shape[-1],
+            self._row_statistics.padded_len,
             num_items,
             num_row_tiles,
             heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
@@ -551,12 +531,39 @@ def attention_backward(
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
         }
-        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+        programs = num_programs(query.device, num_items)
+        self._launch_d_query = Launcher(query_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
+        row_tile = config.block_m, config.block_n
+        self._redo = redo_backward(d_out, query, key, value, bounds, by_column, by_row, scale, column_tile, row_tile)
 
-    launch(query_gradient_kernel, kind, tensors, describe_query_gradient)
-    gradients = d_query, d_key, d_value
-    redo_backward(
-        has_nan, d_out, query, key, value, bounds, lse_2, delta, by_column, by_row, gradients, scale,
-        column_tile, row_tile,
-    )  # fmt: skip
-    return *gradients, delta[..., :q_len]
+    def __call__(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        seed: None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments and results as of `portable.AttentionBackward`."""
+        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
+        lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
+        gradients = tuple(query.new_empty(shape).transpose(1, 2) for shape in self._gradient_shapes)
+        d_query, d_key, d_value = gradients
+        column_counter, row_counter, has_nan = new_counters(3, query.device)
+        self._launch_d_key_value(
+            *(tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._column_blocks)),
+            *(tile_source(statistic.flatten(0, 1), 1, self._block_m) for statistic in (lse_2, delta)),
+            d_key, d_value, bounds, by_column, column_counter, has_nan,
+        )  # fmt: skip
+        self._launch_d_query(
+            *(tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._row_blocks)),
+            lse_2, delta, d_query, bounds, by_row, row_counter, has_nan,
+        )  # fmt: skip
+        self._redo(has_nan, *inputs, lse_2, delta, *gradients, bounds, by_column, by_row)
+        return d_query, d_key, d_value, delta[..., : query.shape[2]]

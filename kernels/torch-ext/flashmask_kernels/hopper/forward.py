@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Config
-from ..launch import Launch, kind_of, launch
+from ..launch import Launcher, strides_of
 from ..portable.redo import redo_forward
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
@@ -261,46 +261,34 @@ def attention_forward_kernel(
     )  # fmt: skip
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    sinks: Tensor | None,
-    schedule: Tensor,
-    scale: float,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel. Arguments and results as of `portable.attention_forward`, without dropout and softcap
-    and for head sizes to 128.
+class AttentionForward:
+    """The forward kernel for inputs of one kind, as `portable.AttentionForward`, without dropout and softcap and for
+    head sizes to 128.
     """
-    batch_size, num_heads, q_len, dim = query.shape
-    kv_heads, kv_len, dim_v = value.shape[1:]
-    query, key, value = (addressable(tensor) for tensor in (query, key, value))
-    out = query.new_empty(batch_size, q_len, num_heads, dim_v).transpose(1, 2)
-    lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
-    counter, has_nan = new_counters(2, query.device)
-    block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
-    tensors = (
-        tile_source(query, 1, 1, 64, block_dim),
-        tile_source(key, 1, 1, config.block_n, block_dim),
-        tile_source(value, 1, 1, config.block_n, block_dim_v),
-        out,
-        lse,
-        bounds,
-        schedule,
-        sinks,
-        counter,
-        has_nan,
-    )
 
-    def describe() -> Launch:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        scale: float,
+        config: Config,
+    ) -> None:
+        query, key, value = (addressable(tensor) for tensor in (query, key, value))
+        batch_size, num_heads, q_len, dim = query.shape
+        kv_heads, kv_len, dim_v = value.shape[1:]
+        block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        heads_per_kv_head = num_heads // kv_heads
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
-        heads_per_kv_head = num_heads // kv_heads
+        self._out_shape, self._lse_shape = (batch_size, q_len, num_heads, dim_v), (batch_size, num_heads, q_len)
+        self._blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
         numbers = (
-            *out.stride()[:3],
+            *strides_of(*self._out_shape),
             scale,
             q_len,
             kv_len,
@@ -322,11 +310,27 @@ def attention_forward(
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
         }
-        return Launch(num_programs(query.device, num_items), numbers, constants, LAUNCH_OPTIONS)
+        programs = num_programs(query.device, num_items)
+        self._launch = Launcher(attention_forward_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
+        tile = config.block_m, config.block_n
+        self._redo = redo_forward(query, key, value, bounds, sinks, schedule, scale, tile)
 
-    launch(
-        attention_forward_kernel, (kind_of(query, key, value, bounds), kind_of(sinks), config, scale), tensors, describe
-    )
-    tile = config.block_m, config.block_n
-    redo_forward(has_nan, query, key, value, bounds, sinks, schedule, out, lse, scale, tile)
-    return out, lse
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        seed: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments and results as of `portable.AttentionForward`."""
+        inputs = query, key, value = tuple(addressable(tensor) for tensor in (query, key, value))
+        out = query.new_empty(self._out_shape).transpose(1, 2)
+        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
+        counter, has_nan = new_counters(2, query.device)
+        sources = (tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._blocks))
+        self._launch(*sources, out, lse, bounds, schedule, sinks, counter, has_nan)
+        self._redo(has_nan, query, key, value, out, lse, bounds, schedule, sinks)
+        return out, lse

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..configs import Config, Configs
 from ..dropout import drop_below
-from ..launch import Launch, kind_of, launch
+from ..launch import Launcher, strides_of
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .forward import head_dim_blocks
 from .tiles import (
@@ -31,7 +32,7 @@ from .tiles import (
     load_run,
     soft_capped,
     store_rows,
-    tile_source,
+    tile_sources,
 )
 
 # Row statistics are padded to whole tiles, none of which has more rows: a row past the end has delta 0 and log-sum-exp
@@ -489,18 +490,15 @@ def query_gradient_kernel(
             )  # fmt: skip
 
 
-def row_statistics(
-    out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor, d_lse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-sum-exp in base 2 and delta, the row sums of ``out * d_out`` less ``d_lse``: float32 ``[B, H, S]``, S_q
-    rounded up to whole tiles.
+class RowStatistics:
+    """The log-sum-exp in base 2 and delta, the row sums of ``out * d_out`` less ``d_lse``, for inputs of one kind:
+    float32 ``[B, H, S]``, S_q rounded up to whole tiles.
     """
-    batch_size, num_heads, q_len, dim_v = out.shape
-    padded_len = tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
-    lse_2, delta = lse.new_empty(2, batch_size, num_heads, padded_len)
-    tensors = out, d_out, lse, d_lse, lse_2, delta
 
-    def describe() -> Launch:
+    def __init__(self, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> None:
+        batch_size, num_heads, q_len, dim_v = out.shape
+        self.padded_len = tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
+        self._shape = 2, batch_size, num_heads, self.padded_len
         block_m = 64 if dim_v <= 256 else 16
         constants = {
             "NUM_HEADS": num_heads,
@@ -509,80 +507,65 @@ def row_statistics(
             "BLOCK_M": block_m,
             "BLOCK_DIM_V": head_dim_blocks(dim_v, dim_v)[1],
         }
+        programs = self.padded_len // block_m * batch_size * num_heads
         numbers = out.stride()[:3], d_out.stride()[:3], q_len
-        return Launch(padded_len // block_m * batch_size * num_heads, numbers, constants)
+        self._launch = Launcher(row_statistics_kernel, programs, numbers, constants)
 
-    launch(row_statistics_kernel, (kind_of(out, lse, d_lse), kind_of(d_out)), tensors, describe)
-    return lse_2, delta
+    def __call__(self, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        lse_2, delta = lse.new_empty(self._shape)
+        self._launch(out, d_out, lse, d_lse, lse_2, delta)
+        return lse_2, delta
 
 
-def attention_backward(
-    d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    by_column: torch.Tensor,
-    by_row: torch.Tensor,
-    seed: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    configs: Configs,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the backward kernels.
+class AttentionBackward:
+    """The backward kernels for inputs of one kind, that of those it is made from (see `Launcher`).
 
     Args:
         d_out: gradient of the output, ``[B, H, S_q, D_v]``, last dimension contiguous.
         d_lse: gradient of the log-sum-exp, float32 ``[B, H, S_q]``, or None.
+        query, key, value, bounds: as of `AttentionForward`.
+        out: its result.
         by_column, by_row: schedules of ``bounds`` for the tile sizes of ``configs.key_value_gradient`` and
             ``configs.query_gradient``.
-        seed: that of the forward pass.
-
-    Returns:
-        Gradients of query, key and value in their shapes and dtypes, laid out like a model's ``[B, S, H, D]``, and
-        delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, S_q]``.
     """
-    batch_size, num_heads, q_len, dim = query.shape
-    kv_heads, kv_len, dim_v = value.shape[1:]
-    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-    lse_2, delta = row_statistics(out, lse, d_out, d_lse)
-    d_query, d_key, d_value = (
-        tensor.new_empty(tensor.shape[0], tensor.shape[2], tensor.shape[1], tensor.shape[3]).transpose(1, 2)
-        for tensor in (query, key, value)
-    )
-    inputs = query, key, value, d_out
-    kind = kind_of(query, key, value, bounds), kind_of(d_out), configs, scale, softcap, dropout_p
 
-    def launch_gradient(
-        kernel: Any,
-        config: Config,
-        programs: int,
-        gradients: tuple[torch.Tensor, ...],
-        schedule: torch.Tensor,
+    def __init__(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        scale: float,
+        softcap: float | None,
+        dropout_p: float,
+        configs: Configs,
     ) -> None:
-        use_descriptors = config.use_descriptors and descriptors_can_address(*inputs)
-        tensors = (
-            tile_source(query, config.block_m, block_dim, use_descriptors),
-            tile_source(key, config.block_n, block_dim, use_descriptors),
-            tile_source(value, config.block_n, block_dim_v, use_descriptors),
-            tile_source(d_out, config.block_m, block_dim_v, use_descriptors),
-            inputs,
-            lse_2,
-            delta,
-            *gradients,
-            bounds,
-            schedule,
-            seed,
+        batch_size, num_heads, q_len, dim = query.shape
+        kv_heads, kv_len, dim_v = value.shape[1:]
+        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        inputs = query, key, value, d_out
+        has_addresses = descriptors_can_address(*inputs)
+        shapes = (
+            (batch_size, q_len, num_heads, dim),
+            (batch_size, kv_len, kv_heads, dim),
+            (batch_size, kv_len, kv_heads, dim_v),
         )
 
-        def describe() -> Launch:
-            mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        def launcher(
+            kernel: Any, config: Config, programs: int, gradients: tuple[tuple[int, ...], ...], schedule: Tensor
+        ) -> tuple[Launcher, tuple[tuple[int, int], ...] | None]:
+            use_descriptors = config.use_descriptors and has_addresses
+            rows, columns = config.block_m, config.block_n
+            tiles = (rows, block_dim), (columns, block_dim), (columns, block_dim_v), (rows, block_dim_v)
             numbers = (
-                *(tensor.stride()[:3] for tensor in (*inputs, *gradients)),
+                *(tensor.stride()[:3] for tensor in inputs),
+                *(strides_of(*shape) for shape in gradients),
                 scale,
                 0.0 if softcap is None else softcap,
                 drop_below(dropout_p),
@@ -598,7 +581,7 @@ def attention_backward(
                 "HEADS_PER_MASK": heads_per_mask,
                 "NUM_PLANES": bounds.shape[2],
                 "HAS_SOFTCAP": softcap is not None,
-                "HAS_DROPOUT": seed is not None,
+                "HAS_DROPOUT": dropout_p > 0,
                 "DIM": dim,
                 "DIM_V": dim_v,
                 "BLOCK_M": config.block_m,
@@ -608,14 +591,47 @@ def attention_backward(
                 "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
                 "USE_DESCRIPTORS": use_descriptors,
             }
-            return Launch(programs, numbers, constants, config.options)
+            return Launcher(kernel, programs, numbers, constants, **config.options), tiles if use_descriptors else None
 
-        launch(kernel, kind, tensors, describe)
+        self._gradient_shapes = shapes
+        self._row_statistics = RowStatistics(out, d_out, d_lse)
+        config = configs.key_value_gradient
+        programs = tiles_in(kv_len, config.block_n) * batch_size * kv_heads
+        self._launch_d_key_value, self._column_tiles = launcher(
+            key_value_gradient_kernel, config, programs, shapes[1:], by_column
+        )
+        config = configs.query_gradient
+        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
+        self._launch_d_query, self._row_tiles = launcher(query_gradient_kernel, config, programs, shapes[:1], by_row)
 
-    config = configs.key_value_gradient
-    programs = tiles_in(kv_len, config.block_n) * batch_size * kv_heads
-    launch_gradient(key_value_gradient_kernel, config, programs, (d_key, d_value), by_column)
-    config = configs.query_gradient
-    programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
-    launch_gradient(query_gradient_kernel, config, programs, (d_query,), by_row)
-    return d_query, d_key, d_value, delta[..., :q_len]
+    def __call__(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """
+        Args:
+            lse, seed: those of the forward pass.
+
+        Returns:
+            Gradients of query, key and value in their shapes and dtypes, laid out like a model's ``[B, S, H, D]``, and
+            delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, S_q]``.
+        """
+        lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
+        d_query, d_key, d_value = (query.new_empty(shape).transpose(1, 2) for shape in self._gradient_shapes)
+        inputs = query, key, value, d_out
+        others = inputs, lse_2, delta
+        self._launch_d_key_value(
+            *tile_sources(inputs, self._column_tiles), *others, d_key, d_value, bounds, by_column, seed
+        )
+        self._launch_d_query(*tile_sources(inputs, self._row_tiles), *others, d_query, bounds, by_row, seed)
+        return d_query, d_key, d_value, delta[..., : query.shape[2]]

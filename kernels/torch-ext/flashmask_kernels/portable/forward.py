@@ -12,10 +12,11 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..configs import Config
 from ..dropout import drop_below
-from ..launch import Launch, kind_of, launch
+from ..launch import Launcher, strides_of
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LN_2,
@@ -31,7 +32,7 @@ from .tiles import (
     load_run,
     soft_capped,
     store_rows,
-    tile_source,
+    tile_sources,
 )
 
 
@@ -226,56 +227,42 @@ def attention_forward_kernel(
             )  # fmt: skip
 
 
-def attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bounds: torch.Tensor,
-    sinks: torch.Tensor | None,
-    schedule: torch.Tensor,
-    seed: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    config: Config,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the forward kernel.
+class AttentionForward:
+    """The forward kernel for inputs of one kind, that of those it is made from (see `Launcher`).
 
     Args:
         query, key, value: ``[B, H, S_q, D]``, ``[B, H_kv, S_k, D]``, ``[B, H_kv, S_k, D_v]``, last dimension
             contiguous.
         bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, contiguous.
+        sinks: ``[H]``, or None.
         schedule: the schedule by rows of ``bounds`` for the tile sizes of ``config``.
-        seed: int64 ``[1]``, or None without dropout.
-
-    Returns:
-        output ``[B, H, S_q, D_v]`` in the query's dtype, laid out like a model's ``[B, S_q, H, D_v]``; log-sum-exp
-        ``[B, H, S_q]`` in float32.
     """
-    batch_size, num_heads, q_len, dim = query.shape
-    kv_heads, kv_len, dim_v = value.shape[1:]
-    out = query.new_empty(batch_size, q_len, num_heads, dim_v).transpose(1, 2)
-    lse = query.new_empty(batch_size, num_heads, q_len, dtype=torch.float32)
-    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-    use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
-    tensors = (
-        tile_source(query, config.block_m, block_dim, use_descriptors),
-        tile_source(key, config.block_n, block_dim, use_descriptors),
-        tile_source(value, config.block_n, block_dim_v, use_descriptors),
-        (query, key, value),
-        out,
-        lse,
-        bounds,
-        schedule,
-        sinks,
-        seed,
-    )
 
-    def describe() -> Launch:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        scale: float,
+        softcap: float | None,
+        dropout_p: float,
+        config: Config,
+    ) -> None:
+        batch_size, num_heads, q_len, dim = query.shape
+        kv_heads, kv_len, dim_v = value.shape[1:]
+        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+        use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
+        self._out_shape, self._lse_shape = (batch_size, q_len, num_heads, dim_v), (batch_size, num_heads, q_len)
+        self._tiles = None
+        if use_descriptors:
+            self._tiles = (config.block_m, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
         numbers = (
-            *(tensor.stride()[:3] for tensor in (query, key, value, out)),
+            *(tensor.stride()[:3] for tensor in (query, key, value)),
+            strides_of(*self._out_shape),
             scale,
             0.0 if softcap is None else softcap,
             drop_below(dropout_p),
@@ -292,7 +279,7 @@ def attention_forward(
             "NUM_PLANES": bounds.shape[2],
             "HAS_SOFTCAP": softcap is not None,
             "HAS_SINKS": sinks is not None,
-            "HAS_DROPOUT": seed is not None,
+            "HAS_DROPOUT": dropout_p > 0,
             "DIM": dim,
             "DIM_V": dim_v,
             "BLOCK_M": config.block_m,
@@ -303,11 +290,32 @@ def attention_forward(
             "USE_DESCRIPTORS": use_descriptors,
             "QUERY_IN_REGISTERS": config.query_in_registers,
         }
-        return Launch(programs, numbers, constants, config.options)
+        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
+        self._launch = Launcher(attention_forward_kernel, programs, numbers, constants, **config.options)
 
-    kind = kind_of(query, key, value, bounds), kind_of(sinks), config, scale, softcap, dropout_p
-    launch(attention_forward_kernel, kind, tensors, describe)
-    return out, lse
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            seed: int64 ``[1]``, or None without dropout.
+
+        Returns:
+            output ``[B, H, S_q, D_v]`` in the query's dtype, laid out like a model's ``[B, S_q, H, D_v]``; log-sum-exp
+            ``[B, H, S_q]`` in float32.
+        """
+        out = query.new_empty(self._out_shape).transpose(1, 2)
+        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
+        inputs = query, key, value
+        self._launch(*tile_sources(inputs, self._tiles), inputs, out, lse, bounds, schedule, sinks, seed)
+        return out, lse
 
 
 @functools.lru_cache

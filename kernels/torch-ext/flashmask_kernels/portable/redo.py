@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, kind_of, launch
+from ..launch import Launcher, strides_of
 from ..schedule import mask_strides, max_runs_of
 from .backward import _key_value_gradients, _query_gradients
 from .forward import _attend, head_dim_blocks
@@ -110,90 +110,73 @@ def redo_backward_kernel(
 
 
 def redo_forward(
-    has_nan: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bounds: Tensor,
     sinks: Tensor | None,
     schedule: Tensor,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     tile: tuple[int, int],
-) -> None:
-    """Where the flag ``has_nan`` is not 0, compute again, in place, the rows of ``out`` that hold NaN.
+) -> Launcher:
+    """What computes again, in place, the rows of an output that hold NaN, where a flag is not 0. It is called with the
+    flag, query, key, value, output, log-sum-exp, bounds, schedule and sinks.
 
-    Arguments as of `attention_forward`; the tiles of ``schedule`` have ``tile`` rows and columns.
+    Arguments as of `AttentionForward`; the tiles of ``schedule`` have ``tile`` rows and columns.
     """
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
-    tensors = has_nan, query, key, value, out, lse, bounds, schedule, sinks
-
-    def describe() -> Launch:
-        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-        numbers = (
-            *(tensor.stride()[:3] for tensor in (query, key, value, out)),
-            scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(schedule),
-        )  # fmt: skip
-        constants = {
-            "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
-            "NUM_PLANES": bounds.shape[2], "HAS_SINKS": sinks is not None, "DIM": dim, "DIM_V": dim_v,
-            "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v, "SCHEDULED_M": tile[0], "SCHEDULED_N": tile[1],
-        }  # fmt: skip
-        return Launch(num_processors(query.device), numbers, constants)
-
-    launch(
-        redo_forward_kernel,
-        (kind_of(query, key, value, bounds, has_nan), kind_of(sinks), tile, scale),
-        tensors,
-        describe,
-    )
+    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+    numbers = (
+        *(tensor.stride()[:3] for tensor in (query, key, value)),
+        strides_of(batch_size, q_len, num_heads, dim_v),
+        scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(schedule),
+    )  # fmt: skip
+    constants = {
+        "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
+        "NUM_PLANES": bounds.shape[2], "HAS_SINKS": sinks is not None, "DIM": dim, "DIM_V": dim_v,
+        "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v, "SCHEDULED_M": tile[0], "SCHEDULED_N": tile[1],
+    }  # fmt: skip
+    return Launcher(redo_forward_kernel, num_processors(query.device), numbers, constants)
 
 
 def redo_backward(
-    has_nan: Tensor,
     d_out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bounds: Tensor,
-    lse_2: Tensor,
-    delta: Tensor,
     by_column: Tensor,
     by_row: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
     scale: float,
     column_tile: tuple[int, int],
     row_tile: tuple[int, int],
-) -> None:
-    """Where the flag ``has_nan`` is not 0, compute again, in place, the rows of dQ, dK and dV that hold NaN.
+) -> Launcher:
+    """What computes again, in place, the rows of dQ, dK and dV that hold NaN, where a flag is not 0. It is called with
+    the flag, query, key, value, d_out, the two of `RowStatistics`, dQ, dK, dV, bounds and both schedules.
 
-    Arguments as of `attention_backward`, ``lse_2`` and ``delta`` from `row_statistics`; the tiles of ``by_column`` and
-    ``by_row`` have ``column_tile`` and ``row_tile`` rows and columns.
+    Arguments as of `AttentionBackward`; the tiles of ``by_column`` and ``by_row`` have ``column_tile`` and ``row_tile``
+    rows and columns.
     """
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
-    tensors = has_nan, query, key, value, d_out, lse_2, delta, *gradients, bounds, by_column, by_row
-
-    def describe() -> Launch:
-        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-        numbers = (
-            *(tensor.stride()[:3] for tensor in (query, key, value, d_out, *gradients)),
-            scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(by_column), max_runs_of(by_row),
-        )  # fmt: skip
-        constants = {
-            "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
-            "NUM_PLANES": bounds.shape[2], "DIM": dim, "DIM_V": dim_v,
-            "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v,
-            "COLUMN_M": column_tile[0], "COLUMN_N": column_tile[1], "ROW_M": row_tile[0], "ROW_N": row_tile[1],
-        }  # fmt: skip
-        return Launch(num_processors(query.device), numbers, constants)
-
-    kind = kind_of(query, key, value, bounds, has_nan), kind_of(d_out), column_tile, row_tile, scale
-    launch(redo_backward_kernel, kind, tensors, describe)
+    block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+    mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+    numbers = (
+        *(tensor.stride()[:3] for tensor in (query, key, value, d_out)),
+        strides_of(batch_size, q_len, num_heads, dim),
+        strides_of(batch_size, kv_len, kv_heads, dim),
+        strides_of(batch_size, kv_len, kv_heads, dim_v),
+        scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(by_column), max_runs_of(by_row),
+    )  # fmt: skip
+    constants = {
+        "NUM_HEADS": num_heads, "HEADS_PER_KV_HEAD": num_heads // kv_heads, "HEADS_PER_MASK": heads_per_mask,
+        "NUM_PLANES": bounds.shape[2], "DIM": dim, "DIM_V": dim_v,
+        "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v,
+        "COLUMN_M": column_tile[0], "COLUMN_N": column_tile[1], "ROW_M": row_tile[0], "ROW_N": row_tile[1],
+    }  # fmt: skip
+    return Launcher(redo_backward_kernel, num_processors(query.device), numbers, constants)
 
 
 @functools.lru_cache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -17,14 +17,19 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SMALL_BLOCK = tl.constexpr(16)
 
 
-def tile_source(tensor: torch.Tensor, block_rows: int, block_dim: int, use_descriptors: bool) -> Any:
-    """The kernel argument from which `load_rows` reads ``tensor`` ``[B, H, S, D]``: a TMA descriptor or the tensor."""
-    if not use_descriptors:
-        return tensor
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, block_rows, block_dim])
+def tile_sources(tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:
+    """The kernel arguments from which `load_rows` reads ``tensors`` ``[B, H, S, D]``: TMA descriptors for ``tiles`` of
+    rows and head sizes, or without these the tensors themselves.
+    """
+    if tiles is None:
+        return tensors
+    return tuple(
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])
+        for tensor, tile in zip(tensors, tiles)
+    )
 
 
-def descriptors_can_address(*tensors: torch.Tensor) -> bool:
+def descriptors_can_address(*tensors: Tensor) -> bool:
     """TMA wants a 16-byte aligned base, 16-byte strides, and at least one element."""
     return all(
         tensor.numel() > 0
