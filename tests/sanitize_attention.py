@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from attention_checks import model_tensor
 
 from flashmask_kernels import flashmask_attention, ops
 
@@ -29,9 +30,7 @@ def main() -> None:
     intervals = torch.randint(LENGTH, (1, 1, 4, LENGTH), device="cuda", dtype=torch.int32)
     for bounds in (documents, intervals):
         query, key, value = (
-            torch.randn(1, LENGTH, heads, arguments.head_dim, device="cuda", dtype=torch.bfloat16)
-            .transpose(1, 2)
-            .requires_grad_()
+            model_tensor(1, LENGTH, heads, arguments.head_dim, torch.bfloat16, "cuda").requires_grad_()
             for heads in (4, 2, 2)
         )
         specialized = ops._specializes(query, value, bounds, None, 0.0)

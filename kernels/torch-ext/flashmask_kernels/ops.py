@@ -149,13 +149,13 @@ def _attend(
     softcap: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    if bounds is None:
-        _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
-        bounds = _cached_plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     kind = _kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p
     plan = _plans.get(kind)
     if plan is None:
         _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
+    if bounds is None:
+        bounds = _cached_plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
+    if plan is None:
         given = query, key, value, bounds
         query, key, value = (_with_dense_rows(tensor) for tensor in (query, key, value))
         bounds = bounds.contiguous()

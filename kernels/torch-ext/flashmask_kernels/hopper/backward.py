@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Configs
 from ..launch import Launcher, strides_of
-from ..portable.backward import RowStatistics
+from ..portable.backward import RowStatistics, gradient_shapes
 from ..portable.redo import redo_backward
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
@@ -454,11 +454,7 @@ class AttentionBackward:
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         self._row_statistics = RowStatistics(out, d_out, d_lse)
-        self._gradient_shapes = (
-            (batch_size, q_len, num_heads, dim),
-            (batch_size, kv_len, kv_heads, dim),
-            (batch_size, kv_len, kv_heads, dim_v),
-        )
+        self._gradient_shapes = gradient_shapes(query, value)
         d_query_strides, d_key_strides, d_value_strides = (strides_of(*shape) for shape in self._gradient_shapes)
 
         config = configs.key_value_gradient

@@ -517,6 +517,17 @@ class RowStatistics:
         return lse_2, delta
 
 
+def gradient_shapes(query: Tensor, value: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Shapes ``[B, S, H, D]`` of the gradients of query, key and value, laid out like a model's tensors."""
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    return (
+        (batch_size, q_len, num_heads, dim),
+        (batch_size, kv_len, kv_heads, dim),
+        (batch_size, kv_len, kv_heads, dim_v),
+    )
+
+
 class AttentionBackward:
     """The backward kernels for inputs of one kind, that of those it is made from (see `Launcher`).
 
@@ -551,11 +562,7 @@ class AttentionBackward:
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         inputs = query, key, value, d_out
         has_addresses = descriptors_can_address(*inputs)
-        shapes = (
-            (batch_size, q_len, num_heads, dim),
-            (batch_size, kv_len, kv_heads, dim),
-            (batch_size, kv_len, kv_heads, dim_v),
-        )
+        shapes = gradient_shapes(query, value)
 
         def launcher(
             kernel: Any, config: Config, programs: int, gradients: tuple[tuple[int, ...], ...], schedule: Tensor

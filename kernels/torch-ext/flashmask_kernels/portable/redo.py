@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..launch import Launcher, strides_of
 from ..schedule import mask_strides, max_runs_of
-from .backward import _key_value_gradients, _query_gradients
+from .backward import _key_value_gradients, _query_gradients, gradient_shapes
 from .forward import _attend, head_dim_blocks
 from .tiles import SMALL_BLOCK, holds_nan, load_rows
 
@@ -165,9 +165,7 @@ def redo_backward(
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
     numbers = (
         *(tensor.stride()[:3] for tensor in (query, key, value, d_out)),
-        strides_of(batch_size, q_len, num_heads, dim),
-        strides_of(batch_size, kv_len, kv_heads, dim),
-        strides_of(batch_size, kv_len, kv_heads, dim_v),
+        *(strides_of(*shape) for shape in gradient_shapes(query, value)),
         scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(by_column), max_runs_of(by_row),
     )  # fmt: skip
     constants = {
