@@ -128,7 +128,9 @@ def test_transformers_own_attention_leaks_where_ours_does_not(name: str) -> None
 @pytest.mark.parametrize("how", PACKED_CALLS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
 def test_changing_one_document_leaves_the_others_bitwise_unchanged(name: str, how: str) -> None:
-    model = build(name)
+    # An expert multiplies all rows that are sent to it at once, and their number may change how each is rounded.
+    one_expert = {"num_local_experts": 1, "num_experts_per_tok": 1} if name == "gpt_oss" else {}
+    model = build(name, **one_expert)
     documents = random_documents(LENGTHS)
     before = model(**packed(documents), **PACKED_CALLS[how]).logits
     changed = [*documents]
