@@ -147,14 +147,20 @@ def deal_out_work(
     """
     if heads_per_group < HEADS:
         heads_per_group = gl.where(_rows_are_long(schedule, num_tiles, max_runs, BLOCK), heads_per_group, HEADS)
+    num_heads = num_items // num_tiles
     work = 0
     item = gl.program_id(0)
     while item < num_items:
-        within = item % (num_tiles * heads_per_group)
-        tile = within // heads_per_group
-        if LAST_FIRST:
-            tile = (num_tiles - tile) % num_tiles
-        batch_head = item // (num_tiles * heads_per_group) * heads_per_group + within % heads_per_group
+        # The first tile of all heads comes first: that of global tokens takes longer than a whole group may.
+        tile = 0
+        batch_head = item
+        if item >= num_heads:
+            within = (item - num_heads) % ((num_tiles - 1) * heads_per_group)
+            group = (item - num_heads) // ((num_tiles - 1) * heads_per_group)
+            tile = 1 + within // heads_per_group
+            if LAST_FIRST:
+                tile = num_tiles - tile
+            batch_head = group * heads_per_group + within % heads_per_group
         mask = mask_of(batch_head, mask_stride_b, HEADS, HEADS_PER_MASK)
         runs = schedule + (mask * num_tiles + tile) * (2 + 2 * max_runs)
         store_scalar(work_items.index(0), tile)
