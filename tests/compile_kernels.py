@@ -84,7 +84,7 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
     select = configs.select_specialized_configs if specialized else configs.select_configs
     chosen = select(torch.device("cuda"), dtype, head_dim)
     if form == "short":
-        long, chosen = chosen, configs.without_descriptors(chosen)
+        long, chosen = chosen, chosen.without_descriptors(*chosen._fields)
         if chosen == long or planes > 1:
             return []
     if chosen is None:

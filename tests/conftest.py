@@ -56,7 +56,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
         monkeypatch.setattr(ops, "_configs", lambda *arguments: configs)
-        monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", 0)
+        monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", {})
 
     return use
 

@@ -453,6 +453,7 @@ def speed() -> dict[str, Any]:
         {**row("full", "cuDNN", 1), "error": "RuntimeError: no such kernel\nand more"},
         row("causal_document", "flashmask", 3, protocol="sparsity", sample=5),
         row("causal", "flashmask", 10, protocol="paper", heads=32, kv_heads=32, batch=4),
+        row("causal", "FA2 varlen", 20, protocol="paper", heads=32, kv_heads=32, batch=4),
         row("document", "flashmask", 10, protocol="paper", heads=32, kv_heads=32, batch=4),
         row("document", "flashmask", 30, protocol="paper", heads=32, kv_heads=32, batch=4, sample=1),
     ]
@@ -476,10 +477,11 @@ def test_the_table_of_masks(speed: dict[str, Any]) -> None:
 def test_the_papers_tables_stand_beside_the_authors_figures(speed: dict[str, Any]) -> None:
     published = json.loads(report.PUBLISHED.read_text())
     text = "\n".join(report.paper_section(speed, published))
-    assert "| mask | sparsity | flashmask | published, V3 | published, V1 |" in text
-    assert "| causal | 0.250 | 350 | 608 | 345 |" in text
+    assert "| mask | sparsity | flashmask | FA2 varlen | published, V3 | published, V1 |" in text
+    assert "| causal | 0.250 | 350 | 175 | 608 | 345 |" in text
+    assert "| flashmask, times as fast (geometric mean) |  | 1.00 | 2.00 | - | - |" in text
     # Two samples: 7 TFLOP in 40 ms.
-    assert "| documents, bidirectional | 0.250 | 175 | 476 | 234 |" in text
+    assert "| documents, bidirectional | 0.250 | 175 | - | 476 | 234 |" in text
     assert published["hardware"] in text
     for figures in published["rows"]:
         assert figures["mask"] in attention_gpu.PAPER_MASKS
@@ -495,8 +497,8 @@ def test_short_rows_are_reported_with_their_launches(speed: dict[str, Any]) -> N
         short["milliseconds"]["end_to_end"] = time
         speed["rows"].append(short)
     text = "\n".join(report.short_rows_section(speed))
-    assert "| tokens | heads | size | flashmask | FA2 varlen |" in text
-    assert "| 1,024 | 32/8 | 128 | 0.30 | 0.40 |" in text
+    assert "| mask | tokens | heads | size | flashmask | FA2 varlen |" in text
+    assert "| packed documents | 1,024 | 32/8 | 128 | 0.30 (1.00) | 0.40 (1.00) |" in text
 
 
 def test_what_failed_is_reported(speed: dict[str, Any]) -> None:

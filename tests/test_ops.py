@@ -145,13 +145,15 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
 
 def test_short_rows_do_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    chosen = {}
-    for length in (1024, 2048):
+    table = configs.select_configs(torch.device("cuda"), torch.bfloat16, 128)
+    described = {}
+    for length in (512, 1024, 2048):
         with FakeTensorMode():
             query = torch.empty(1, 32, length, 128, dtype=torch.bfloat16, device="cuda")
-            chosen[length] = ops._launched_configs(query, query, False)
-    assert all(config.use_descriptors for config in chosen[2048])
-    assert chosen[1024] == tuple(config._replace(use_descriptors=False) for config in chosen[2048])
+            chosen = ops._launched_configs(query, query, False)
+        described[length] = [name for name, config in chosen._asdict().items() if config.use_descriptors]
+        assert chosen.without_descriptors(*described[length]) == table.without_descriptors(*table._fields)
+    assert described == {512: [], 1024: ["key_value_gradient"], 2048: list(table._fields)}
 
 
 def test_operator_contract() -> None:

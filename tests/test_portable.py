@@ -20,6 +20,7 @@ from attention_checks import (
 )
 
 from flashmask_kernels import flashmask_attention, ops, reference_attention, schedule
+from flashmask_kernels.configs import Configs
 
 
 def attend(query, key, value, bounds, **options):
@@ -32,7 +33,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch):
     integer: an element nobody wrote shows.
     """
     monkeypatch.setattr(ops, "_specializes", lambda *arguments: False)
-    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", 0)
+    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", {})
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -163,7 +164,7 @@ def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape)
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_short_rows_at_any_address(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too short for descriptors. Calls of the same shapes and strides differ in what the hardware may load at once."""
-    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", 1 << 60)
+    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
     bounds = masks(1021, 1021)["causal_document"]
     whole = torch.empty(bounds.numel() + 1, dtype=torch.int32, device="cuda")
     for offset in (0, 1, 8, 0):

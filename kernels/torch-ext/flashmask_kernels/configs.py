@@ -37,6 +37,10 @@ class Configs(NamedTuple):
     key_value_gradient: Config
     query_gradient: Config
 
+    def without_descriptors(self, *kernels: str) -> Configs:
+        """For rows so short that the host would take longer to make the descriptors of ``kernels`` than they save."""
+        return self._replace(**{kernel: getattr(self, kernel)._replace(use_descriptors=False) for kernel in kernels})
+
 
 def _same(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Configs:
     return Configs(*[Config(block_m, block_n, num_warps, num_stages)] * 3)
@@ -111,12 +115,6 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     row = architecture(device)
     table = _HALF[row] if dtype != torch.float32 else _FLOAT_HOPPER if row == "sm_90" else _FLOAT
     return next((configs for largest, configs in table.items() if head_dim <= largest), None)
-
-
-@functools.lru_cache
-def without_descriptors(configs: Configs) -> Configs:
-    """The configurations for rows so short that the host would take longer to make descriptors than they save."""
-    return Configs(*(config._replace(use_descriptors=False) for config in configs))
 
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:

@@ -478,19 +478,20 @@ def _configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     return configs
 
 
-# Of the query: 2K tokens with 32 heads of size 128. A descriptor takes the host some 7 us, and a layer's forward and
-# backward need eleven.
-_FEWEST_DESCRIBED_ELEMENTS = 1 << 23
+# Of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they save
+# on the device at 1K tokens and 32 heads, in us (H200, three masks; D = 128 is 1 << 22): the forward 4 to 12, dQ 4 to
+# 12, dK/dV 29 to 58; at D = 64 1 to 6, 4, and 8 to 12.
+_FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 1 << 22, "query_gradient": 1 << 23}
 
 
 def _launched_configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     """`_configs`, for a kernel that is launched. Not for a graph, which would be another for short rows."""
     configs = _configs(query, value, specialize)
-    if configs is None or specialize or query.numel() >= _FEWEST_DESCRIBED_ELEMENTS:
+    if configs is None or specialize:
         return configs
-    from .configs import without_descriptors
-
-    return without_descriptors(configs)
+    return configs.without_descriptors(
+        *(kernel for kernel, fewest in _FEWEST_DESCRIBED_ELEMENTS.items() if query.numel() < fewest)
+    )
 
 
 def _schedule(
@@ -511,20 +512,38 @@ def _build_schedule(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_c
         return build_schedule(bounds, q_len, block_m, block_n, by_column)
 
 
-# The layers of one forward pass share their bounds tensor, and so its schedules: {bounds: {arguments: (version,
-# schedule)}}.
+class _Schedules:
+    """Those of one bounds tensor as it is now, on one stream, by the arguments of `build_schedule`."""
+
+    def __init__(self, stream: int | None, version: int) -> None:
+        self.stream, self.version = stream, version
+        self._built: dict[tuple[Any, ...], Tensor] = {}
+
+    def get(self, bounds: Tensor, *arguments: Any) -> Tensor:
+        schedule = self._built.get(arguments)
+        if schedule is None:
+            schedule = self._built[arguments] = _build_schedule(bounds, *arguments)
+        return schedule
+
+
+# The layers of one forward pass share their bounds tensor, and so its schedules: {bounds: {stream: schedules}}.
 _schedules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _cached_schedule(bounds: Tensor, *arguments: Any) -> Tensor:
+def _schedules_of(bounds: Tensor) -> _Schedules:
     stream = _stream_of(bounds.device)
-    if stream is None:
-        return _build_schedule(bounds, *arguments)
-    schedules, arguments = _schedules.setdefault(bounds, {}), (stream, *arguments)
     version = 0 if bounds.is_inference() else bounds._version
-    if arguments not in schedules or schedules[arguments][0] != version:
-        schedules[arguments] = version, _build_schedule(bounds, *arguments[1:])
-    return schedules[arguments][1]
+    if stream is None:
+        return _Schedules(stream, version)
+    of_streams = _schedules.setdefault(bounds, {})
+    schedules = of_streams.get(stream)
+    if schedules is None or schedules.version != version:
+        schedules = of_streams[stream] = _Schedules(stream, version)
+    return schedules
+
+
+def _cached_schedule(bounds: Tensor, *arguments: Any) -> Tensor:
+    return _schedules_of(bounds).get(bounds, *arguments)
 
 
 def share_in_graph(tensor: Tensor) -> Tensor:
@@ -654,7 +673,8 @@ class _Attention(torch.autograd.Function):
         if plan.configs is None:
             output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.specialize)
         else:
-            schedule = _cached_schedule(bounds, query.shape[2], *plan.configs.forward[:2], False)
+            ctx.schedules = _schedules_of(bounds)
+            schedule = ctx.schedules.get(bounds, query.shape[2], *plan.configs.forward[:2], False)
             output = plan.forward(query, key, value, bounds, sinks, schedule, seed)
         ctx.plan = plan
         ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
@@ -664,11 +684,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx.plan)), None, None
+        return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx)), None, None
 
 
 def _planned_backward(
-    plan: _Plan,
+    ctx: Any,
     d_out: Tensor,
     d_lse: Tensor | None,
     query: Tensor,
@@ -679,12 +699,16 @@ def _planned_backward(
     lse: Tensor,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan: _Plan = ctx.plan
     arguments = d_out, d_lse, query, key, value, bounds, out, lse
     if plan.configs is None:
         return _backward(*arguments, None, None, seed, *plan.factors, plan.specialize)
+    schedules: _Schedules = ctx.schedules
+    if schedules.stream != _stream_of(bounds.device):
+        schedules = _schedules_of(bounds)
     q_len = query.shape[2]
-    by_column = _cached_schedule(bounds, q_len, *plan.configs.key_value_gradient[:2], True)
-    by_row = _cached_schedule(bounds, q_len, *plan.configs.query_gradient[:2], False)
+    by_column = schedules.get(bounds, q_len, *plan.configs.key_value_gradient[:2], True)
+    by_row = schedules.get(bounds, q_len, *plan.configs.query_gradient[:2], False)
     return plan.backward(*arguments, by_column, by_row, seed)
 
 

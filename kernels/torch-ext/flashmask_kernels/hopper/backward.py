@@ -15,9 +15,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Configs
-from ..launch import Launcher, strides_of
-from ..portable.backward import RowStatistics, gradient_shapes
+from ..launch import Launcher
+from ..portable.backward import gradient_layouts
 from ..portable.redo import redo_backward
+from ..portable.row_statistics import RowStatistics, padded_rows
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
@@ -454,8 +455,8 @@ class AttentionBackward:
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         self._row_statistics = RowStatistics(out, d_out, d_lse)
-        self._gradient_shapes = gradient_shapes(query, value)
-        d_query_strides, d_key_strides, d_value_strides = (strides_of(*shape) for shape in self._gradient_shapes)
+        self._gradient_layouts = gradient_layouts(query, value)
+        d_query_strides, d_key_strides, d_value_strides = (layout.strides[:3] for layout in self._gradient_layouts)
 
         config = configs.key_value_gradient
         num_column_tiles = tiles_in(kv_len, config.block_n)
@@ -509,7 +510,7 @@ class AttentionBackward:
             scale,
             q_len,
             kv_len,
-            self._row_statistics.padded_len,
+            padded_rows(q_len),
             num_items,
             num_row_tiles,
             heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
@@ -549,7 +550,7 @@ class AttentionBackward:
         """Arguments and results as of `portable.AttentionBackward`."""
         inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
         lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
-        gradients = tuple(query.new_empty(shape).transpose(1, 2) for shape in self._gradient_shapes)
+        gradients = tuple(layout.new(query) for layout in self._gradient_layouts)
         d_query, d_key, d_value = gradients
         column_counter, row_counter, has_nan = new_counters(3, query.device)
         self._launch_d_key_value(

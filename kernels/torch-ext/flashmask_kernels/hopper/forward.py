@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..configs import Config
-from ..launch import Launcher, strides_of
+from ..launch import Launcher, Layout
 from ..portable.redo import redo_forward
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
@@ -285,10 +285,10 @@ class AttentionForward:
         heads_per_kv_head = num_heads // kv_heads
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
-        self._out_shape, self._lse_shape = (batch_size, q_len, num_heads, dim_v), (batch_size, num_heads, q_len)
+        self._out_layout = Layout.of(batch_size, num_heads, q_len, dim_v)
         self._blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
         numbers = (
-            *strides_of(*self._out_shape),
+            *self._out_layout.strides[:3],
             scale,
             q_len,
             kv_len,
@@ -327,8 +327,8 @@ class AttentionForward:
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results as of `portable.AttentionForward`."""
         inputs = query, key, value = tuple(addressable(tensor) for tensor in (query, key, value))
-        out = query.new_empty(self._out_shape).transpose(1, 2)
-        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
+        out = self._out_layout.new(query)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         counter, has_nan = new_counters(2, query.device)
         sources = (tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._blocks))
         self._launch(*sources, out, lse, bounds, schedule, sinks, counter, has_nan)

@@ -7,23 +7,19 @@ atomic dQ measured 293-330 TFLOP/s where this form reached 433 (H200, causal, 32
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..configs import Config, Configs
-from ..dropout import drop_below
-from ..launch import Launcher, strides_of
-from ..schedule import mask_strides, max_runs_of, tiles_in
-from .forward import head_dim_blocks
+from ..configs import Configs
+from ..launch import Layout
+from ..schedule import tiles_in
+from .launcher import AttentionLauncher
+from .row_statistics import STATISTICS_BLOCK, padded_rows, statistics_offset, write_row_statistics
 from .tiles import (
     LOG2_E,
     SMALL_BLOCK,
     count_runs,
-    descriptors_can_address,
     dot_of_visible,
     hidden_elements,
     holds_nan,
@@ -32,54 +28,7 @@ from .tiles import (
     load_run,
     soft_capped,
     store_rows,
-    tile_sources,
 )
-
-# Row statistics are padded to whole tiles, none of which has more rows: a row past the end has delta 0 and log-sum-exp
-# inf, so P = exp(-inf) = 0.
-STATISTICS_BLOCK = tl.constexpr(128)
-
-
-@triton.jit
-def _statistics_offset(batch_head, q_len):
-    return batch_head.to(tl.int64) * tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK
-
-
-@triton.jit(do_not_specialize=["q_len"])
-def row_statistics_kernel(
-    out,
-    d_out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    out_strides,
-    d_out_strides,
-    q_len,
-    NUM_HEADS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-):
-    """The log-sum-exp in base 2, and delta = rowsum(out * d_out) - d_lse: P * (dP - delta) then holds the gradient of
-    the log-sum-exp as well.
-    """
-    num_row_tiles = tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK // BLOCK_M
-    start_m = (tl.program_id(0) % num_row_tiles) * BLOCK_M
-    batch_head = tl.program_id(0) // num_row_tiles
-    batch = batch_head // NUM_HEADS
-    head = batch_head % NUM_HEADS
-    rows = start_m + tl.arange(0, BLOCK_M)
-    out_tile = load_rows(out, out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, False)
-    d_out_tile = load_rows(d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, False)
-    row_delta = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)
-    offsets = batch_head.to(tl.int64) * q_len + rows
-    if HAS_D_LSE:
-        row_delta -= tl.load(d_lse + offsets, mask=rows < q_len, other=0.0)
-    padded_offsets = _statistics_offset(batch_head, q_len) + rows
-    tl.store(delta + padded_offsets, row_delta)
-    tl.store(lse_2 + padded_offsets, tl.load(lse + offsets, mask=rows < q_len, other=float("inf")) * LOG2_E)
 
 
 @triton.jit
@@ -205,7 +154,7 @@ def _key_value_gradients(
                     head = first_head + step % HEADS_PER_LOOP
                     start_m = step // HEADS_PER_LOOP * BLOCK_M
                     rows = start_m + tl.arange(0, BLOCK_M)
-                    offsets = _statistics_offset(batch * NUM_HEADS + head, q_len) + rows
+                    offsets = statistics_offset(batch * NUM_HEADS + head, q_len) + rows
                     q_tile = load_rows(
                         q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
                     )
@@ -381,7 +330,7 @@ def _query_gradients(
     d_out_tile = load_rows(
         d_out, d_out_strides, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS
     )
-    offsets = _statistics_offset(batch_head, q_len) + rows
+    offsets = statistics_offset(batch_head, q_len) + rows
     row_lse_2 = tl.load(lse_2 + offsets)
     row_delta = tl.load(delta + offsets)
     d_q_tile = tl.zeros([BLOCK_M, BLOCK_DIM], dtype=tl.float32)
@@ -434,6 +383,9 @@ def query_gradient_kernel(
     v,
     d_out,
     tensors,
+    out,
+    lse,
+    d_lse,
     lse_2,
     delta,
     d_q,
@@ -445,6 +397,7 @@ def query_gradient_kernel(
     v_strides,
     d_out_strides,
     d_q_strides,
+    out_strides,
     scale,
     softcap,
     drop_below,
@@ -459,6 +412,7 @@ def query_gradient_kernel(
     NUM_PLANES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -468,6 +422,19 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
 ):
+    """The statistics of the rows, for this kernel and the next one, and dQ."""
+    num_row_tiles = tl.cdiv(q_len, BLOCK_M)
+    row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
+    start_m = row_tile * BLOCK_M
+    num_rows = BLOCK_M
+    if row_tile == num_row_tiles - 1:
+        num_rows = tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK - start_m
+    for first in range(0, num_rows, BLOCK_M):
+        write_row_statistics(
+            out, tensors[3], lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len,
+            tl.program_id(0) // num_row_tiles, start_m + first, NUM_HEADS, HAS_D_LSE, DIM_V, BLOCK_M, BLOCK_DIM_V,
+        )  # fmt: skip
+    tl.debug_barrier()
     has_nan = _query_gradients(
         q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, seed,
         q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
@@ -490,41 +457,14 @@ def query_gradient_kernel(
             )  # fmt: skip
 
 
-class RowStatistics:
-    """The log-sum-exp in base 2 and delta, the row sums of ``out * d_out`` less ``d_lse``, for inputs of one kind:
-    float32 ``[B, H, S]``, S_q rounded up to whole tiles.
-    """
-
-    def __init__(self, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> None:
-        batch_size, num_heads, q_len, dim_v = out.shape
-        self.padded_len = tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
-        self._shape = 2, batch_size, num_heads, self.padded_len
-        block_m = 64 if dim_v <= 256 else 16
-        constants = {
-            "NUM_HEADS": num_heads,
-            "HAS_D_LSE": d_lse is not None,
-            "DIM_V": dim_v,
-            "BLOCK_M": block_m,
-            "BLOCK_DIM_V": head_dim_blocks(dim_v, dim_v)[1],
-        }
-        programs = self.padded_len // block_m * batch_size * num_heads
-        numbers = out.stride()[:3], d_out.stride()[:3], q_len
-        self._launch = Launcher(row_statistics_kernel, programs, numbers, constants)
-
-    def __call__(self, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-        lse_2, delta = lse.new_empty(self._shape)
-        self._launch(out, d_out, lse, d_lse, lse_2, delta)
-        return lse_2, delta
-
-
-def gradient_shapes(query: Tensor, value: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Shapes ``[B, S, H, D]`` of the gradients of query, key and value, laid out like a model's tensors."""
+def gradient_layouts(query: Tensor, value: Tensor) -> tuple[Layout, Layout, Layout]:
+    """Of the gradients of query, key and value."""
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
     return (
-        (batch_size, q_len, num_heads, dim),
-        (batch_size, kv_len, kv_heads, dim),
-        (batch_size, kv_len, kv_heads, dim_v),
+        Layout.of(batch_size, num_heads, q_len, dim),
+        Layout.of(batch_size, kv_heads, kv_len, dim),
+        Layout.of(batch_size, kv_heads, kv_len, dim_v),
     )
 
 
@@ -556,60 +496,39 @@ class AttentionBackward:
         dropout_p: float,
         configs: Configs,
     ) -> None:
-        batch_size, num_heads, q_len, dim = query.shape
-        kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
+        batch_size, num_heads, q_len, _ = query.shape
+        kv_heads, kv_len = key.shape[1:3]
+        self._statistics_shape = 2, batch_size, num_heads, padded_rows(q_len)
+        self._layouts = gradient_layouts(query, value)
+        d_query_strides, *d_key_value_strides = (layout.strides[:3] for layout in self._layouts)
         inputs = query, key, value, d_out
-        has_addresses = descriptors_can_address(*inputs)
-        shapes = gradient_shapes(query, value)
-
-        def launcher(
-            kernel: Any, config: Config, programs: int, gradients: tuple[tuple[int, ...], ...], schedule: Tensor
-        ) -> tuple[Launcher, tuple[tuple[int, int], ...] | None]:
-            use_descriptors = config.use_descriptors and has_addresses
-            rows, columns = config.block_m, config.block_n
-            tiles = (rows, block_dim), (columns, block_dim), (columns, block_dim_v), (rows, block_dim_v)
-            numbers = (
-                *(tensor.stride()[:3] for tensor in inputs),
-                *(strides_of(*shape) for shape in gradients),
-                scale,
-                0.0 if softcap is None else softcap,
-                drop_below(dropout_p),
-                1.0 / (1.0 - dropout_p),
-                q_len,
-                kv_len,
-                mask_stride_b,
-                max_runs_of(schedule),
-            )
-            constants = {
-                "NUM_HEADS": num_heads,
-                "HEADS_PER_KV_HEAD": num_heads // kv_heads,
-                "HEADS_PER_MASK": heads_per_mask,
-                "NUM_PLANES": bounds.shape[2],
-                "HAS_SOFTCAP": softcap is not None,
-                "HAS_DROPOUT": dropout_p > 0,
-                "DIM": dim,
-                "DIM_V": dim_v,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BLOCK_DIM": block_dim,
-                "BLOCK_DIM_V": block_dim_v,
-                "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-                "USE_DESCRIPTORS": use_descriptors,
-            }
-            return Launcher(kernel, programs, numbers, constants, **config.options), tiles if use_descriptors else None
-
-        self._gradient_shapes = shapes
-        self._row_statistics = RowStatistics(out, d_out, d_lse)
-        config = configs.key_value_gradient
-        programs = tiles_in(kv_len, config.block_n) * batch_size * kv_heads
-        self._launch_d_key_value, self._column_tiles = launcher(
-            key_value_gradient_kernel, config, programs, shapes[1:], by_column
-        )
         config = configs.query_gradient
-        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
-        self._launch_d_query, self._row_tiles = launcher(query_gradient_kernel, config, programs, shapes[:1], by_row)
+        self._launch_d_query = AttentionLauncher(
+            query_gradient_kernel,
+            tiles_in(q_len, config.block_m) * batch_size * num_heads,
+            inputs,
+            (d_query_strides, out.stride()[:3]),
+            bounds,
+            by_row,
+            scale,
+            softcap,
+            dropout_p,
+            config,
+            HAS_D_LSE=d_lse is not None,
+        )
+        config = configs.key_value_gradient
+        self._launch_d_key_value = AttentionLauncher(
+            key_value_gradient_kernel,
+            tiles_in(kv_len, config.block_n) * batch_size * kv_heads,
+            inputs,
+            tuple(d_key_value_strides),
+            bounds,
+            by_column,
+            scale,
+            softcap,
+            dropout_p,
+            config,
+        )
 
     def __call__(
         self,
@@ -633,12 +552,9 @@ class AttentionBackward:
             Gradients of query, key and value in their shapes and dtypes, laid out like a model's ``[B, S, H, D]``, and
             delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, S_q]``.
         """
-        lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
-        d_query, d_key, d_value = (query.new_empty(shape).transpose(1, 2) for shape in self._gradient_shapes)
+        lse_2, delta = lse.new_empty(self._statistics_shape)
+        d_query, d_key, d_value = (layout.new(query) for layout in self._layouts)
         inputs = query, key, value, d_out
-        others = inputs, lse_2, delta
-        self._launch_d_key_value(
-            *tile_sources(inputs, self._column_tiles), *others, d_key, d_value, bounds, by_column, seed
-        )
-        self._launch_d_query(*tile_sources(inputs, self._row_tiles), *others, d_query, bounds, by_row, seed)
+        self._launch_d_query(inputs, out, lse, d_lse, lse_2, delta, d_query, bounds, by_row, seed)
+        self._launch_d_key_value(inputs, lse_2, delta, d_key, d_value, bounds, by_column, seed)
         return d_query, d_key, d_value, delta[..., : query.shape[2]]

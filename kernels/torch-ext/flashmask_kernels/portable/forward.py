@@ -7,23 +7,20 @@ list. When NaN comes out, it may be 0 x NaN of a hidden value: the program repea
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config
-from ..dropout import drop_below
-from ..launch import Launcher, strides_of
-from ..schedule import mask_strides, max_runs_of, tiles_in
+from ..launch import Layout
+from ..schedule import tiles_in
+from .launcher import AttentionLauncher
 from .tiles import (
     LN_2,
     LOG2_E,
     SMALL_BLOCK,
     count_runs,
-    descriptors_can_address,
     dot_of_visible,
     hidden_elements,
     holds_nan,
@@ -32,7 +29,6 @@ from .tiles import (
     load_run,
     soft_capped,
     store_rows,
-    tile_sources,
 )
 
 
@@ -251,47 +247,22 @@ class AttentionForward:
         dropout_p: float,
         config: Config,
     ) -> None:
-        batch_size, num_heads, q_len, dim = query.shape
-        kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        use_descriptors = config.use_descriptors and descriptors_can_address(query, key, value)
-        mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-        self._out_shape, self._lse_shape = (batch_size, q_len, num_heads, dim_v), (batch_size, num_heads, q_len)
-        self._tiles = None
-        if use_descriptors:
-            self._tiles = (config.block_m, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
-        numbers = (
-            *(tensor.stride()[:3] for tensor in (query, key, value)),
-            strides_of(*self._out_shape),
+        batch_size, num_heads, q_len, _ = query.shape
+        self._out_layout = Layout.of(batch_size, num_heads, q_len, value.shape[-1])
+        self._launch = AttentionLauncher(
+            attention_forward_kernel,
+            tiles_in(q_len, config.block_m) * batch_size * num_heads,
+            (query, key, value),
+            (self._out_layout.strides[:3],),
+            bounds,
+            schedule,
             scale,
-            0.0 if softcap is None else softcap,
-            drop_below(dropout_p),
-            1.0 / (1.0 - dropout_p),
-            q_len,
-            kv_len,
-            mask_stride_b,
-            max_runs_of(schedule),
+            softcap,
+            dropout_p,
+            config,
+            HAS_SINKS=sinks is not None,
+            QUERY_IN_REGISTERS=config.query_in_registers,
         )
-        constants = {
-            "NUM_HEADS": num_heads,
-            "HEADS_PER_KV_HEAD": num_heads // kv_heads,
-            "HEADS_PER_MASK": heads_per_mask,
-            "NUM_PLANES": bounds.shape[2],
-            "HAS_SOFTCAP": softcap is not None,
-            "HAS_SINKS": sinks is not None,
-            "HAS_DROPOUT": dropout_p > 0,
-            "DIM": dim,
-            "DIM_V": dim_v,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_DIM": block_dim,
-            "BLOCK_DIM_V": block_dim_v,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-            "USE_DESCRIPTORS": use_descriptors,
-            "QUERY_IN_REGISTERS": config.query_in_registers,
-        }
-        programs = tiles_in(q_len, config.block_m) * batch_size * num_heads
-        self._launch = Launcher(attention_forward_kernel, programs, numbers, constants, **config.options)
 
     def __call__(
         self,
@@ -311,14 +282,7 @@ class AttentionForward:
             output ``[B, H, S_q, D_v]`` in the query's dtype, laid out like a model's ``[B, S_q, H, D_v]``; log-sum-exp
             ``[B, H, S_q]`` in float32.
         """
-        out = query.new_empty(self._out_shape).transpose(1, 2)
-        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
-        inputs = query, key, value
-        self._launch(*tile_sources(inputs, self._tiles), inputs, out, lse, bounds, schedule, sinks, seed)
+        out = self._out_layout.new(query)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        self._launch((query, key, value), out, lse, bounds, schedule, sinks, seed)
         return out, lse
-
-
-@functools.lru_cache
-def head_dim_blocks(dim: int, dim_v: int) -> tuple[int, int]:
-    """Tile widths for the head sizes: the next power of two, at least the 16 that `tl.dot` needs."""
-    return max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim_v))

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher, strides_of
+from ..launch import Launcher, Layout
 from ..schedule import mask_strides, max_runs_of
-from .backward import _key_value_gradients, _query_gradients, gradient_shapes
-from .forward import _attend, head_dim_blocks
+from .backward import _key_value_gradients, _query_gradients, gradient_layouts
+from .forward import _attend
+from .launcher import head_dim_blocks
 from .tiles import SMALL_BLOCK, holds_nan, load_rows
 
 
@@ -130,7 +131,7 @@ def redo_forward(
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
     numbers = (
         *(tensor.stride()[:3] for tensor in (query, key, value)),
-        strides_of(batch_size, q_len, num_heads, dim_v),
+        Layout.of(batch_size, num_heads, q_len, dim_v).strides[:3],
         scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(schedule),
     )  # fmt: skip
     constants = {
@@ -165,7 +166,7 @@ def redo_backward(
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
     numbers = (
         *(tensor.stride()[:3] for tensor in (query, key, value, d_out)),
-        *(strides_of(*shape) for shape in gradient_shapes(query, value)),
+        *(layout.strides[:3] for layout in gradient_layouts(query, value)),
         scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(by_column), max_runs_of(by_row),
     )  # fmt: skip
     constants = {

@@ -17,16 +17,27 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SMALL_BLOCK = tl.constexpr(16)
 
 
-def tile_sources(tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> tuple[Any, ...]:
-    """The kernel arguments from which `load_rows` reads ``tensors`` ``[B, H, S, D]``: TMA descriptors for ``tiles`` of
-    rows and head sizes, or without these the tensors themselves.
+class TileSources:
+    """Makes the kernel arguments from which `load_rows` reads tensors ``[B, H, S, D]`` of the same kinds as
+    ``tensors``: TMA descriptors for ``tiles`` of rows and head sizes, or without these the tensors themselves.
     """
-    if tiles is None:
-        return tensors
-    return tuple(
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])
-        for tensor, tile in zip(tensors, tiles)
-    )
+
+    def __init__(self, tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> None:
+        # A descriptor checks what it is made of, which takes most of its time: once is enough.
+        self._descriptors = [
+            {**vars(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])), "base": None}
+            for tensor, tile in zip(tensors, tiles or ())
+        ]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
+        if not self._descriptors:
+            return tensors
+        sources = []
+        for tensor, descriptor in zip(tensors, self._descriptors):
+            source = object.__new__(TensorDescriptor)
+            vars(source).update(descriptor, base=tensor)
+            sources.append(source)
+        return tuple(sources)
 
 
 def descriptors_can_address(*tensors: Tensor) -> bool:
