@@ -143,7 +143,7 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
         times["mask"] = time_on_gpu(build, max_seconds=SECONDS)
         times["mask_host"] = time_on_cpu(build, repeats=15)
     if d_out.shape[2] <= SHORT:
-        times["end_to_end"] = time_on_cpu(stack, repeats=50)
+        times["end_to_end"] = time_on_cpu(stack, repeats=200)
     milliseconds = {part: summary["milliseconds"] for part, summary in times.items()}
     if "end_to_end" in milliseconds:
         milliseconds["end_to_end"] = round(milliseconds["end_to_end"] / LAYERS, 4)

@@ -35,17 +35,20 @@ def time_on_gpu(function: Callable[[], Any], repeats: int = 15, max_seconds: flo
     """Milliseconds on the device: the median of event-timed runs with a flushed L2 cache, and their spread.
 
     Args:
-        max_seconds: after so much measured time, `FEWEST_REPEATS` runs are enough.
+        max_seconds: after so much measured time, `FEWEST_REPEATS` runs are enough; after so much time, one to warm up.
 
     Returns:
         ``milliseconds`` (median) and ``spread``, the interquartile range over the median.
     """
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    first = time.perf_counter()
     for _ in range(3):
-        torch.cuda.synchronize()
         begin = time.perf_counter()
         function()
         host_seconds = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        if time.perf_counter() - first > max_seconds:
+            break
     # Keeps the device busy while the host prepares the launches, at up to 2 GHz: what is timed is the device's work.
     busy_cycles = int(1e6 + 4e9 * min(host_seconds, 0.01))
     times = []

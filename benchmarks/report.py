@@ -172,13 +172,19 @@ def paper_section(run: Json, published: Json) -> list[str]:
     for length, head_dim in sorted({(row["length"], row["head_dim"]) for row in rows}):
         here = [row for row in rows if (row["length"], row["head_dim"]) == (length, head_dim)]
         body = []
+        ratios: dict[str, list[float]] = {name: [] for name in names}
         for mask in dict.fromkeys(row["mask"] for row in here):
             samples = [row for row in here if row["mask"] == mask]
             speeds = [average([row for row in samples if row["implementation"] == name]) for name in names]
+            for name, speed in zip(names, speeds):
+                if speed and (ours := speeds[names.index("flashmask")]):
+                    ratios[name].append(ours / speed)
             theirs = [authors.get((version, length, head_dim, mask)) for version in columns]
             sparsity = statistics.mean(row["tile_sparsity"] for row in samples)
             cells = [f"{speed:.0f}" if speed else "-" for speed in (*speeds, *theirs)]
             body.append([MASK_NAMES[mask], f"{sparsity:.3f}", *cells])
+        means = [f"{statistics.geometric_mean(found):.2f}" if found else "-" for found in ratios.values()]
+        body.append(["flashmask, times as fast (geometric mean)", "", *means, *["-"] * len(columns)])
         lines += [
             "",
             f"{length:,} tokens, {4096 // head_dim} heads of size {head_dim}:",
@@ -189,16 +195,17 @@ def paper_section(run: Json, published: Json) -> list[str]:
 
 
 def short_rows_section(run: Json) -> list[str]:
-    """Where launches count: forward and backward of packed documents, host and device."""
-    rows = [row for row in measured(run, mask="causal_document", sample=0) if "end_to_end" in row["milliseconds"]]
-    cells = {(shape_of(row), row["implementation"]): row["milliseconds"]["end_to_end"] for row in rows}
+    """Where launches count: forward and backward, the device's part and with the host's."""
+    rows = [row for row in measured(run, sample=0) if "end_to_end" in row["milliseconds"]]
+    cells = {(shape_of(row), row["mask"], row["implementation"]): row["milliseconds"] for row in rows}
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     body = []
-    for shape in dict.fromkeys(shape_of(row) for row in rows):
-        times = [f"{cells[shape, name]:.2f}" if (shape, name) in cells else "-" for name in names]
-        body.append([f"{shape[0]:,}", f"{shape[2]}/{shape[3]}", str(shape[1]), *times])
-    title = "Short rows of packed documents: forward and backward per layer of a stack, the host's part included (ms):"
-    return ["", title, "", *table(["tokens", "heads", "size", *names], body, left=0)] if body else []
+    for shape, mask in dict.fromkeys((shape_of(row), row["mask"]) for row in rows):
+        found = [cells.get((shape, mask, name)) for name in names]
+        times = [f"{time['end_to_end']:.2f} ({time['total']:.2f})" if time else "-" for time in found]
+        body.append([MASK_NAMES[mask], f"{shape[0]:,}", f"{shape[2]}/{shape[3]}", str(shape[1]), *times])
+    title = "Short rows, forward and backward per layer of a stack: ms with the host's part (on the device alone):"
+    return ["", title, "", *table(["mask", "tokens", "heads", "size", *names], body)] if body else []
 
 
 def average(samples: list[Json]) -> float | None:
@@ -461,7 +468,9 @@ def performance_section() -> str:
     ):
         if is_there:
             lines += ["", f"![{alternative}]({name}.png)"]
-    return "\n".join([*lines, *(short_rows_section(bar) + failures(bar, "bar") if bar else [])]).strip()
+    short = latest_run("attention_gpu", protocol="bar", length=1024)
+    lines += short_rows_section(short) if short else []
+    return "\n".join([*lines, *(failures(bar, "bar") if bar else [])]).strip()
 
 
 def draw() -> None:
