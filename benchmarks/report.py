@@ -177,7 +177,7 @@ def paper_section(run: Json, published: Json) -> list[str]:
             samples = [row for row in here if row["mask"] == mask]
             speeds = [average([row for row in samples if row["implementation"] == name]) for name in names]
             for name, speed in zip(names, speeds):
-                if speed and (ours := speeds[names.index("flashmask")]):
+                if speed and (ours := dict(zip(names, speeds)).get("flashmask")):
                     ratios[name].append(ours / speed)
             theirs = [authors.get((version, length, head_dim, mask)) for version in columns]
             sparsity = statistics.mean(row["tile_sparsity"] for row in samples)
