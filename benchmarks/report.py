@@ -175,13 +175,14 @@ def paper_section(run: Json, published: Json) -> list[str]:
         ratios: dict[str, list[float]] = {name: [] for name in names}
         for mask in dict.fromkeys(row["mask"] for row in here):
             samples = [row for row in here if row["mask"] == mask]
-            speeds = [average([row for row in samples if row["implementation"] == name]) for name in names]
-            for name, speed in zip(names, speeds):
-                if speed and (ours := dict(zip(names, speeds)).get("flashmask")):
+            speeds = {name: average([row for row in samples if row["implementation"] == name]) for name in names}
+            ours = speeds.get("flashmask")
+            for name, speed in speeds.items():
+                if ours and speed:
                     ratios[name].append(ours / speed)
             theirs = [authors.get((version, length, head_dim, mask)) for version in columns]
             sparsity = statistics.mean(row["tile_sparsity"] for row in samples)
-            cells = [f"{speed:.0f}" if speed else "-" for speed in (*speeds, *theirs)]
+            cells = [f"{speed:.0f}" if speed else "-" for speed in (*speeds.values(), *theirs)]
             body.append([MASK_NAMES[mask], f"{sparsity:.3f}", *cells])
         means = [f"{statistics.geometric_mean(found):.2f}" if found else "-" for found in ratios.values()]
         body.append(["flashmask, times as fast (geometric mean)", "", *means, *["-"] * len(columns)])

@@ -91,8 +91,7 @@ def call(number: int) -> None:
 
         module, factors, seed = hopper, (scale,), None
     else:
-        if choose.random() < 0.5:
-            chosen = chosen.without_descriptors("forward", "query_gradient")
+        chosen = chosen.without_descriptors(*choose.choice([(), ("forward", "query_gradient"), chosen._fields]))
         softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
         module, factors = portable, (scale, softcap, dropout_p)
         seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
