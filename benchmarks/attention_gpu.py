@@ -9,8 +9,9 @@ Protocols: `bar` has one row of tokens; `paper` is that of arXiv 2410.01359, 128
 4096 without grouped heads; `sparsity` is its three document masks with more and more documents. A mask is the same for
 all heads. `--documents` is a folder with JSON files of document lists (see masks.read_rows); without it they are drawn.
 
-Everything can be run in pieces: rows of the same device, versions and kernels gather in one file, `--missing` measures
-only those that it lacks, and `--minutes` begins nothing new after so long.
+Everything can be run in pieces: rows of the same device, versions and kernels gather in one file, also from several
+processes at once, one for each GPU; `--missing` measures only those that it lacks, and `--minutes` begins nothing new
+after so long.
 
 Every implementation computes the same mask on the same inputs in the same process. Before it is timed, its output and
 gradients are compared with float32 attention at the full length (truth.py). One that cannot express a mask has no row;

@@ -11,12 +11,14 @@ import math
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import flashmask_kernels
 from flashmask_kernels import ops
@@ -159,48 +161,48 @@ class Run:
     A run is what can be compared: one device, one set of versions, one source of the kernels and the same settings. Its
     file, ``folder / name-<id>.json``, is named after these, so that a later command goes on with it and another run
     never overwrites it. Rows are told apart by the values under ``key``; measured again, a row takes the place of the
-    old one. Every row is on disk as soon as it is added.
+    old one. Every row is on disk as soon as it is added: processes that measure at the same time, one for each GPU, add
+    to the same file.
     """
 
     def __init__(self, name: str, settings: dict[str, Any], key: Sequence[str], folder: Path = RESULTS) -> None:
-        self.key = key
-        self.result: dict[str, Any] = {
-            "environment": {
-                **environment("cuda" if torch.cuda.is_available() else "cpu"),
-                "kernels": kernels_hash(),
-            },
-            "settings": settings,
-            "rows": [],
-        }
-        what = {**self.result["environment"], "date": None, "settings": settings}
+        self.key, self.settings = key, settings
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.environment = {**environment(device), "kernels": kernels_hash()}
+        what = {**self.environment, "date": None, "settings": settings}
         run_id = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path = folder / f"{name}-{run_id}.json"
-        if self.path.exists():
-            self.result["rows"] = json.loads(self.path.read_text())["rows"]
+        # Not beside the results, where it would be left behind.
+        self._lock = FileLock(Path(tempfile.gettempdir()) / f"{self.path.name}.lock")
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return self.result["rows"]
+        """As they are on disk."""
+        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def has(self, row: dict[str, Any]) -> bool:
         """Whether this row was measured before, and not with an error."""
-        return any(self._same(row, other) and "error" not in other for other in self.rows)
+        with self._lock:
+            return any(self._same(row, other) and "error" not in other for other in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        places = [index for index, other in enumerate(self.rows) if self._same(row, other)]
-        if places:
-            self.rows[places[0]] = row
-        else:
-            self.rows.append(row)
-        self.result["environment"]["updated"] = datetime.datetime.now(datetime.timezone.utc).isoformat(
-            timespec="seconds"
-        )
+        with self._lock:
+            rows = self.rows
+            places = [index for index, other in enumerate(rows) if self._same(row, other)]
+            if places:
+                rows[places[0]] = row
+            else:
+                rows.append(row)
+            self._write(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        environment = {**self.environment, "updated": now.isoformat(timespec="seconds")}
+        parts = {"environment": environment, "settings": self.settings}
+        head = ",\n".join(f'"{name}": {json.dumps(part, indent=1)}' for name, part in parts.items())
+        lines = ",\n".join(json.dumps(row) for row in rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        parts = {name: json.dumps(self.result[name], indent=1) for name in ("environment", "settings")}
-        rows = ",\n".join(json.dumps(row) for row in self.rows)
-        self.path.write_text(
-            f'{{"environment": {parts["environment"]},\n"settings": {parts["settings"]},\n"rows": [\n{rows}\n]}}\n'
-        )
+        self.path.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n')
 
     def _same(self, row: dict[str, Any], other: dict[str, Any]) -> bool:
         return all(row.get(name) == other.get(name) for name in self.key)

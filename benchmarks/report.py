@@ -3,7 +3,8 @@
 python benchmarks/report.py          # rewrite the sections and the pictures
 python benchmarks/report.py --check  # fail when a page does not hold what the results say
 
-Of the benchmarks that gather runs (attention_gpu, training_gpu), the run that was added to last is reported.
+Of the benchmarks that gather runs (attention_gpu, training_gpu), the run that was added to last is reported; of the
+tables of attention each for itself, from those that have its rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from measurement import RESULTS, latest_run
+from peers import PEERS
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / "docs" / "shared_prompts.png"
@@ -42,14 +44,19 @@ MASK_NAMES = {
 }
 OURS, FLEX = "flashmask", "flex_attention"
 FLEX_FORMS = (FLEX, "flex_attention, 64 x 64")
-HEADLINE = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
+HEADLINE: dict[str, Any] = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 Json = dict[str, Any]
 
 
 def measured(run: Json, **wanted: Any) -> list[Json]:
-    """The rows without errors that have these values."""
-    return [row for row in run["rows"] if "error" not in row and all(row[name] == wanted[name] for name in wanted)]
+    """The rows without errors that have these values; of attention, in the order of the tables, not of measuring."""
+    rows = [row for row in run["rows"] if "error" not in row and all(row[name] == wanted[name] for name in wanted)]
+    return sorted(rows, key=place_in_table) if rows and "mask" in rows[0] else rows
+
+
+def place_in_table(row: Json) -> tuple[int, int]:
+    return list(MASK_NAMES).index(row["mask"]), list(PEERS).index(row["implementation"])
 
 
 def times_as_fast(rows: list[Json]) -> dict[tuple[str, int], float]:
@@ -198,6 +205,7 @@ def paper_section(run: Json, published: Json) -> list[str]:
 def short_rows_section(run: Json) -> list[str]:
     """Where launches count: forward and backward, the device's part and with the host's."""
     rows = [row for row in measured(run, sample=0) if "end_to_end" in row["milliseconds"]]
+    rows.sort(key=shape_of)
     cells = {(shape_of(row), row["mask"], row["implementation"]): row["milliseconds"] for row in rows}
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     body = []
@@ -219,28 +227,43 @@ def average(samples: list[Json]) -> float | None:
 
 def training_section(run: Json) -> list[str]:
     environment, settings = run["environment"], run["settings"]
-    rows = measured(run, workload="steps")
+    rows = [row for workload in ROWS for row in measured(run, workload=workload)]
     longest = {(row["shape"], row["implementation"]): row["longest"] for row in measured(run, workload="longest")}
     if not rows:
         return []
-    cells = {(row["shape"], row["length"], row["implementation"]): row for row in rows}
+    cells = {(training_group(row), row["implementation"]): row for row in rows}
     names = training_names(rows)
     body = []
-    for shape, length in dict.fromkeys((row["shape"], row["length"]) for row in rows):
-        found = [cells.get((shape, length, name)) for name in names]
+    for group in training_groups(rows):
+        found = [cells.get((group, name)) for name in names]
         steps = [f"{row['tokens_per_second']:,} ({row['peak_mib'] / 1024:.0f})" if row else "-" for row in found]
-        body.append([shape_name(settings, shape), f"{length:,}", *steps])
+        speed = {name: row["tokens_per_second"] for name, row in zip(names, found) if row}
+        ratio = f"{speed[OURS] / speed[FLEX]:.2f}" if OURS in speed and FLEX in speed else "-"
+        shape, length, workload = group
+        body.append([shape_name(settings, shape), ROWS[workload].format(f"{length:,}"), *steps, ratio])
     for shape in dict.fromkeys(shape for shape, _ in longest):
         fits = [f"{longest[shape, name]:,}" if (shape, name) in longest else "-" for name in names]
-        body.append([shape_name(settings, shape), "longest row", *fits])
+        body.append([shape_name(settings, shape), "longest row", *fits, ""])
     return [
         f"**{environment['device']}**, training on packed documents (median {settings['median_document']} tokens, "
         f"another packing each step), bfloat16, gradient checkpointing, AdamW, vocabulary {settings['vocabulary']:,}, "
-        f"random weights. Tokens per second (peak GiB). {versions(environment)}",
+        "random weights. Tokens per second (peak GiB). Rows of whole documents have another length each step: "
+        f"`{FLEX}` then runs kernels for any length. {versions(environment)}",
         "",
-        *table(["model", "tokens", *names], body),
+        *table(["model", "tokens of a row", *names, f"times {FLEX}"], body),
         *picture("training", "Tokens per second of training on packed documents"),
     ]
+
+
+ROWS = {"steps": "{}", "whole documents": "up to {}, whole documents"}
+
+
+def training_group(row: Json) -> tuple[str, int, str]:
+    return row["shape"], row["length"], row["workload"]
+
+
+def training_groups(rows: list[Json]) -> list[tuple[str, int, str]]:
+    return sorted({training_group(row) for row in rows})
 
 
 def training_names(rows: list[Json]) -> list[str]:
@@ -409,21 +432,22 @@ def has_several_lengths(run: Json) -> bool:
 
 
 def draw_training(run: Json) -> None:
-    rows = measured(run, workload="steps")
-    groups = list(dict.fromkeys((row["shape"], row["length"]) for row in rows))
-    names = training_names(rows)
+    rows = [row for workload in ROWS for row in measured(run, workload=workload)]
+    groups, names = training_groups(rows), training_names(rows)
     width = 0.8 / len(names)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for index, name in enumerate(names):
-        speed = {
-            (row["shape"], row["length"]): row["tokens_per_second"] for row in rows if row["implementation"] == name
-        }
+        speed = {training_group(row): row["tokens_per_second"] for row in rows if row["implementation"] == name}
         places = [place + index * width for place, group in enumerate(groups) if group in speed]
         axes.bar(places, [speed[group] for group in groups if group in speed], width, label=name)
-    labels = [f"{shape.upper()}, {length:,} tokens" for shape, length in groups]
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], labels)
+    labels = [f"{shape.upper()}, {ROWS[workload].format(f'{length:,}')}" for shape, length, workload in groups]
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], [wrapped(label) for label in labels])
     axes.set(ylabel="tokens per second")
     finish(figure, axes, "training", "Training on packed documents")
+
+
+def wrapped(label: str) -> str:
+    return label.replace(", ", "\n")
 
 
 def finish(figure: Any, axes: Any, name: str, title: str) -> None:
@@ -448,7 +472,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def readme_section() -> str:
-    attention, training = latest_run("attention_gpu", protocol="bar"), latest_run("training_gpu")
+    attention, training = headline_run(), latest_run("training_gpu")
     masking = RESULTS / "masking_gpu.json"
     sections = (
         attention_section(attention) if attention else [],
@@ -460,8 +484,13 @@ def readme_section() -> str:
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
+def headline_run() -> Json | None:
+    return latest_run("attention_gpu", protocol="bar", sample=0, **HEADLINE)
+
+
 def performance_section() -> str:
-    paper, sparsity, bar = (latest_run("attention_gpu", protocol=name) for name in ("paper", "sparsity", "bar"))
+    paper, sparsity = (latest_run("attention_gpu", protocol=name) for name in ("paper", "sparsity"))
+    bar = headline_run()
     lines = [*paper_section(paper, json.loads(PUBLISHED.read_text())), *failures(paper, "paper")] if paper else []
     for name, alternative, is_there in (
         ("speed_over_sparsity", "Time over the hidden part of all tiles", sparsity is not None),
@@ -476,15 +505,15 @@ def performance_section() -> str:
 
 def draw() -> None:
     draw_shared_prompts(results("shared_prompts_gpu"))
-    bar, sparsity = (latest_run("attention_gpu", protocol=name) for name in ("bar", "sparsity"))
+    bar, sparsity = headline_run(), latest_run("attention_gpu", protocol="sparsity")
     training = latest_run("training_gpu")
-    if bar and measured(bar, protocol="bar", sample=0, **HEADLINE):
+    if bar:
         draw_speed_per_mask(bar)
     if sparsity:
         draw_speed_over_sparsity(sparsity)
     if bar and has_several_lengths(bar):
         draw_memory_over_length(bar)
-    if training and measured(training, workload="steps"):
+    if training and any(measured(training, workload=workload) for workload in ROWS):
         draw_training(training)
 
 

@@ -1,25 +1,28 @@
 """Training on packed documents, end to end on one GPU: tokens per second, memory and the longest row that fits.
 
-    python benchmarks/training_gpu.py                          # Llama 3.2 1B's shape, 8K and 32K: about four minutes
+    python benchmarks/training_gpu.py                          # Llama 3.2 1B's shape, 8K and 32K: about eight minutes
     python benchmarks/training_gpu.py --shapes 8b              # Llama 3.1 8B's shape with four layers
     python benchmarks/training_gpu.py --longest                # also the longest row, in steps of half a power of two
 
 Random weights, bfloat16, gradient checkpointing, AdamW, Transformers' own model and loss. A batch is one row of packed
-documents whose lengths are log-normal (median 700 tokens), and no two batches have the same. The implementations are
+documents whose lengths are log-normal (median 700 tokens), and no two batches have the same. Rows are measured in two
+forms: `steps` fills every row to its last token by cutting the last document; `whole documents` packs as many as fit,
+so that rows differ in length, as those of Transformers' DataCollatorWithFlattening do. The implementations are
 
 * `flashmask`, `flex_attention` and `sdpa` (dense mask) as Transformers runs them, told the documents by `position_ids`;
 * `FA2 varlen`, torch's own FlashAttention-2, told them by cumulative lengths;
 * `no attention`, the floor: everything around attention, all projections and their gradients included.
 
 Before anything is timed, the loss, the hidden states and a gradient of the first batch are compared with those of each
-document alone; the floor's are not. Rows of the same device, versions and kernels gather in one file; `--missing`
-measures only what it lacks.
+document alone; the floor's are not. Rows of the same device, versions and kernels gather in one file, also from several
+processes at once, one for each GPU; `--missing` measures only what it lacks.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import random
 import statistics
@@ -57,8 +60,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 MEDIAN_DOCUMENT, SPREAD_OF_DOCUMENTS, SHORTEST_DOCUMENT = 700, 1.0, 16
-WARM_UP, STEPS = 2, 8
+WARM_UP, STEPS = 3, 8  # FlexAttention compiles for the first length, and for any length when the second one comes
 SECONDS = 20.0  # of timed steps; then four are enough
+ROWS = {"steps": False, "whole documents": True}  # workload: whether documents are never cut
 LONGEST_TRIED = 1 << 20
 # Of bfloat16 against bfloat16. Documents that see each other are off by more than half in both tensors.
 TOLERANCES = {"loss": 1e-3, "hidden_states": 0.1, "gradient": 0.2}
@@ -96,28 +100,32 @@ IMPLEMENTATIONS = {
 }
 
 
-def document_lengths(length: int, seed: int) -> list[int]:
-    """Log-normal lengths that fill a row; the last document is cut at its end."""
+def document_lengths(length: int, seed: int, is_whole: bool = False) -> list[int]:
+    """Log-normal lengths that fill a row, the last one cut at its end; or as many whole ones as fit."""
     choose = random.Random(seed)
     lengths: list[int] = []
     while (left := length - sum(lengths)) > 0:
         drawn = max(round(choose.lognormvariate(math.log(MEDIAN_DOCUMENT), SPREAD_OF_DOCUMENTS)), SHORTEST_DOCUMENT)
+        if is_whole and lengths and drawn > left:
+            break
         lengths.append(min(drawn, left))
     return lengths
 
 
-def packed_batch(length: int, seed: int, vocabulary: int, device: str = "cuda") -> dict[str, Any]:
+def packed_batch(
+    length: int, seed: int, vocabulary: int, device: str = "cuda", is_whole: bool = False
+) -> dict[str, Any]:
     """One packed row of random tokens, as Transformers' DataCollatorWithFlattening makes it, and the lengths for it."""
-    lengths = document_lengths(length, seed)
+    lengths = document_lengths(length, seed, is_whole)
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(vocabulary, (1, length), generator=generator)
+    input_ids = torch.randint(vocabulary, (1, sum(lengths)), generator=generator)
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return {
         "input_ids": input_ids.to(device),
         "labels": input_ids.masked_fill(position_ids == 0, -100).to(device),
         "position_ids": position_ids.to(device),
-        "num_items_in_batch": length - len(lengths),
+        "num_items_in_batch": sum(lengths) - len(lengths),
         "varlen": {
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
@@ -233,25 +241,26 @@ def relative_error(trainee: Trainee, implementation: str, batch: dict[str, Any])
     return trainee.first_step([batch]).check(truth)
 
 
-def time_steps(trainee: Trainee, length: int, vocabulary: int) -> dict[str, Any]:
-    batches = [packed_batch(length, seed, vocabulary) for seed in range(WARM_UP + STEPS)]
+def time_steps(trainee: Trainee, batches: list[dict[str, Any]]) -> dict[str, Any]:
     for batch in batches[:WARM_UP]:
         trainee.step(batch)
     torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
+    speeds: list[float] = []
     for batch in batches[WARM_UP:]:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         trainee.step(batch)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
+        speeds.append(batch["input_ids"].numel() / seconds[-1])
         if len(seconds) >= 4 and sum(seconds) > SECONDS:
             break
     low, median, high = statistics.quantiles(seconds, n=4)
     return {
         "milliseconds": round(1e3 * median, 2),
         "spread": round((high - low) / median, 4),
-        "tokens_per_second": round(length / median),
+        "tokens_per_second": round(statistics.median(speeds)),
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
     }
 
@@ -282,6 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["1b"])
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--peers", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="default: %(default)s")
     parser.add_argument("--longest", action="store_true", help="also find the longest row that fits")
@@ -312,19 +322,21 @@ def main() -> None:
 
     for shape in arguments.shapes:
         trainee = Trainee(SHAPES[shape], arguments.vocabulary)
-        for length in arguments.lengths:
+        for length, workload in itertools.product(arguments.lengths, arguments.rows):
             # FlexAttention would otherwise meet the second length with kernels for any length, which are slower.
             torch._dynamo.reset()
-            first = packed_batch(length, 0, arguments.vocabulary)
-            rows = wanted(shape, length, "steps")
-            for peer, row in rows.items():
+            batches = [
+                packed_batch(length, seed, arguments.vocabulary, is_whole=ROWS[workload])
+                for seed in range(WARM_UP + STEPS)
+            ]
+            for peer, row in wanted(shape, length, workload).items():
                 if deadline.is_over():
                     break
                 try:
                     if peer != FLOOR:
-                        row["relative_error"] = relative_error(trainee, peer, first)
+                        row["relative_error"] = relative_error(trainee, peer, batches[0])
                     trainee.use(peer)
-                    row |= time_steps(trainee, length, arguments.vocabulary)
+                    row |= time_steps(trainee, batches)
                 except Exception as error:  # whatever a peer raises is its result
                     row["error"] = f"{type(error).__name__}: {error}"[:500]
                     trainee.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """Random calls of `flashmask_attention` against dense attention, by the criterion of the tests.
 
-    python tests/fuzz_attention.py                             # 10,000 cases on the GPU
+    python tests/fuzz_attention.py                             # 10,000 cases on the GPUs
     python tests/fuzz_attention.py --device cpu --cases 500    # plain torch
 
 A case is named by its number alone: `--first 123 --cases 1` repeats one. Lengths, bounds (any int32), values, strides,
@@ -13,6 +13,7 @@ integer: an element that nobody wrote shows.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import random
 import sys
@@ -174,7 +175,10 @@ def main() -> None:
     # The cases of one signature stay together: nobody compiles what another worker is compiling.
     end = arguments.first + arguments.cases
     starts = range(arguments.first, min(arguments.first + SIGNATURES, end))
-    work = [(range(start, end, SIGNATURES), arguments.device) for start in starts]
+    # The device "cuda" stands for all GPUs in turn.
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = itertools.cycle(gpus if arguments.device == "cuda" and gpus else [arguments.device])
+    work = [(range(start, end, SIGNATURES), device) for start, device in zip(starts, devices)]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for (numbers, _), found in zip(work, pool.imap(failures, work)):
             done += len(numbers)

@@ -299,8 +299,9 @@ def test_other_kernels_or_settings_are_another_run(tmp_path: Path, monkeypatch: 
     assert other.path != first.path
     assert other.rows == []
     other.add({"mask": "causal", "length": 1, "milliseconds": 4})
-    other.result["environment"]["updated"] = "2999-01-01"
-    other.path.write_text(json.dumps(other.result))
+    written = json.loads(other.path.read_text())
+    written["environment"]["updated"] = "2999-01-01"
+    other.path.write_text(json.dumps(written))
     latest = measurement.latest_run("speed", tmp_path)
     assert latest is not None
     assert [row["milliseconds"] for row in latest["rows"]] == [4]
@@ -310,6 +311,22 @@ def test_other_kernels_or_settings_are_another_run(tmp_path: Path, monkeypatch: 
     assert with_full is not None
     assert [row["milliseconds"] for row in with_full["rows"]] == [5, 6]
     assert measurement.latest_run("speed", tmp_path, mask="full", length=1) is None
+
+
+def test_processes_that_measure_at_once_add_to_one_file(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.path.append({str(BENCHMARKS)!r})
+import measurement, pathlib
+run = measurement.Run("speed", {{"dtype": "bfloat16"}}, ("mask", "length"), pathlib.Path({str(tmp_path)!r}))
+for length in range(40):
+    run.add({{"mask": sys.argv[1], "length": length}})
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script, mask]) for mask in ("causal", "full", "document")]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    rows = run(tmp_path).rows
+    assert len(rows) == 3 * 40
+    assert all(run(tmp_path).has({"mask": "full", "length": length}) for length in range(40))
 
 
 def test_the_day_does_not_begin_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +359,22 @@ def test_documents_of_training_are_log_normal_and_fill_the_row() -> None:
     assert starts.sum() == len(lengths)
     assert torch.equal(batch["labels"][0] == -100, starts)
     assert batch["num_items_in_batch"] == 8192 - len(lengths)
+
+
+def test_whole_documents_of_training_fit_the_row_and_are_not_cut() -> None:
+    totals = set()
+    for seed in range(20):
+        cut, whole = (training_gpu.document_lengths(8192, seed, is_whole) for is_whole in (False, True))
+        assert whole == cut[: len(whole)]
+        assert len(whole) >= len(cut) - 1
+        totals.add(sum(whole))
+        batch = training_gpu.packed_batch(8192, seed, 97, "cpu", is_whole=True)
+        assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, sum(whole))
+        assert batch["varlen"]["cu_seq_lens_q"][-1] == sum(whole) <= 8192
+        assert batch["num_items_in_batch"] == sum(whole) - len(whole)
+    assert len(totals) > 10
+    # One that is longer than the row is cut all the same.
+    assert any(training_gpu.document_lengths(200, seed, is_whole=True) == [200] for seed in range(9))
 
 
 def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
@@ -474,6 +507,15 @@ def test_the_table_of_masks(speed: dict[str, Any]) -> None:
     assert "| 32,768 | 32/8 | 128 | 2 | 1.48 | 1.10 (causal) |" in text
 
 
+def test_tables_do_not_depend_on_the_order_of_measuring(speed: dict[str, Any]) -> None:
+    published = json.loads(report.PUBLISHED.read_text())
+    backwards = {**speed, "rows": speed["rows"][::-1]}
+    assert report.attention_section(backwards) == report.attention_section(speed)
+    assert report.paper_section(backwards, published) == report.paper_section(speed, published)
+    masks_shown = [line.split(" | ")[0] for line in report.attention_section(backwards) if line.startswith("| ")]
+    assert masks_shown[1:3] == ["| causal", "| packed documents"]
+
+
 def test_the_papers_tables_stand_beside_the_authors_figures(speed: dict[str, Any]) -> None:
     published = json.loads(report.PUBLISHED.read_text())
     text = "\n".join(report.paper_section(speed, published))
@@ -510,6 +552,7 @@ def test_what_failed_is_reported(speed: dict[str, Any]) -> None:
 
 def test_the_table_of_training() -> None:
     step = {"shape": "1b", "workload": "steps", "tokens_per_second": 45000, "peak_mib": 20480}
+    whole = {**step, "workload": "whole documents", "length": 32768}
     result = {
         "environment": {"device": "A GPU", "torch": "2.11", "triton": "3.6", "date": "2026-01-01"},
         "settings": {"median_document": 700, "vocabulary": 32768, "shapes": training_gpu.SHAPES},
@@ -518,14 +561,19 @@ def test_the_table_of_training() -> None:
             {**step, "length": 8192, "implementation": "sdpa", "tokens_per_second": 25000},
             {**step, "length": 32768, "implementation": "flashmask"},
             {**step, "length": 32768, "implementation": "sdpa", "error": "OutOfMemoryError: ..."},
+            {**step, "length": 32768, "implementation": "flex_attention", "tokens_per_second": 40000},
+            {**whole, "implementation": "flashmask", "tokens_per_second": 44000},
+            {**whole, "implementation": "flex_attention", "tokens_per_second": 35000},
             {"shape": "1b", "length": 0, "workload": "longest", "implementation": "flashmask", "longest": 196608},
         ],
     }
     text = "\n".join(report.training_section(result))
-    assert "| model | tokens | flashmask | sdpa |" in text
-    assert "| Llama 3.2 1B's shape, 16 layers | 8,192 | 45,000 (20) | 25,000 (20) |" in text
-    assert "| Llama 3.2 1B's shape, 16 layers | 32,768 | 45,000 (20) | - |" in text
-    assert "| Llama 3.2 1B's shape, 16 layers | longest row | 196,608 | - |" in text
+    name = "Llama 3.2 1B's shape, 16 layers"
+    assert "| model | tokens of a row | flashmask | flex_attention | sdpa | times flex_attention |" in text
+    assert f"| {name} | 8,192 | 45,000 (20) | - | 25,000 (20) | - |" in text
+    assert f"| {name} | 32,768 | 45,000 (20) | 40,000 (20) | - | 1.12 |" in text
+    assert f"| {name} | up to 32,768, whole documents | 44,000 (20) | 35,000 (20) | - | 1.26 |" in text
+    assert f"| {name} | longest row | 196,608 | - | - |  |" in text
 
 
 def test_pictures(speed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,7 +582,7 @@ def test_pictures(speed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Mon
     report.draw_speed_over_sparsity(speed)
     report.draw_memory_over_length(speed)
     step = {"shape": "1b", "workload": "steps", "length": 8192, "implementation": "flashmask", "tokens_per_second": 5}
-    report.draw_training({"rows": [step]})
+    report.draw_training({"rows": [step, {**step, "workload": "whole documents"}]})
     assert {file.name for file in tmp_path.iterdir()} == {
         "speed_per_mask.png",
         "speed_over_sparsity.png",
