@@ -563,8 +563,9 @@ def from_block_mask(
     end = torch.where(visible, 0, edges[:, None, 1:, None])
     start, end = _hidden_intervals(_fewest_planes(start, end, kv_len), kv_len)
     _check_block_intervals(start.shape[2])
-    # ... then one column for each key, and the triangle.
-    key = torch.arange(kv_len, dtype=torch.int32)
+    # ... then one column for each key, and the triangle, on the device: there are few blocks and many keys.
+    edges, start, end = (tensor.to(device) for tensor in (edges, start, end))
+    key = torch.arange(kv_len, dtype=torch.int32, device=device)
     block = torch.searchsorted(edges[:, 1:].contiguous(), key.expand(len(length_rows), -1).contiguous(), right=True)
     batch, heads, intervals, _ = start.shape
     block = block[:, None, None].expand(batch, heads, intervals, -1)
@@ -574,7 +575,7 @@ def from_block_mask(
         start, end = torch.cat([start, torch.zeros_like(triangle)], dim=2), torch.cat([end, triangle], dim=2)
     bounds = _fewest_planes(start, end, kv_len)
     _check_block_intervals(bounds.shape[2] // 2)
-    return bounds.to(device)
+    return bounds
 
 
 def from_dense(mask: Tensor) -> Tensor:

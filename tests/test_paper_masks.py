@@ -26,6 +26,7 @@ from flashmask_kernels import flashmask_attention
 from hf_flashmask.bounds import (
     MAX_INTERVALS,
     TooManyIntervalsError,
+    _fewest_planes,
     bidirectional,
     causal,
     causal_with_blocks,
@@ -185,6 +186,30 @@ def test_a_block_mask_of_two_dimensions_and_one_list_of_lengths():
     expected = dense(lambda q, k: q >= 3 or k < 3, 5)
     assert_mask(from_block_mask(mask, [3, 2], is_causal=False), expected)
     assert_mask(from_block_mask(mask, torch.tensor([3, 2]), is_causal=False), expected)
+
+
+def test_a_block_mask_is_made_on_its_device(monkeypatch: pytest.MonkeyPatch):
+    """Blocks are few and read on the host; the columns of keys are many, and made where they are wanted."""
+    made = []
+
+    def note(start: torch.Tensor, end: torch.Tensor, q_len: int) -> torch.Tensor:
+        made.append((start.device.type, start.shape[3]))
+        return _fewest_planes(start, end, q_len) if start.device.type == "cpu" else start
+
+    monkeypatch.setattr("hf_flashmask.bounds._fewest_planes", note)
+    result = from_block_mask(torch.tensor([[True, False], [False, True]]), [300, 200], device="meta")
+    assert made == [("cpu", 3), ("meta", 500)]
+    assert result.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_block_mask_on_a_gpu(is_causal):
+    mask, lengths = torch.tensor([[True, False, True], [True, True, False], [True, True, True]]), [70, 0, 131]
+    visible = mask.repeat_interleave(torch.tensor(lengths), 0).repeat_interleave(torch.tensor(lengths), 1)
+    on_gpu = from_block_mask(mask, lengths, is_causal=is_causal, device="cuda")
+    assert on_gpu.device.type == "cuda"
+    assert_mask(on_gpu.cpu(), visible.tril() if is_causal else visible)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
