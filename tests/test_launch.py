@@ -104,7 +104,7 @@ def test_launchers_are_apart_and_the_interpreter_has_nothing_to_remember() -> No
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 1, 1, 16), (1, 1, 7, 8), (3, 4, 1, 24)])
 def test_layout_of_a_new_tensor(shape: tuple[int, int, int, int]) -> None:
-    tensor = Layout.of(*shape).new(torch.zeros(1, dtype=torch.float64))
+    tensor = Layout.of_model(*shape).new(torch.zeros(1, dtype=torch.float64))
     assert tensor.shape == shape
     assert tensor.dtype == torch.float64
     assert tensor.transpose(1, 2).is_contiguous()

@@ -278,6 +278,43 @@ def test_a_mistake_after_a_plan_is_still_an_error() -> None:
                 flashmask_attention(query, key, value, **options)
 
 
+def test_gradients_of_gradients_are_refused() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in tensors())
+    out = flashmask_attention(query, key, value)
+    (d_query,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d_query.sum().backward()
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, switches = [0], []
+
+    class DeviceOf:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.index = tensor.device.index
+
+        def __enter__(self) -> None:
+            switches.append(self.index)
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    monkeypatch.setattr(ops, "_kind_of", lambda *_: "kind")
+    plan = object.__new__(ops._Plan)
+    plan._forward = lambda *_: current[-1]
+    plan._backwards = {"kind": lambda *_: current[-1]}
+    for index in (0, 1, 0):
+        with FakeTensorMode():
+            query = torch.empty(1, 2, 4, 16, device=f"cuda:{index}")
+        assert plan.forward(query, *[None] * 6) == index
+        assert plan.backward(None, None, query, *[None] * 8) == index
+    assert switches == [1, 1]
+    assert current == [0]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_bounds", [False, True])
 def test_cuda_graph_of_forward_and_backward(has_bounds: bool) -> None:

@@ -369,14 +369,16 @@ class _Plan:
         schedule: Tensor,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device_of(query):
-            if self._forward is None:
-                assert self.configs is not None
-                kernels, factors = self.kernels()
-                self._forward = kernels.AttentionForward(
-                    query, key, value, bounds, sinks, schedule, *factors, self.configs.forward
-                )
-            return self._forward(query, key, value, bounds, sinks, schedule, seed)
+        if not _is_on_current_device(query):
+            with torch.cuda.device_of(query):
+                return self.forward(query, key, value, bounds, sinks, schedule, seed)
+        if self._forward is None:
+            assert self.configs is not None
+            kernels, factors = self.kernels()
+            self._forward = kernels.AttentionForward(
+                query, key, value, bounds, sinks, schedule, *factors, self.configs.forward
+            )
+        return self._forward(query, key, value, bounds, sinks, schedule, seed)
 
     def backward(
         self,
@@ -392,17 +394,24 @@ class _Plan:
         by_row: Tensor,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not _is_on_current_device(query):
+            with torch.cuda.device_of(query):
+                return self.backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
         # Of saved tensors too: hooks may have moved them.
         kind = _kind_of(d_out, d_lse, query, key, value, bounds, out, lse)
         backward = self._backwards.get(kind)
-        with torch.cuda.device_of(query):
-            if backward is None:
-                kernels, factors = self.kernels()
-                backward = kernels.AttentionBackward(
-                    d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs
-                )
-                _remember(self._backwards, kind, backward)
-            return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+        if backward is None:
+            kernels, factors = self.kernels()
+            backward = kernels.AttentionBackward(
+                d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs
+            )
+            _remember(self._backwards, kind, backward)
+        return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+
+
+def _is_on_current_device(tensor: Tensor) -> bool:
+    """Where Triton launches. To ask takes less time than to enter a `torch.cuda.device`."""
+    return not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
 
 
 _plans: dict[Kind, _Plan] = {}
@@ -682,9 +691,18 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx)), None, None
+        # Without `create_graph` nothing is recorded, and there is nothing that a second backward would have to refuse.
+        gradients = _planned_gradients_once if torch.is_grad_enabled() else _planned_gradients
+        return gradients(ctx, d_out, d_lse)
+
+
+def _planned_gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx)), None, None
+
+
+# Takes the host as long as a launch.
+_planned_gradients_once = torch.autograd.function.once_differentiable(_planned_gradients)
 
 
 def _planned_backward(

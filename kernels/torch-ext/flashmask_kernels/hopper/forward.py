@@ -285,7 +285,8 @@ class AttentionForward:
         heads_per_kv_head = num_heads // kv_heads
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
-        self._out_layout = Layout.of(batch_size, num_heads, q_len, dim_v)
+        self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
+        self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
         self._blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
         numbers = (
             *self._out_layout.strides[:3],
@@ -328,7 +329,7 @@ class AttentionForward:
         """Arguments and results as of `portable.AttentionForward`."""
         inputs = query, key, value = tuple(addressable(tensor) for tensor in (query, key, value))
         out = self._out_layout.new(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        lse = self._lse_layout.new(query, torch.float32)
         counter, has_nan = new_counters(2, query.device)
         sources = (tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._blocks))
         self._launch(*sources, out, lse, bounds, schedule, sinks, counter, has_nan)

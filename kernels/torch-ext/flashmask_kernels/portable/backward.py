@@ -462,9 +462,9 @@ def gradient_layouts(query: Tensor, value: Tensor) -> tuple[Layout, Layout, Layo
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
     return (
-        Layout.of(batch_size, num_heads, q_len, dim),
-        Layout.of(batch_size, kv_heads, kv_len, dim),
-        Layout.of(batch_size, kv_heads, kv_len, dim_v),
+        Layout.of_model(batch_size, num_heads, q_len, dim),
+        Layout.of_model(batch_size, kv_heads, kv_len, dim),
+        Layout.of_model(batch_size, kv_heads, kv_len, dim_v),
     )
 
 
@@ -498,7 +498,7 @@ class AttentionBackward:
     ) -> None:
         batch_size, num_heads, q_len, _ = query.shape
         kv_heads, kv_len = key.shape[1:3]
-        self._statistics_shape = 2, batch_size, num_heads, padded_rows(q_len)
+        self._statistics_layout = Layout.of_rows(batch_size, num_heads, padded_rows(q_len))
         self._layouts = gradient_layouts(query, value)
         d_query_strides, *d_key_value_strides = (layout.strides[:3] for layout in self._layouts)
         inputs = query, key, value, d_out
@@ -552,7 +552,7 @@ class AttentionBackward:
             Gradients of query, key and value in their shapes and dtypes, laid out like a model's ``[B, S, H, D]``, and
             delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, S_q]``.
         """
-        lse_2, delta = lse.new_empty(self._statistics_shape)
+        lse_2, delta = self._statistics_layout.new(lse), self._statistics_layout.new(lse)
         d_query, d_key, d_value = (layout.new(query) for layout in self._layouts)
         inputs = query, key, value, d_out
         self._launch_d_query(inputs, out, lse, d_lse, lse_2, delta, d_query, bounds, by_row, seed)

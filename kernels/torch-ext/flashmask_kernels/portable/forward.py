@@ -248,7 +248,8 @@ class AttentionForward:
         config: Config,
     ) -> None:
         batch_size, num_heads, q_len, _ = query.shape
-        self._out_layout = Layout.of(batch_size, num_heads, q_len, value.shape[-1])
+        self._out_layout = Layout.of_model(batch_size, num_heads, q_len, value.shape[-1])
+        self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
         self._launch = AttentionLauncher(
             attention_forward_kernel,
             tiles_in(q_len, config.block_m) * batch_size * num_heads,
@@ -283,6 +284,6 @@ class AttentionForward:
             ``[B, H, S_q]`` in float32.
         """
         out = self._out_layout.new(query)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+        lse = self._lse_layout.new(query, torch.float32)
         self._launch((query, key, value), out, lse, bounds, schedule, sinks, seed)
         return out, lse

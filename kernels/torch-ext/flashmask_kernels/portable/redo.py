@@ -131,7 +131,7 @@ def redo_forward(
     mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
     numbers = (
         *(tensor.stride()[:3] for tensor in (query, key, value)),
-        Layout.of(batch_size, num_heads, q_len, dim_v).strides[:3],
+        Layout.of_model(batch_size, num_heads, q_len, dim_v).strides[:3],
         scale, q_len, kv_len, batch_size, mask_stride_b, max_runs_of(schedule),
     )  # fmt: skip
     constants = {

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher
+from ..launch import Launcher, Layout
 from ..schedule import tiles_in
 from .launcher import head_dim_blocks
 from .tiles import LOG2_E, load_rows
@@ -95,7 +95,7 @@ class RowStatistics:
 
     def __init__(self, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> None:
         batch_size, num_heads, q_len, dim_v = out.shape
-        self._shape = 2, batch_size, num_heads, padded_rows(q_len)
+        self._layout = Layout.of_rows(batch_size, num_heads, padded_rows(q_len))
         block_m = 64
         constants = {
             "NUM_HEADS": num_heads,
@@ -110,6 +110,6 @@ class RowStatistics:
 
     def __call__(self, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """The log-sum-exp in base 2 and delta."""
-        lse_2, delta = lse.new_empty(self._shape)
+        lse_2, delta = self._layout.new(lse), self._layout.new(lse)
         self._launch(out, d_out, lse, d_lse, lse_2, delta)
         return lse_2, delta
