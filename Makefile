@@ -23,8 +23,9 @@ READY = $(VENV)/.ready
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) examples/sft_packed.py
 
+# Some tests compile for a minute or two: who has nothing left takes what waits behind them.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu"
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
