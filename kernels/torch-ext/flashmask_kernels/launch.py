@@ -43,7 +43,7 @@ class Launcher:
             self._compiled[(self._programs, 1, 1)](*tensors, *self._values)
         else:
             # What the line above comes to, less the profilers, which take as long as all the rest if they do nothing.
-            # Of a tensor, Triton would ask the driver whether its address is one. Most arguments are plain tensors.
+            # Of a tensor, Triton would ask the driver whether its address is one.
             self._run(
                 driver.active.get_current_stream(self._device),
                 self._compiled.function,
@@ -51,7 +51,7 @@ class Launcher:
                 None,
                 None,
                 None,
-                *[tensor.data_ptr() if type(tensor) is Tensor else _addresses(tensor) for tensor in tensors],
+                *[_addresses(tensor) for tensor in tensors],
                 *self._values,
             )
 
@@ -72,9 +72,7 @@ def _profilers_watch() -> bool:
 def _addresses(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    if type(argument) is tuple:
-        return tuple([part.data_ptr() if type(part) is Tensor else _addresses(part) for part in argument])
-    return argument
+    return tuple([_addresses(part) for part in argument]) if type(argument) is tuple else argument
 
 
 class Layout(NamedTuple):
