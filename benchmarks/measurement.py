@@ -208,11 +208,17 @@ class Run:
         return all(row.get(name) == other.get(name) for name in self.key)
 
 
+def runs_of(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The runs of that name, the one that was added to last at the end."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
+    return sorted(found, key=lambda run: run["environment"]["updated"])
+
+
 def latest_run(name: str, folder: Path = RESULTS, **values: Any) -> dict[str, Any] | None:
     """The run of that name that was added to last, of those with a row that has these values; or None."""
-    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
-    having = [run for run in found if any(all(row.get(key) == values[key] for key in values) for row in run["rows"])]
-    return max(having, key=lambda run: run["environment"]["updated"], default=None)
+    runs = runs_of(name, folder)
+    having = [run for run in runs if any(all(row.get(key) == values[key] for key in values) for row in run["rows"])]
+    return having[-1] if having else None
 
 
 def visible_flops(pairs: int, heads: int, head_dim: int) -> dict[str, float]:

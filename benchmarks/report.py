@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from measurement import RESULTS, latest_run
+from measurement import RESULTS, latest_run, runs_of
 from peers import PEERS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -42,6 +42,8 @@ MASK_NAMES = {
     "block_causal_document": "block-causal documents",
     "random_intervals": "random intervals",
 }
+ROW_NAMES = {"steps": "{}", "whole documents": "up to {}, whole documents"}
+"""Of the workloads of training, with their length."""
 OURS, FLEX = "flashmask", "flex_attention"
 FLEX_FORMS = (FLEX, "flex_attention, 64 x 64")
 HEADLINE: dict[str, Any] = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
@@ -228,7 +230,7 @@ def average(samples: list[Json]) -> float | None:
 
 def training_section(run: Json) -> list[str]:
     environment, settings = run["environment"], run["settings"]
-    rows = [row for workload in ROWS for row in measured(run, workload=workload)]
+    rows = training_rows(run)
     longest = {(row["shape"], row["implementation"]): row["longest"] for row in measured(run, workload="longest")}
     if not rows:
         return []
@@ -241,7 +243,7 @@ def training_section(run: Json) -> list[str]:
         speed = {name: row["tokens_per_second"] for name, row in zip(names, found) if row}
         ratio = f"{speed[OURS] / speed[FLEX]:.2f}" if OURS in speed and FLEX in speed else "-"
         shape, length, workload = group
-        body.append([shape_name(settings, shape), ROWS[workload].format(f"{length:,}"), *steps, ratio])
+        body.append([shape_name(settings, shape), row_name(length, workload), *steps, ratio])
     for shape in dict.fromkeys(shape for shape, _ in longest):
         fits = [f"{longest[shape, name]:,}" if (shape, name) in longest else "-" for name in names]
         body.append([shape_name(settings, shape), "longest row", *fits, ""])
@@ -256,7 +258,12 @@ def training_section(run: Json) -> list[str]:
     ]
 
 
-ROWS = {"steps": "{}", "whole documents": "up to {}, whole documents"}
+def training_rows(run: Json) -> list[Json]:
+    return [row for row in measured(run) if row["workload"] in ROW_NAMES]
+
+
+def row_name(length: int, workload: str) -> str:
+    return ROW_NAMES[workload].format(f"{length:,}")
 
 
 def training_group(row: Json) -> tuple[str, int, str]:
@@ -413,10 +420,15 @@ def sparsity_of(row: Json) -> float:
     return row["tile_sparsity"]
 
 
+def packed_documents(run: Json) -> list[Json]:
+    """Rows of any length with the heads of the headline."""
+    shape = {name: size for name, size in HEADLINE.items() if name != "length"}
+    return measured(run, protocol="bar", sample=0, mask="causal_document", **shape)
+
+
 def draw_memory_over_length(run: Json) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    shape = {name: size for name, size in HEADLINE.items() if name != "length"}
-    rows = measured(run, protocol="bar", sample=0, mask="causal_document", **shape)
+    rows = packed_documents(run)
     for name in dict.fromkeys(row["implementation"] for row in rows):
         found = sorted((row["length"], row["peak_mib"]) for row in rows if row["implementation"] == name)
         axes.plot(*zip(*found), "o-", label=name)
@@ -429,7 +441,7 @@ def draw_memory_over_length(run: Json) -> None:
 
 
 def draw_training(run: Json) -> None:
-    rows = [row for workload in ROWS for row in measured(run, workload=workload)]
+    rows = training_rows(run)
     groups, names = training_groups(rows), training_names(rows)
     width = 0.8 / len(names)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -437,14 +449,12 @@ def draw_training(run: Json) -> None:
         speed = {training_group(row): row["tokens_per_second"] for row in rows if row["implementation"] == name}
         places = [place + index * width for place, group in enumerate(groups) if group in speed]
         axes.bar(places, [speed[group] for group in groups if group in speed], width, label=name)
-    labels = [f"{shape.upper()}, {ROWS[workload].format(f'{length:,}')}" for shape, length, workload in groups]
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], [wrapped(label) for label in labels])
+    labels = [
+        f"{shape.upper()}, {row_name(length, workload)}".replace(", ", "\n") for shape, length, workload in groups
+    ]
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], labels)
     axes.set(ylabel="tokens per second")
     finish(figure, axes, "training", "Training on packed documents")
-
-
-def wrapped(label: str) -> str:
-    return label.replace(", ", "\n")
 
 
 def finish(figure: Any, axes: Any, name: str, title: str) -> None:
@@ -487,9 +497,9 @@ def headline_run() -> Json | None:
 
 
 def lengths_run() -> Json | None:
-    """The newest with packed documents of more than one length."""
-    shape = {**HEADLINE, "length": HEADLINE["length"] // 2}
-    return latest_run("attention_gpu", protocol="bar", mask="causal_document", sample=0, **shape)
+    """The newest with packed documents of several lengths."""
+    runs = [run for run in runs_of("attention_gpu") if len({row["length"] for row in packed_documents(run)}) > 2]
+    return runs[-1] if runs else None
 
 
 def performance_section() -> str:
@@ -517,7 +527,7 @@ def draw() -> None:
         draw_speed_over_sparsity(sparsity)
     if lengths := lengths_run():
         draw_memory_over_length(lengths)
-    if training and any(measured(training, workload=workload) for workload in ROWS):
+    if training and training_rows(training):
         draw_training(training)
 
 
