@@ -19,7 +19,8 @@ one that fails has a row with the error. TFLOP/s count visible pairs (`tflops`) 
 tile of 128 x 128 that is not hidden (`tflops_tiles`). Forward is timed as in training, with what the backward needs
 saved. Making the mask is timed apart: what the device takes (`mask`), and host and device one after the other
 (`mask_host`). For short rows, where launches count, there is `end_to_end`: wall-clock time per layer of forward and
-backward through a stack of layers, each of which has the last one's output for query. Peak memory is that of mask,
+backward through a stack of layers, each of which has the last one's output for query, of all implementations in
+turns. Peak memory is that of mask,
 forward and backward, above the inputs.
 """
 
@@ -28,7 +29,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from measurement import (
     peak_memory,
     require_gpu,
     tflops,
+    time_in_turns,
     time_on_cpu,
     time_on_gpu,
     visible_flops,
@@ -127,12 +129,6 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(attended, inputs, d_out, retain_graph=True)
 
-    def stack() -> tuple[Tensor, ...]:
-        query, key, value = inputs
-        for _ in range(LAYERS):
-            query = attention.attend(query, key, value, mask)
-        return torch.autograd.grad(query, inputs, d_out)
-
     mask = build()
     attended = attention.attend(*inputs, mask)
     errors = truth.check(Attended(attended.detach(), *gradients()))
@@ -143,11 +139,7 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
     if attention.build:
         times["mask"] = time_on_gpu(build, max_seconds=SECONDS)
         times["mask_host"] = time_on_cpu(build, repeats=15)
-    if d_out.shape[2] <= SHORT:
-        times["end_to_end"] = time_on_cpu(stack, repeats=200)
     milliseconds = {part: summary["milliseconds"] for part, summary in times.items()}
-    if "end_to_end" in milliseconds:
-        milliseconds["end_to_end"] = round(milliseconds["end_to_end"] / LAYERS, 4)
     return {
         "milliseconds": {**milliseconds, "total": round(milliseconds["forward"] + milliseconds["backward"], 4)},
         "spread": {part: summary["spread"] for part, summary in times.items()},
@@ -175,20 +167,52 @@ def measure_mask(
     heads = shape.batch * shape.heads
     flops = visible_flops(pairs, heads, shape.head_dim)
     tile_flops = visible_flops(round((1 - sparsity) * shape.length**2), heads, shape.head_dim)
-    for peer, attention in attentions.items():
-        row = {**what, "implementation": peer, "visible": round(pairs / shape.length**2, 4)}
-        row["tile_sparsity"] = round(sparsity, 4)
-        try:
-            row |= measure(attention, inputs, d_out, truth)
-        except Exception as error:  # whatever a peer raises is its result
-            row["error"] = f"{type(error).__name__}: {error}"[:500]
-        else:
-            row["tflops"] = tflops(flops, row["milliseconds"])
-            row["tflops_tiles"] = tflops(tile_flops, row["milliseconds"])
-        yield row
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize()  # raises here if the error has left the device unusable: nothing after it would count
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for peer, attention in attentions.items():
+            row = {**what, "implementation": peer, "visible": round(pairs / shape.length**2, 4)}
+            row["tile_sparsity"] = round(sparsity, 4)
+            try:
+                row |= measure(attention, inputs, d_out, truth)
+            except Exception as error:  # whatever a peer raises is its result
+                row["error"] = f"{type(error).__name__}: {error}"[:500]
+            else:
+                row["tflops"] = tflops(flops, row["milliseconds"])
+                row["tflops_tiles"] = tflops(tile_flops, row["milliseconds"])
+            yield row
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()  # raises here if the error has left the device unusable: nothing after would count
+
+    yield from with_end_to_end(rows(), attentions, inputs, d_out) if shape.length <= SHORT else rows()
+
+
+def with_end_to_end(
+    rows: Iterator[dict[str, Any]],
+    attentions: dict[str, Attention],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    d_out: Tensor,
+) -> list[dict[str, Any]]:
+    """The rows, all measured, with the wall-clock time per layer of a stack of layers, measured in turns."""
+
+    def stack_of(attention: Attention) -> Callable[[], tuple[Tensor, ...]]:
+        mask = attention.build() if attention.build else None
+
+        def stack() -> tuple[Tensor, ...]:
+            query, key, value = inputs
+            for _ in range(LAYERS):
+                query = attention.attend(query, key, value, mask)
+            return torch.autograd.grad(query, inputs, d_out)
+
+        return stack
+
+    measured = list(rows)
+    working = {row["implementation"]: row for row in measured if "error" not in row}
+    times = time_in_turns({peer: stack_of(attentions[peer]) for peer in working}, repeats=200)
+    for peer, row in working.items():
+        row["milliseconds"]["end_to_end"] = round(times[peer]["milliseconds"] / LAYERS, 4)
+        row["spread"]["end_to_end"] = times[peer]["spread"]
+    return measured
 
 
 def line(row: dict[str, Any]) -> str:

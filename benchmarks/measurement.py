@@ -73,15 +73,23 @@ def time_on_cpu(function: Callable[[], Any], repeats: int = 5) -> dict[str, floa
 
     Work that ``function`` leaves to a GPU counts to its end.
     """
-    function()
-    times = []
-    for _ in range(repeats):
-        _synchronize()
-        start = time.perf_counter()
-        function()
-        _synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return _summary(times)
+    return time_in_turns({"": function}, repeats)[""]
+
+
+def time_in_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """`time_on_cpu` of each, one run of all after the other: the speed of a host that others use too changes by the
+    second.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            _synchronize()
+            start = time.perf_counter()
+            function()
+            _synchronize()
+            if repeat > 0:  # the first one warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: _summary(of_function) for name, of_function in times.items()}
 
 
 def _synchronize() -> None:

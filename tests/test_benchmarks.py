@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import accumulate
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -206,26 +207,59 @@ def test_one_row_of_the_pipeline_but_its_clock(monkeypatch: pytest.MonkeyPatch) 
     *inputs, d_out = random_inputs(2, 4, 2, 80, 16)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     expected = truth.Truth(*inputs, d_out, mask.bounds())
-    query, key, value = inputs
-    for _ in range(attention_gpu.LAYERS):
-        query, _ = reference_attention(query, key, value, mask.bounds())
-    of_stack = torch.autograd.grad(query, inputs, d_out)
     for peer in ("flashmask", "sdpa, dense mask"):
         calls.clear()
         attention = peers.PEERS[peer](peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu"))
         row = attention_gpu.measure(attention, tuple(inputs), d_out, expected)
         parts = {"forward", "backward", "mask", "mask_host"}
-        per_layer = 2 / attention_gpu.LAYERS
-        assert row["milliseconds"] == {**dict.fromkeys(parts, 2), "total": 4, "end_to_end": per_layer}
+        assert row["milliseconds"] == {**dict.fromkeys(parts, 2), "total": 4}
         assert max(row["relative_error"].values()) < 1e-5
         assert row["peak_mib"] == 3
         assert calls[0].shape == d_out.shape
         assert [gradient.shape for gradient in calls[1]] == [tensor.shape for tensor in inputs]
-        torch.testing.assert_close(calls[-1], of_stack, rtol=1e-4, atol=1e-5)
 
     deaf = peers.Attention(None, lambda query, key, value, _: flashmask_attention(query, key, value, is_causal=True))
     with pytest.raises(ValueError, match="wrong result"):
         attention_gpu.measure(deaf, tuple(inputs), d_out, expected)
+
+
+def test_stacks_of_layers_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = masks.mask_forms(masks.random_row(80, 3))["prefix_lm_document"]()
+    *inputs, d_out = random_inputs(2, 4, 2, 80, 16)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    query, key, value = inputs
+    for _ in range(attention_gpu.LAYERS):
+        query, _ = reference_attention(query, key, value, mask.bounds())
+    of_stack = torch.autograd.grad(query, inputs, d_out)
+    case = peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu")
+    attentions = {peer: peers.PEERS[peer](case) for peer in ("flashmask", "sdpa, dense mask", "flex_attention")}
+
+    def clock(functions: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]:
+        for function in functions.values():
+            torch.testing.assert_close(function(), of_stack, rtol=1e-4, atol=1e-5)
+        return {peer: {"milliseconds": 4.0 + number, "spread": 0.25} for number, peer in enumerate(functions)}
+
+    monkeypatch.setattr(attention_gpu, "time_in_turns", clock)
+    rows = [{"implementation": peer, "milliseconds": {}, "spread": {}} for peer in list(attentions)[:2]]
+    failed = {"implementation": "flex_attention", "error": "it does not compile"}
+    timed = attention_gpu.with_end_to_end(iter([*rows, failed]), attentions, tuple(inputs), d_out)
+    assert [row.get("milliseconds") for row in timed] == [
+        {"end_to_end": 4 / attention_gpu.LAYERS},
+        {"end_to_end": 5 / attention_gpu.LAYERS},
+        None,
+    ]
+    assert [row.get("spread") for row in timed] == [{"end_to_end": 0.25}, {"end_to_end": 0.25}, None]
+
+
+def test_functions_that_take_turns() -> None:
+    calls: list[str] = []
+
+    def work(name: str, seconds: float) -> Any:
+        return lambda: (calls.append(name), sleep(seconds))
+
+    times = measurement.time_in_turns({"short": work("short", 0.001), "long": work("long", 0.02)}, repeats=4)
+    assert calls == ["short", "long"] * 5
+    assert 1 <= times["short"]["milliseconds"] < times["long"]["milliseconds"] >= 20
 
 
 def test_flops_count_visible_pairs() -> None:
