@@ -47,7 +47,9 @@ CASES = [
     (torch.float32, 256, 1),
     (torch.float16, 512, 1),
 ]
-FORMS = ("", "short", "hopper")
+SHORT_CASES = [(64, 1), (128, 1), (192, 4)]
+"""Head sizes, one for every row of the table that has descriptors, and plane counts of the kernels for short rows."""
+FORMS = ("", "short", "short in a graph", "hopper")
 """The portable kernels, these for rows too short for descriptors, and those for sm_90."""
 ROWS = {"sm_120": "sm_86"}
 """The row of the table that an architecture uses, where it has another name."""
@@ -83,12 +85,13 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
     specialized = form == "hopper"
     select = configs.select_specialized_configs if specialized else configs.select_configs
     chosen = select(torch.device("cuda"), dtype, head_dim)
-    if form == "short":
-        long, chosen = chosen, chosen.without_descriptors(*chosen._fields)
-        if chosen == long or planes > 1:
-            return []
     if chosen is None:
         return []
+    if form.startswith("short"):
+        in_graph, short = chosen.without_descriptors(*chosen._fields), chosen.for_short_rows(*chosen._fields)
+        if (head_dim, planes) not in SHORT_CASES or in_graph == chosen or (form != "short" and in_graph == short):
+            return []
+        chosen = short if form == "short" else in_graph
     if specialized:
         from flashmask_kernels import hopper
 

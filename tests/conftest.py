@@ -50,11 +50,12 @@ def _nothing_planned() -> None:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""
 
-    def use(use_descriptors: bool = False) -> None:
+    def use(use_descriptors: bool = False, of_short_rows: tuple[int, int, int, int] | None = None) -> None:
         from flashmask_kernels import ops
         from flashmask_kernels.configs import Config, Configs
 
-        configs = Configs(*(Config(*tile, 4, 2, use_descriptors) for tile in ((32, 16), (16, 32), (16, 16))))
+        tiles = (32, 16), (16, 32), (16, 16)
+        configs = Configs(*(Config(*tile, 4, 2, use_descriptors, of_short_rows=of_short_rows) for tile in tiles))
         monkeypatch.setattr(ops, "_configs", lambda *arguments: configs)
         monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", {})
 

@@ -91,7 +91,8 @@ def call(number: int) -> None:
 
         module, factors, seed = hopper, (scale,), None
     else:
-        chosen = chosen.without_descriptors(*choose.choice([(), ("forward", "query_gradient"), chosen._fields]))
+        kernels = choose.choice([(), ("forward", "query_gradient"), chosen._fields])
+        chosen = choose.choice([chosen.without_descriptors, chosen.for_short_rows])(*kernels)
         softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
         module, factors = portable, (scale, softcap, dropout_p)
         seed = torch.empty(1, dtype=torch.int64) if dropout_p else None

@@ -15,6 +15,7 @@ class Config(NamedTuple):
     Attributes:
         use_descriptors: load tiles by TMA descriptors where the tensors allow it.
         query_in_registers: of the forward kernel.
+        of_short_rows: ``block_m`` to ``num_stages`` without descriptors; None: the same.
     """
 
     block_m: int
@@ -23,6 +24,7 @@ class Config(NamedTuple):
     num_stages: int
     use_descriptors: bool = False
     query_in_registers: bool = False
+    of_short_rows: tuple[int, int, int, int] | None = None
 
     @property
     def options(self) -> dict[str, int]:
@@ -41,6 +43,12 @@ class Configs(NamedTuple):
         """For rows so short that the host would take longer to make the descriptors of ``kernels`` than they save."""
         return self._replace(**{kernel: getattr(self, kernel)._replace(use_descriptors=False) for kernel in kernels})
 
+    def for_short_rows(self, *kernels: str) -> Configs:
+        """`without_descriptors`, by the tiles that suit it."""
+        without = self.without_descriptors(*kernels)
+        tiles = {kernel: getattr(self, kernel).of_short_rows for kernel in kernels}
+        return without._replace(**{kernel: Config(*own) for kernel, own in tiles.items() if own})
+
 
 def _same(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Configs:
     return Configs(*[Config(block_m, block_n, num_warps, num_stages)] * 3)
@@ -58,11 +66,20 @@ def _same(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config
 # Backward in all, D = 128: 53.4 / 19.3 / 2.07; dK/dV by 64 x 128 with 8 warps 58.9 / 19.7 / 2.43, with one stage 65.9;
 # dQ by 128 x 128 with 8 warps 53.3 / 18.9 / 2.41, with 3 stages 55.7. D = 64: 28.1 / 9.8 / 1.24; dK/dV by 64 x 64
 # 34.4 / 11.7 / 1.34; dQ by 128 x 64 28.2 / 10.3 / 1.38. Without TMA descriptors dQ took 6.2 ms instead of 5.4 and dK/dV
-# 12.3 instead of 8.2; sm_80 has none.
+# 12.3 instead of 8.2; sm_80 has none. At 1K tokens and D = 128, dK/dV by pointers took 52 / 96 / 90 us (packed, causal,
+# bidirectional documents) by 32 x 64 with 3 stages, 68 / 112 / 125 by 64 x 64.
 _HOPPER = {
     64: Configs(Config(64, 64, 4, 2, True), Config(128, 64, 4, 2, True), Config(64, 64, 4, 2, True)),
-    128: Configs(Config(64, 64, 4, 3, True, True), Config(64, 64, 4, 2, True), Config(64, 64, 4, 2, True)),
-    256: Configs(Config(128, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(64, 64, 4, 2, True)),
+    128: Configs(
+        Config(64, 64, 4, 3, True, True),
+        Config(64, 64, 4, 2, True, of_short_rows=(32, 64, 4, 3)),
+        Config(64, 64, 4, 2, True),
+    ),
+    256: Configs(
+        Config(128, 64, 8, 2, True),
+        Config(64, 64, 8, 2, True, of_short_rows=(32, 32, 8, 2)),
+        Config(64, 64, 4, 2, True),
+    ),
     512: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
 _HALF = {
@@ -73,8 +90,16 @@ _HALF = {
     # By the compiler: what spills least and fits.
     "sm_100": {
         64: Configs(*[Config(64, 64, 4, 2, True)] * 3),
-        128: Configs(*[Config(64, 64, 4, 2, True)] * 3),
-        256: Configs(Config(128, 64, 8, 1, True), Config(32, 64, 8, 2, True), Config(64, 64, 8, 2, True)),
+        128: Configs(
+            Config(64, 64, 4, 2, True),
+            Config(64, 64, 4, 2, True, of_short_rows=(32, 64, 8, 3)),
+            Config(64, 64, 4, 2, True),
+        ),
+        256: Configs(
+            Config(128, 64, 8, 1, True),
+            Config(32, 64, 8, 2, True, of_short_rows=(32, 32, 8, 2)),
+            Config(64, 64, 8, 2, True),
+        ),
         512: _same(32, 32, 8, 1),
     },
     "gfx942": {64: _same(64, 64, 4, 1), 128: _same(64, 32, 4, 1), 256: _same(32, 32, 4, 1), 512: _same(16, 16, 4, 1)},

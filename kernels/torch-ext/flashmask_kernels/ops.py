@@ -110,9 +110,10 @@ def flashmask_attention(
                 dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse,
             )  # type: ignore[call-overload]  # fmt: skip
     arguments = is_causal, scale, softcap, float(dropout_p)
-    attend = _attend_in_graph if _runs_as_operator(query) else _attend
-    out, lse = attend(query, key, value, bounds, sinks, *arguments)
-    return (out, lse) if return_lse else out
+    if _runs_as_operator(query):
+        out, lse = _attend_in_graph(query, key, value, bounds, sinks, *arguments)
+        return (out, lse) if return_lse else out
+    return _attend(query, key, value, bounds, sinks, *arguments, return_lse)
 
 
 def _attend_in_graph(
@@ -148,7 +149,8 @@ def _attend(
     scale: float | None,
     softcap: float | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     kind = _kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p
     plan = _plans.get(kind)
     if plan is None:
@@ -160,12 +162,12 @@ def _attend(
         query, key, value = (_with_dense_rows(tensor) for tensor in (query, key, value))
         bounds = bounds.contiguous()
         if any(copy is not tensor for copy, tensor in zip((query, key, value, bounds), given)):
-            return _attend(query, key, value, bounds, sinks, is_causal, scale, softcap, dropout_p)
+            return _attend(query, key, value, bounds, sinks, is_causal, scale, softcap, dropout_p, return_lse)
         specialize = _specializes(query, value, bounds, softcap, dropout_p)
         plan = _Plan(query, key, value, *_scale_and_softcap(query, scale, softcap), dropout_p, specialize)
         _remember(_plans, kind, plan)
     seed = draw_seed(query.device) if dropout_p else None
-    return _Attention.apply(query, key, value, bounds, sinks, seed, plan)
+    return _Attention.apply(query, key, value, bounds, sinks, seed, plan, return_lse)
 
 
 def _scale_and_softcap(query: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float | None]:
@@ -313,8 +315,12 @@ _MOST_REMEMBERED = 4096
 def _kind_of(*tensors: Tensor | None) -> Kind:
     """All that plans depend on: device, dtype, shape, strides, and the address up to multiples of 16."""
     return tuple(
-        None if tensor is None else (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
-        for tensor in tensors
+        [
+            tensor
+            if tensor is None
+            else (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+            for tensor in tensors
+        ]
     )
 
 
@@ -340,12 +346,13 @@ class _Plan:
         softcap: float | None,
         dropout_p: float,
         specialize: bool,
+        in_graph: bool = False,
     ) -> None:
         self.factors = scale, softcap, dropout_p
         self.specialize = specialize
         is_empty = query.numel() == 0 or key.numel() == 0
         # None: plain torch computes them.
-        self.configs = None if is_empty else _launched_configs(query, value, specialize)
+        self.configs = None if is_empty else _launched_configs(query, value, specialize, in_graph)
         self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._backwards: dict[Kind, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
@@ -432,7 +439,7 @@ def _plan_of(
     kind = _kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, specialize, "operator"
     plan = _plans.get(kind)
     if plan is None:
-        plan = _Plan(query, key, value, scale, softcap, dropout_p, specialize)
+        plan = _Plan(query, key, value, scale, softcap, dropout_p, specialize, in_graph=True)
         _remember(_plans, kind, plan)
     return plan
 
@@ -487,20 +494,21 @@ def _configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     return configs
 
 
-# Of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they save
-# on the device at 1K tokens and 32 heads, in us (H200, three masks; D = 128 is 1 << 22): the forward 4 to 12, dQ 4 to
-# 12, dK/dV 29 to 58; at D = 64 1 to 6, 4, and 8 to 12.
-_FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 1 << 22, "query_gradient": 1 << 23}
+# Of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they save on
+# the device at 1K tokens and 32 heads of 128, 1 << 22, in us (H200, three masks): the forward 4 to 12, dQ 4 to 12,
+# dK/dV 13 to 20; of 64 1 to 6, 4, and 8 to 12. At 1.5K tokens, dK/dV by pointers makes the backward 17 to 27 % longer.
+_FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 5 << 20, "query_gradient": 1 << 23}
 
 
-def _launched_configs(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
-    """`_configs`, for a kernel that is launched. Not for a graph, which would be another for short rows."""
+def _launched_configs(query: Tensor, value: Tensor, specialize: bool, in_graph: bool) -> Configs | None:
+    """`_configs`, for kernels that are launched. The schedules of a graph have their tiles at every length: a graph
+    that asked for the length would be another for short rows.
+    """
     configs = _configs(query, value, specialize)
     if configs is None or specialize:
         return configs
-    return configs.without_descriptors(
-        *(kernel for kernel, fewest in _FEWEST_DESCRIBED_ELEMENTS.items() if query.numel() < fewest)
-    )
+    short = [kernel for kernel, fewest in _FEWEST_DESCRIBED_ELEMENTS.items() if query.numel() < fewest]
+    return configs.without_descriptors(*short) if in_graph else configs.for_short_rows(*short)
 
 
 def _schedule(
@@ -630,7 +638,9 @@ def _backward(
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
     plan = _plan_of(query, key, value, bounds, None, scale, softcap, dropout_p, specialize)
-    return plan.backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+    arguments = d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed
+    d_query, d_key, d_value, delta = plan.backward(*arguments)
+    return d_query, d_key, d_value, delta[..., : lse.shape[2]]
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -662,7 +672,7 @@ def _gradients(
     if sinks is not None:
         # The sink's probability exp(sink - lse) times its score gradient 0 - delta, summed over the rows of its head.
         probabilities = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        d_sinks = -(probabilities * delta).sum((0, 2)).to(sinks.dtype)
+        d_sinks = -(probabilities * delta[..., : lse.shape[2]]).sum((0, 2)).to(sinks.dtype)
     return d_query, d_key, d_value, None, d_sinks
 
 
@@ -677,7 +687,8 @@ class _Attention(torch.autograd.Function):
         sinks: Tensor | None,
         seed: Tensor | None,
         plan: _Plan,
-    ) -> tuple[Tensor, Tensor]:
+        return_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         # With a `setup_context` of its own the class would bind the arguments by signature, most of 90 us per call.
         if plan.configs is None:
             output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.specialize)
@@ -688,17 +699,18 @@ class _Attention(torch.autograd.Function):
         ctx.plan = plan
         ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
         ctx.set_materialize_grads(False)
-        return output
+        return output if return_lse else output[0]  # autograd takes 3 us for one more
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         # Without `create_graph` nothing is recorded, and there is nothing that a second backward would have to refuse.
         gradients = _planned_gradients_once if torch.is_grad_enabled() else _planned_gradients
         return gradients(ctx, d_out, d_lse)
 
 
 def _planned_gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx)), None, None
+    gradients = _gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx))
+    return *gradients, *[None] * 3
 
 
 # Takes the host as long as a launch.

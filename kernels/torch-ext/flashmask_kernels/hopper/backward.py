@@ -563,4 +563,4 @@ class AttentionBackward:
             lse_2, delta, d_query, bounds, by_row, row_counter, has_nan,
         )  # fmt: skip
         self._redo(has_nan, *inputs, lse_2, delta, *gradients, bounds, by_column, by_row)
-        return d_query, d_key, d_value, delta[..., : query.shape[2]]
+        return d_query, d_key, d_value, delta

@@ -550,11 +550,11 @@ class AttentionBackward:
 
         Returns:
             Gradients of query, key and value in their shapes and dtypes, laid out like a model's ``[B, S, H, D]``, and
-            delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, S_q]``.
+            delta, the row sums of ``out * d_out`` less ``d_lse``, float32 ``[B, H, padded_rows(S_q)]``.
         """
         lse_2, delta = self._statistics_layout.new(lse), self._statistics_layout.new(lse)
         d_query, d_key, d_value = (layout.new(query) for layout in self._layouts)
         inputs = query, key, value, d_out
         self._launch_d_query(inputs, out, lse, d_lse, lse_2, delta, d_query, bounds, by_row, seed)
         self._launch_d_key_value(inputs, lse_2, delta, d_key, d_value, bounds, by_column, seed)
-        return d_query, d_key, d_value, delta[..., : query.shape[2]]
+        return d_query, d_key, d_value, delta
