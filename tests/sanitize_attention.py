@@ -4,13 +4,18 @@
 
 racecheck is for the portable kernels. It does not follow mbarriers and named barriers between warps: with those of
 sm_90 it reports every scalar that one warp hands to another, and the states in which Triton's own code starts them.
+Triton's own sanitizer follows them (Triton 3.6, which then compiles for an hour on one core):
+
+    TRITON_INSTRUMENTATION_MODE=consan CUDA_LAUNCH_BLOCKING=1 python tests/sanitize_attention.py hopper 128
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
+import triton
 from attention_checks import model_tensor
 
 from flashmask_kernels import flashmask_attention, ops
@@ -18,11 +23,28 @@ from flashmask_kernels import flashmask_attention, ops
 LENGTH = 1100
 
 
+def give_all_warps_registers() -> None:
+    """Triton's sanitizer computes in every warp. Those that load and deal out tiles have 24 registers, with which
+    instrumented code waits for more for ever.
+    """
+    from triton.experimental.gluon import language as gl
+
+    from flashmask_kernels.hopper import backward, forward
+
+    for module in (forward, backward):
+        for name in {"REGISTERS", "REGISTERS_WITH_MASKS"} & set(vars(module)):
+            setattr(module, name, gl.constexpr([168] * len(getattr(module, name).value)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("kernels", choices=["hopper", "portable"])
     parser.add_argument("head_dim", type=int)
     arguments = parser.parse_args()
+    if os.environ.get("TRITON_INSTRUMENTATION_MODE") == "consan" and arguments.kernels == "hopper":
+        give_all_warps_registers()
+    # Where Triton's sanitizer keeps what it knows of barriers and buffers.
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     ops._FEWEST_SPECIALIZED_ELEMENTS = 0 if arguments.kernels == "hopper" else 1 << 60
     torch.manual_seed(0)
     ends = (torch.arange(LENGTH, device="cuda") // 400 + 1) * 400
@@ -35,7 +57,9 @@ def main() -> None:
         )
         specialized = ops._specializes(query, value, bounds, None, 0.0)
         assert specialized == (arguments.kernels == "hopper"), "this GPU and head size have no such kernels"
-        flashmask_attention(query, key, value, bounds).float().square().sum().backward()
+        # In this thread: the allocator is not known in those of autograd.
+        with torch.autograd.set_multithreading_enabled(False):
+            flashmask_attention(query, key, value, bounds).float().square().sum().backward()
     torch.cuda.synchronize()
 
 
