@@ -3,8 +3,8 @@
 python benchmarks/report.py          # rewrite the sections and the pictures
 python benchmarks/report.py --check  # fail when a page does not hold what the results say
 
-Of the benchmarks that gather runs (attention_gpu, training_gpu), the run that was added to last is reported; of the
-tables of attention each for itself, from those that have its rows.
+Of the benchmarks that gather runs (attention_gpu, training_gpu), each table is of the run that was added to last among
+those that have its rows.
 """
 
 from __future__ import annotations
@@ -479,7 +479,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def readme_section() -> str:
-    attention, training = headline_run(), latest_run("training_gpu")
+    attention, training = headline_run(), training_run()
     masking = RESULTS / "masking_gpu.json"
     sections = (
         attention_section(attention) if attention else [],
@@ -494,6 +494,11 @@ def readme_section() -> str:
 def headline_run() -> Json | None:
     """The newest with the table of masks, not only some row of it."""
     return latest_run("attention_gpu", protocol="bar", mask="full", sample=0, **HEADLINE)
+
+
+def training_run() -> Json | None:
+    """The newest with both shapes."""
+    return latest_run("training_gpu", shape="8b")
 
 
 def lengths_run() -> Json | None:
@@ -520,7 +525,7 @@ def performance_section() -> str:
 def draw() -> None:
     draw_shared_prompts(results("shared_prompts_gpu"))
     bar, sparsity = headline_run(), latest_run("attention_gpu", protocol="sparsity")
-    training = latest_run("training_gpu")
+    training = training_run()
     if bar:
         draw_speed_per_mask(bar)
     if sparsity:
