@@ -48,7 +48,8 @@ CASES = [
     (torch.float16, 512, 1),
 ]
 SHORT_CASES = [(64, 1), (128, 1), (192, 4)]
-"""Head sizes, one for every row of the table that has descriptors, and plane counts of the kernels for short rows."""
+"""Head sizes, one for every row of the table that has descriptors, and plane counts of the kernels for short rows.
+Those of graphs, the same but for dK/dV, are compiled for two, because it takes long."""
 FORMS = ("", "short", "short in a graph", "hopper")
 """The portable kernels, these for rows too short for descriptors, and those for sm_90."""
 ROWS = {"sm_120": "sm_86"}
@@ -89,9 +90,12 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         return []
     if form.startswith("short"):
         in_graph, short = chosen.without_descriptors(*chosen._fields), chosen.for_short_rows(*chosen._fields)
-        if (head_dim, planes) not in SHORT_CASES or in_graph == chosen or (form != "short" and in_graph == short):
+        is_graph = form != "short"
+        if (head_dim, planes) not in SHORT_CASES[: 2 if is_graph else None] or in_graph == (
+            short if is_graph else chosen
+        ):
             return []
-        chosen = short if form == "short" else in_graph
+        chosen = in_graph if is_graph else short
     if specialized:
         from flashmask_kernels import hopper
 
