@@ -20,8 +20,7 @@ tile of 128 x 128 that is not hidden (`tflops_tiles`). Forward is timed as in tr
 saved. Making the mask is timed apart: what the device takes (`mask`), and host and device one after the other
 (`mask_host`). For short rows, where launches count, there is `end_to_end`: wall-clock time per layer of forward and
 backward through a stack of layers, each of which has the last one's output for query, of all implementations in
-turns. Peak memory is that of mask,
-forward and backward, above the inputs.
+turns. Peak memory is that of mask, forward and backward, above the inputs.
 """
 
 from __future__ import annotations

@@ -47,11 +47,11 @@ CASES = [
     (torch.float32, 256, 1),
     (torch.float16, 512, 1),
 ]
-SHORT_CASES = [(64, 1), (128, 1), (192, 4)]
-"""Head sizes, one for every row of the table that has descriptors, and plane counts of the kernels for short rows.
-Those of graphs, the same but for dK/dV, are compiled for two, because it takes long."""
-FORMS = ("", "short", "short in a graph", "hopper")
-"""The portable kernels, these for rows too short for descriptors, and those for sm_90."""
+SHORT_CASES = {"short": [(64, 1), (128, 1), (192, 4)], "short in a graph": [(128, 1)]}
+"""Head sizes and plane counts of the kernels for rows too short for descriptors: of every row of the table that has
+some; of graphs, where dK/dV alone is another, of the usual one."""
+FORMS = ("", *SHORT_CASES, "hopper")
+"""The portable kernels, these for short rows, and those for sm_90."""
 ROWS = {"sm_120": "sm_86"}
 """The row of the table that an architecture uses, where it has another name."""
 
@@ -88,14 +88,11 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
     chosen = select(torch.device("cuda"), dtype, head_dim)
     if chosen is None:
         return []
-    if form.startswith("short"):
-        in_graph, short = chosen.without_descriptors(*chosen._fields), chosen.for_short_rows(*chosen._fields)
-        is_graph = form != "short"
-        if (head_dim, planes) not in SHORT_CASES[: 2 if is_graph else None] or in_graph == (
-            short if is_graph else chosen
-        ):
+    if form in SHORT_CASES:
+        long = chosen
+        chosen = (long.for_short_rows if form == "short" else long.without_descriptors)(*long._fields)
+        if chosen == long or (head_dim, planes) not in SHORT_CASES[form]:
             return []
-        chosen = in_graph if is_graph else short
     if specialized:
         from flashmask_kernels import hopper
 

@@ -20,7 +20,7 @@ from attention_checks import (
     random_documents,
     random_intervals,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from flashmask_kernels import flashmask_attention, ops, reference_attention, schedule
 from flashmask_kernels.configs import Configs
@@ -70,20 +70,14 @@ def test_shapes_interpreted(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, b
     assert_matches_reference(attend, query, key, value, bounds)
 
 
-class OperatorsAsTheyAre(TorchDispatchMode):
-    """A dispatch mode, which sees the operators of a graph instead of an autograd.Function."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_tiles_of_short_rows_interpreted(in_graph: bool, interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels and schedules have the same ones, in operators too, which do not ask for the length."""
     interpreted(use_descriptors=True, of_short_rows=(16, 16, 4, 2))
     monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
     query, key, value = (model_tensor(1, 61, heads, 16, torch.float32, "cpu") for heads in (2, 1, 1))
-    with OperatorsAsTheyAre() if in_graph else contextlib.nullcontext():
+    # A dispatch mode sees the operators of a graph instead of an autograd.Function.
+    with BaseTorchDispatchMode() if in_graph else contextlib.nullcontext():
         assert_matches_reference(attend, query, key, value, masks(61, 61)["causal_document"])
 
 

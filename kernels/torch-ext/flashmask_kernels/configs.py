@@ -45,9 +45,8 @@ class Configs(NamedTuple):
 
     def for_short_rows(self, *kernels: str) -> Configs:
         """`without_descriptors`, by the tiles that suit it."""
-        without = self.without_descriptors(*kernels)
-        tiles = {kernel: getattr(self, kernel).of_short_rows for kernel in kernels}
-        return without._replace(**{kernel: Config(*own) for kernel, own in tiles.items() if own})
+        own = {kernel: Config(*tile) for kernel in kernels if (tile := getattr(self, kernel).of_short_rows)}
+        return self.without_descriptors(*kernels)._replace(**own)
 
 
 def _same(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Configs:
