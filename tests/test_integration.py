@@ -412,7 +412,7 @@ def test_layers_share_the_schedules_of_their_bounds(
     monkeypatch.setattr(ops, "_configs", lambda *args: configs)
     builds = []
     build_schedule = ops._build_schedule
-    monkeypatch.setattr(ops, "_build_schedule", lambda *args: builds.append(args[1:]) or build_schedule(*args))
+    monkeypatch.setattr(ops, "_build_schedule", lambda *args: builds.append(args[1:5]) or build_schedule(*args))
     layer_types = ["sliding_attention", "full_attention"] * 2 if kinds == 2 else None
     model = build(name, num_hidden_layers=4, layer_types=layer_types).train()
     if checkpointing is not None:

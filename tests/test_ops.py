@@ -202,18 +202,21 @@ def test_inference_mode_then_training() -> None:
 
 
 def test_schedules_are_cached_per_bounds_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    builds = []
+    builds, tiles = [], []
+    monkeypatch.setattr(ops, "_column_extrema", lambda bounds, block_n: tiles.append(block_n) or torch.zeros(1))
     monkeypatch.setattr(ops, "_build_schedule", lambda *arguments: builds.append(arguments) or torch.zeros(1))
     bounds = random_intervals(1, 1, 1, 37, 37)
     for _ in range(3):
         ops._cached_schedule(bounds, 37, 16, 16, False)
     assert len(builds) == 1
     ops._cached_schedule(bounds, 37, 16, 16, True)
+    assert (len(builds), tiles) == (2, [16]), "schedules by rows and by columns share what depends on their columns"
+    ops._cached_schedule(bounds, 37, 16, 32, True)
     ops._cached_schedule(bounds.clone(), 37, 16, 16, False)
-    assert len(builds) == 3
+    assert (len(builds), tiles) == (4, [16, 32, 16])
     bounds += 1
     ops._cached_schedule(bounds, 37, 16, 16, False)
-    assert len(builds) == 4
+    assert (len(builds), tiles) == (5, [16, 32, 16, 16])
 
 
 def moved(tensor: torch.Tensor) -> torch.Tensor:

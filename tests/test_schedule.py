@@ -8,7 +8,7 @@ from attention_checks import masks, random_intervals
 from torch import Tensor
 
 from flashmask_kernels.reference import visible_mask
-from flashmask_kernels.schedule import build_schedule
+from flashmask_kernels.schedule import build_schedule, column_extrema
 
 
 def listed_tiles(schedule: Tensor) -> list[list[tuple[set[int], set[int]]]]:
@@ -43,8 +43,9 @@ def tile_kinds(mask: Tensor, block_m: int, block_n: int) -> list[list[str]]:
 
 
 def check(bounds: Tensor, q_len: int, block_m: int, block_n: int) -> None:
-    by_row = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, by_column=False))
-    by_column = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, by_column=True))
+    extrema = column_extrema(bounds, block_n)
+    by_row = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, False, extrema))
+    by_column = listed_tiles(build_schedule(bounds, q_len, block_m, block_n, True, extrema))
     for mask, rows, columns in zip(visible_mask(bounds, q_len).flatten(0, 1), by_row, by_column):
         for row, kinds in enumerate(tile_kinds(mask, block_m, block_n)):
             for column, kind in enumerate(kinds):

@@ -519,11 +519,20 @@ def _schedule(
     return build(bounds, query.shape[2], config.block_m, config.block_n, kernel == "key_value_gradient")
 
 
-def _build_schedule(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> Tensor:
+def _column_extrema(bounds: Tensor, block_n: int) -> Tensor:
+    from .schedule import column_extrema
+
+    with torch.cuda.device_of(bounds):
+        return column_extrema(bounds, block_n)
+
+
+def _build_schedule(
+    bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool, extrema: Tensor | None = None
+) -> Tensor:
     from .schedule import build_schedule
 
     with torch.cuda.device_of(bounds):
-        return build_schedule(bounds, q_len, block_m, block_n, by_column)
+        return build_schedule(bounds, q_len, block_m, block_n, by_column, extrema)
 
 
 class _Schedules:
@@ -532,11 +541,16 @@ class _Schedules:
     def __init__(self, stream: int | None, version: int) -> None:
         self.stream, self.version = stream, version
         self._built: dict[tuple[Any, ...], Tensor] = {}
+        self._extrema: dict[int, Tensor] = {}  # by the columns of a tile, which forward and backward often share
 
-    def get(self, bounds: Tensor, *arguments: Any) -> Tensor:
+    def get(self, bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> Tensor:
+        arguments = q_len, block_m, block_n, by_column
         schedule = self._built.get(arguments)
         if schedule is None:
-            schedule = self._built[arguments] = _build_schedule(bounds, *arguments)
+            extrema = self._extrema.get(block_n)
+            if extrema is None:
+                extrema = self._extrema[block_n] = _column_extrema(bounds, block_n)
+            schedule = self._built[arguments] = _build_schedule(bounds, *arguments, extrema)
         return schedule
 
 
@@ -750,7 +764,7 @@ _backward_operator = torch.library.custom_op(f"{_NAMESPACE}::backward", _backwar
 
 
 @_schedule_operator.register_fake
-def _(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> Tensor:
+def _(bounds: Tensor, q_len: int, block_m: int, block_n: int, by_column: bool, extrema: Tensor | None = None) -> Tensor:
     from .schedule import schedule_shape
 
     num_masks, kv_len = bounds.shape[0] * bounds.shape[1], bounds.shape[3]

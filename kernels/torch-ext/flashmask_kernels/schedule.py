@@ -229,23 +229,37 @@ def schedule_kernel(
     tl.store(schedule + 1, num_full)
 
 
-def build_schedule(bounds: torch.Tensor, q_len: int, block_m: int, block_n: int, by_column: bool) -> torch.Tensor:
-    """Classify the tiles of ``bounds`` and list those to visit: two launches, no synchronisation.
+def column_extrema(bounds: torch.Tensor, block_n: int) -> torch.Tensor:
+    """Minimum and maximum of each plane over each column tile, int32 ``[masks, 2 C, tiles]``: one launch."""
+    batch, heads, num_planes, kv_len = bounds.shape
+    extrema = bounds.new_empty(batch * heads, 2 * num_planes, tiles_in(kv_len, block_n))
+    column_extrema_kernel[(batch * heads * extrema.shape[-1],)](
+        bounds, extrema, kv_len, NUM_PLANES=num_planes, BLOCK_N=block_n, num_warps=1
+    )
+    return extrema
+
+
+def build_schedule(
+    bounds: torch.Tensor,
+    q_len: int,
+    block_m: int,
+    block_n: int,
+    by_column: bool,
+    extrema: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Classify the tiles of ``bounds`` and list those to visit: one launch, no synchronisation.
 
     Args:
         bounds: int32 ``[B or 1, H or 1, C, S_k]``, contiguous, on a device that Triton runs on.
         q_len: number of query rows S_q.
         block_m, block_n: rows and columns of a tile.
         by_column: list the row tiles of each column tile instead of the column tiles of each row tile.
+        extrema: `column_extrema` of the bounds, where other schedules need them too.
     """
+    extrema = column_extrema(bounds, block_n) if extrema is None else extrema
     batch, heads, num_planes, kv_len = bounds.shape
-    num_masks = batch * heads
-    schedule = bounds.new_empty(schedule_shape(num_masks, q_len, kv_len, block_m, block_n, by_column))
-    extrema = bounds.new_empty(num_masks, 2 * num_planes, tiles_in(kv_len, block_n))
-    column_extrema_kernel[(num_masks * extrema.shape[-1],)](
-        bounds, extrema, kv_len, NUM_PLANES=num_planes, BLOCK_N=block_n, num_warps=1
-    )
-    schedule_kernel[(num_masks * schedule.shape[1],)](
+    schedule = bounds.new_empty(schedule_shape(batch * heads, q_len, kv_len, block_m, block_n, by_column))
+    schedule_kernel[(schedule.shape[0] * schedule.shape[1],)](
         bounds,
         extrema,
         schedule,
