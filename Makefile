@@ -33,7 +33,7 @@ test-gpu: $(READY)
 fuzz: $(READY)
 	$(RUN) tests/fuzz_attention.py
 
-# racecheck does not follow how the warps of the sm_90 kernels wait for each other.
+# racecheck does not follow how the warps of the sm_90 kernels wait for each other; sanitize_attention.py says what does.
 sanitize: $(READY)
 	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
 	  "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \

@@ -330,7 +330,7 @@ def from_cu_seqlens(
     rows = cu_seqlens_q.to(torch.int32)
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)
-    document_end = torch.searchsorted(keys, key, right=True, out_int32=True)
+    document_end = torch.searchsorted(keys, key, right=True)  # int64: an index of int32 would be converted to it
     # Keys past the last document end where the first one starts: nothing sees them.
     lts = torch.cat([rows, rows[:1]])[document_end]
     if is_causal and cu_seqlens_k is None and kv_len == q_len:
@@ -433,11 +433,10 @@ def from_prefix_tree(
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
-    lts = torch.zeros(len(length_rows), kv_len, dtype=torch.int32)
-    for row, (end, length) in enumerate(zip(ends, length_rows)):
-        tokens = torch.repeat_interleave(torch.tensor(end, dtype=torch.int32), torch.tensor(length, dtype=torch.int64))
-        lts[row, : tokens.shape[0]] = tokens
-    return lts[:, None, None, :].to(device)
+    # One more node for padding, hidden from all rows, in place of those that other rows have more.
+    most = max(map(len, length_rows))
+    lts = torch.tensor([[*end, *[0] * (most + 1 - len(end))] for end in ends], dtype=torch.int32)
+    return _of_blocks(lts[:, None, None], [[*row, *[0] * (most - len(row))] for row in length_rows], kv_len, device)
 
 
 def global_and_sliding_window(
@@ -556,25 +555,26 @@ def from_block_mask(
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
 
-    # Padding is one more block, apart from all others. First what the keys of each block do not see, all alike ...
-    visible = torch.nn.functional.pad(mask.tril() if is_causal else mask, (0, 1, 0, 1), value=False)
+    # Padding is one more block. It sees nothing, as blocks without keys.
     edges = torch.tensor([[0, *accumulate(row), kv_len] for row in length_rows], dtype=torch.int32)
-    start = torch.where(visible, 0, edges[:, None, :-1, None])
-    end = torch.where(visible, 0, edges[:, None, 1:, None])
-    start, end = _hidden_intervals(_fewest_planes(start, end, kv_len), kv_len)
-    _check_block_intervals(start.shape[2])
-    # ... then one column for each key, and the triangle, on the device: there are few blocks and many keys.
-    edges, start, end = (tensor.to(device) for tensor in (edges, start, end))
-    key = torch.arange(kv_len, dtype=torch.int32, device=device)
-    block = torch.searchsorted(edges[:, 1:].contiguous(), key.expand(len(length_rows), -1).contiguous(), right=True)
-    batch, heads, intervals, _ = start.shape
-    block = block[:, None, None].expand(batch, heads, intervals, -1)
-    start, end = start.gather(3, block), end.gather(3, block)
+    first_key, end_key = edges[:, None, None, :-1], edges[:, None, None, 1:]
+    visible = torch.nn.functional.pad(mask.tril() if is_causal else mask, (0, 1, 0, 1), value=False)
+    visible = visible & (first_key < end_key)
+    start, end = torch.where(visible, 0, first_key.mT), torch.where(visible, 0, end_key.mT)
+    last_key = end_key - 1
     if is_causal:
-        triangle = key.expand(batch, heads, 1, -1)
+        # All keys of a block are hidden from the same rows, but for the triangle: the last key stands for the others.
+        triangle = last_key.expand(*start.shape[:2], 1, -1)
         start, end = torch.cat([start, torch.zeros_like(triangle)], dim=2), torch.cat([end, triangle], dim=2)
-    bounds = _fewest_planes(start, end, kv_len)
-    _check_block_intervals(bounds.shape[2] // 2)
+    planes = _fewest_planes(start, end, kv_len, last_key[:, 0])
+    _check_block_intervals(planes.shape[2] // 2)
+    if planes.shape[2] == 1 or not is_causal:
+        return _of_blocks(planes, length_rows, kv_len, device)
+    # The interval from row 0 on ends with the triangle of each key, or further down if the block does not see itself.
+    upper_end = 3 if planes.shape[2] == 4 else 1
+    planes[:, :, upper_end].masked_fill_(planes[:, :, upper_end] == last_key[:, 0], 0)
+    bounds = _of_blocks(planes, length_rows, kv_len, device)
+    bounds[:, :, upper_end].clamp_(min=torch.arange(kv_len, dtype=torch.int32, device=device))
     return bounds
 
 
@@ -1021,8 +1021,11 @@ def _disjoint(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     return start, torch.maximum(start, end)
 
 
-def _fewest_planes(start: Tensor, end: Tensor, q_len: int) -> Tensor:
-    """Bounds from the hidden intervals of each key, `[B, H, n >= 2, S_k]` in any order, with or without overlap."""
+def _fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None = None) -> Tensor:
+    """Bounds from the hidden intervals of each key, `[B, H, n >= 2, S_k]` in any order, with or without overlap.
+
+    `triangle`, `[B or 1, 1, S_k]`: before which row the causal triangle hides each key, by default that of S_k keys.
+    """
     if start.numel() == 0:
         return torch.empty_like(start[:, :, :1])
     start, end = start.clamp(0, q_len), end.clamp(0, q_len)
@@ -1040,7 +1043,8 @@ def _fewest_planes(start: Tensor, end: Tensor, q_len: int) -> Tensor:
     inner = some & (start > 0) & (end < q_len)
     lts = torch.where(end == q_len, start, q_len).amin(2)
     ute = torch.where(start == 0, end, 0).amax(2)
-    triangle = _diagonal(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
+    if triangle is None:
+        triangle = _diagonal(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
     not_causal = (ute != triangle) & (ute != q_len)
     intervals, has_inner, is_not_causal = torch.stack(
         [some.sum(2).amax(), inner.any().long(), not_causal.any().long()]
@@ -1072,6 +1076,23 @@ def _host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> lis
     if rows and isinstance(rows[0], (Sequence, Tensor)):
         return [[int(value) for value in row] for row in rows]
     return [[int(value) for value in rows]]
+
+
+def _of_blocks(planes: Tensor, lengths: list[list[int]], kv_len: int, device: torch.device | str | None) -> Tensor:
+    """Bounds of each key, `[B, H, C, S_k]`, on `device`, without waiting for it.
+
+    Args:
+        planes: those of each of n blocks of keys and of padding, int32 `[B or 1, H, C, n + 1]`, on the host.
+        lengths: for each batch row, the n numbers of keys.
+    """
+    ends = torch.tensor([list(accumulate(row)) for row in lengths], dtype=torch.int32)
+    if torch.device(device or "cpu").type == "cuda":
+        planes, ends = planes.pin_memory(), ends.pin_memory()  # copies of other memory wait for the device
+    planes, ends = planes.to(device, non_blocking=True), ends.to(device, non_blocking=True)
+    key = torch.arange(kv_len, dtype=torch.int32, device=device).expand(len(lengths), -1)
+    block = torch.searchsorted(ends, key.contiguous(), right=True)[:, None, None]
+    planes = planes.expand(len(lengths), -1, -1, -1)
+    return planes.gather(3, block.expand(*planes.shape[:3], -1))
 
 
 def _subtree_ends(parents: list[int], lengths: list[int]) -> list[int]:

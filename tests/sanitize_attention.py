@@ -4,7 +4,7 @@
 
 racecheck is for the portable kernels. It does not follow mbarriers and named barriers between warps: with those of
 sm_90 it reports every scalar that one warp hands to another, and the states in which Triton's own code starts them.
-Triton's own sanitizer follows them (Triton 3.6, which then compiles for an hour on one core):
+Triton's own sanitizer follows them (Triton 3.6, which then compiles for half an hour on one core):
 
     TRITON_INSTRUMENTATION_MODE=consan CUDA_LAUNCH_BLOCKING=1 python tests/sanitize_attention.py hopper 128
 """
