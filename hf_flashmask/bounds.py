@@ -33,6 +33,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 __all__ = [
     "MAX_INTERVALS",
@@ -433,10 +434,14 @@ def from_prefix_tree(
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
-    # One more node for padding, hidden from all rows, in place of those that other rows have more.
-    most = max(map(len, length_rows))
-    lts = torch.tensor([[*end, *[0] * (most + 1 - len(end))] for end in ends], dtype=torch.int32)
-    return _of_blocks(lts[:, None, None], [[*row, *[0] * (most - len(row))] for row in length_rows], kv_len, device)
+    # After the last token comes padding, in place of the nodes that other rows have more.
+    lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
+    token_ends = pad_sequence(
+        [torch.tensor(list(accumulate(row)), dtype=torch.int32) for row in length_rows],
+        batch_first=True,
+        padding_value=kv_len,
+    )
+    return _of_blocks(lts[:, None, None], token_ends, kv_len, device)
 
 
 def global_and_sliding_window(
@@ -555,26 +560,25 @@ def from_block_mask(
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
 
-    # Padding is one more block. It sees nothing, as blocks without keys.
-    edges = torch.tensor([[0, *accumulate(row), kv_len] for row in length_rows], dtype=torch.int32)
+    # Padding is one more block, and so is key 0, the only key without rows before it. Within a block, all keys have
+    # then as many hidden intervals, which differ by the triangle alone.
+    edges = torch.tensor([[0, *accumulate(row), kv_len] for row in length_rows], dtype=torch.int32, device="cpu")
+    first = (edges[:, 1:-1] == 0).sum(1, keepdim=True)
+    order = torch.cat([first, torch.arange(edges.shape[1] - 1, device="cpu").expand(len(first), -1)], dim=1)
+    edges = torch.nn.functional.pad(edges.clamp(min=min(1, kv_len)), (1, 0))
+    visible = torch.nn.functional.pad(mask, (0, 1, 0, 1), value=False)
+    visible = visible.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None], 3)
+
     first_key, end_key = edges[:, None, None, :-1], edges[:, None, None, 1:]
-    visible = torch.nn.functional.pad(mask.tril() if is_causal else mask, (0, 1, 0, 1), value=False)
-    visible = visible & (first_key < end_key)
+    visible = (visible.tril() if is_causal else visible) & (first_key < end_key)
     start, end = torch.where(visible, 0, first_key.mT), torch.where(visible, 0, end_key.mT)
-    last_key = end_key - 1
-    if is_causal:
-        # All keys of a block are hidden from the same rows, but for the triangle: the last key stands for the others.
-        triangle = last_key.expand(*start.shape[:2], 1, -1)
-        start, end = torch.cat([start, torch.zeros_like(triangle)], dim=2), torch.cat([end, triangle], dim=2)
-    planes = _fewest_planes(start, end, kv_len, last_key[:, 0])
+    planes = _fewest_planes(start, end, kv_len, (first_key if is_causal else end_key - 1)[:, 0])
     _check_block_intervals(planes.shape[2] // 2)
-    if planes.shape[2] == 1 or not is_causal:
-        return _of_blocks(planes, length_rows, kv_len, device)
-    # The interval from row 0 on ends with the triangle of each key, or further down if the block does not see itself.
-    upper_end = 3 if planes.shape[2] == 4 else 1
-    planes[:, :, upper_end].masked_fill_(planes[:, :, upper_end] == last_key[:, 0], 0)
-    bounds = _of_blocks(planes, length_rows, kv_len, device)
-    bounds[:, :, upper_end].clamp_(min=torch.arange(kv_len, dtype=torch.int32, device=device))
+    bounds = _of_blocks(planes, edges[:, 1:-1].contiguous(), kv_len, device)
+    if is_causal and planes.shape[2] > 1:
+        # What hides row 0 ends with the triangle of each key, or further down if its block does not see itself.
+        upper_end = bounds[:, :, 3 if planes.shape[2] == 4 else 1]
+        upper_end.clamp_(min=torch.arange(kv_len, dtype=torch.int32, device=bounds.device))
     return bounds
 
 
@@ -1054,7 +1058,7 @@ def _fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | No
     if intervals <= 2:
         start, end = start[:, :, :2], end[:, :, :2]
         # A lone interval goes to the side of the diagonal on which it lies, so that neighbouring columns agree.
-        lone_lower = ~(start[:, :, 1] < end[:, :, 1]) & (start[:, :, 0] >= triangle)
+        lone_lower = ~(start[:, :, 1] < end[:, :, 1]) & (start[:, :, 0] > triangle)
         order = torch.stack([~lone_lower, lone_lower], dim=2).long()
         start, end = start.gather(2, order), end.gather(2, order)
     intervals = max(intervals, 2)
@@ -1078,21 +1082,19 @@ def _host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> lis
     return [[int(value) for value in rows]]
 
 
-def _of_blocks(planes: Tensor, lengths: list[list[int]], kv_len: int, device: torch.device | str | None) -> Tensor:
+def _of_blocks(planes: Tensor, ends: Tensor, kv_len: int, device: torch.device | str | None) -> Tensor:
     """Bounds of each key, `[B, H, C, S_k]`, on `device`, without waiting for it.
 
     Args:
-        planes: those of each of n blocks of keys and of padding, int32 `[B or 1, H, C, n + 1]`, on the host.
-        lengths: for each batch row, the n numbers of keys.
+        planes: those of each of n blocks of keys and of padding, int32 `[B or 1, H, C, n + 1]`, contiguous.
+        ends: past-the-last key of each block, int32 `[B or 1, n]`, contiguous.
     """
-    ends = torch.tensor([list(accumulate(row)) for row in lengths], dtype=torch.int32)
-    if torch.device(device or "cpu").type == "cuda":
+    if planes.is_cpu and torch.device(device or "cpu").type == "cuda":
         planes, ends = planes.pin_memory(), ends.pin_memory()  # copies of other memory wait for the device
     planes, ends = planes.to(device, non_blocking=True), ends.to(device, non_blocking=True)
-    key = torch.arange(kv_len, dtype=torch.int32, device=device).expand(len(lengths), -1)
-    block = torch.searchsorted(ends, key.contiguous(), right=True)[:, None, None]
-    planes = planes.expand(len(lengths), -1, -1, -1)
-    return planes.gather(3, block.expand(*planes.shape[:3], -1))
+    key = torch.arange(kv_len, dtype=torch.int32, device=planes.device).expand(len(ends), -1)
+    block = torch.searchsorted(ends, key.contiguous(), right=True)
+    return planes.take_along_dim(block[:, None, None], 3)
 
 
 def _subtree_ends(parents: list[int], lengths: list[int]) -> list[int]:
@@ -1111,7 +1113,7 @@ def _subtree_ends(parents: list[int], lengths: list[int]) -> list[int]:
                 f"{node} has parent {parent}, which is not an ancestor-or-self of node {node - 1}"
             )
         path.append(node)
-    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist() if lengths else []
+    ends = list(accumulate(lengths))
     for node in reversed(range(len(parents))):
         if parents[node] != -1:
             ends[parents[node]] = max(ends[parents[node]], ends[node])

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from host_operations import HostOperations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, MistralConfig, PreTrainedConfig, StaticCache, masking_utils
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.moonshine_streaming import modeling_moonshine_streaming
@@ -252,22 +251,6 @@ def test_ids_that_are_not_runs(factory: str, ids: list[list[int]]) -> None:
         assert_same(mask_function, q_len, 4, q_offset)
 
 
-class Operations(TorchDispatchMode):
-    """How large the tensors of a computation are, and how often it reads one on the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.reads = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 def test_known_functions_are_never_read_on_the_host() -> None:
     ids = packed_positions().eq(0).cumsum(-1)
     left_padding = torch.zeros(BATCH, dtype=torch.long)
@@ -280,7 +263,7 @@ def test_known_functions_are_never_read_on_the_host() -> None:
         ),
     ):
         for document_ends in (None, bounds.document_ends(packed_positions())):
-            with Operations() as operations:
+            with HostOperations() as operations:
                 from_mask_function(
                     mask_function,
                     document_ends=document_ends,
@@ -298,7 +281,7 @@ def test_evaluation_takes_little_memory_and_few_reads() -> None:
 
     length = 8192
     mask_function = masking_utils.or_masks(masking_utils.causal_mask_function, images_of_every_length)
-    with Operations() as operations:
+    with HostOperations() as operations:
         made = from_mask_function(mask_function, batch_size=4, q_len=length, kv_len=length)
     assert made.shape == (1, 1, 2, length)  # no row of the batch differs
     assert operations.largest < length**2 // 8
@@ -308,7 +291,7 @@ def test_evaluation_takes_little_memory_and_few_reads() -> None:
     assert torch.equal(made[0, 0, 1].long(), torch.where(position >= first_of_image, first_of_image, position))
     assert (made[0, 0, 0] == length).all()
 
-    with Operations() as operations:
+    with HostOperations() as operations:
         from_mask_function(mask_function, batch_size=4, q_len=1, kv_len=length, q_offset=torch.tensor(5000))
     assert operations.reads == 0  # a decoding step
 

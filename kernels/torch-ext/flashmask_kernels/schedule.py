@@ -247,14 +247,14 @@ def build_schedule(
     by_column: bool,
     extrema: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Classify the tiles of ``bounds`` and list those to visit: one launch, no synchronisation.
+    """Classify the tiles of ``bounds`` and list those to visit: a launch besides that of `extrema`, no synchronisation.
 
     Args:
         bounds: int32 ``[B or 1, H or 1, C, S_k]``, contiguous, on a device that Triton runs on.
         q_len: number of query rows S_q.
         block_m, block_n: rows and columns of a tile.
         by_column: list the row tiles of each column tile instead of the column tiles of each row tile.
-        extrema: `column_extrema` of the bounds, where other schedules need them too.
+        extrema: what `column_extrema` makes of the bounds, if other schedules share it; default: made here.
     """
     extrema = column_extrema(bounds, block_n) if extrema is None else extrema
     batch, heads, num_planes, kv_len = bounds.shape
