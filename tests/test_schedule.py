@@ -62,6 +62,14 @@ def test_schedule_agrees_with_the_dense_mask(q_len: int, kv_len: int, device: st
         check(random_intervals(2, 2, planes, q_len, kv_len).to(device), q_len, 32, 16)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(2048, 64), (64, 2048), (75, 2041)])
+def test_runs_over_several_chunks_of_tiles(q_len: int, kv_len: int, device: str) -> None:
+    """Tiles are classified in chunks. Runs of 128 tiles cross their ends, or end there."""
+    for name in ("full", "causal", "document"):
+        check(masks(q_len, kv_len)[name].to(device), q_len, 16, 16)
+
+
 def block_sparse(length: int, block: int, planes: int) -> Tensor:
     """Intervals that begin and end at multiples of `block`, so that several of them cover a tile together, or none."""
     bounds = torch.randint(0, length // block + 1, (1, 1, planes, length // block), dtype=torch.int32) * block

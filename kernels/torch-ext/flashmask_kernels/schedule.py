@@ -169,8 +169,7 @@ def schedule_kernel(
     first_visited = num_tiles
     end_visited = 0
     in_chunk = tl.arange(0, CHUNK)
-    # The tile after the last one, which is hidden, ends the last run.
-    for start in range(0, num_tiles + 1, CHUNK):
+    for start in range(0, num_tiles, CHUNK):
         tiles = start + in_chunk
         if BY_COLUMN:
             row_tiles, column_tiles = tiles, own_tile + 0 * tiles
@@ -218,6 +217,9 @@ def schedule_kernel(
             num_cut = _store_runs(runs, tiles, kind == _CUT, kind_before == _CUT, num_cut, 2, max_runs)
             num_full = _store_runs(last_run, tiles, kind == _FULL, kind_before == _FULL, num_full, -2, max_runs)
             previous = tl.sum(tl.where(in_chunk == CHUNK - 1, kind, 0))
+    # A run that reaches the last tile of the last chunk has not ended.
+    tl.store(runs + 2 * num_cut - 1, num_tiles, mask=(previous == _CUT) & (num_cut <= max_runs))
+    tl.store(last_run - 2 * num_full + 3, num_tiles, mask=(previous == _FULL) & (num_full <= max_runs))
     if num_cut + num_full > max_runs:
         # One run of all gives the same result: what is hidden or full may be visited as cut.
         num_cut = 1
