@@ -196,9 +196,11 @@ def prefix_lm(
         _check_int_tensor("prefix_lengths", prefix_lengths, (1,), "[B]")
         device = prefix_lengths.device if device is None else device
         prefix_lengths = prefix_lengths[:, None]
+    else:
+        prefix_lengths = min(prefix_lengths, _FAR)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
-    position = torch.arange(kv_len, dtype=torch.int32, device=diagonal.device) + kv_offset
-    ute = torch.where(position < prefix_lengths, 0, diagonal)
+    position = _diagonal(q_len, kv_len, 0, kv_offset, diagonal.device)
+    ute = diagonal.masked_fill(position < prefix_lengths, 0)
     return _planes(torch.full_like(ute, q_len), ute, q_len)
 
 
@@ -467,17 +469,17 @@ def global_and_sliding_window(
         raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
     if num_global < 0:
         raise ValueError(f"`num_global` must not be negative, got {num_global}")
-    window = min(window, _FAR)
+    num_global, window = min(num_global, _FAR), min(window, _FAR)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, device)
-    is_global = torch.arange(kv_len, dtype=torch.int32, device=diagonal.device) + kv_offset < num_global
-    if is_causal:
-        aligned = _is_bottom_right(q_len, kv_len, q_offset, kv_offset)
-        return _planes(torch.where(is_global, q_len, diagonal + window), None if aligned else diagonal, q_len)
     # The rows before this one are those of global tokens.
     first_local_row = num_global - (kv_offset + kv_len - q_len if q_offset is None else q_offset)
-    lts = torch.where(is_global, q_len, (diagonal + window + 1).clamp(min=first_local_row))
-    uts = torch.where(is_global, 0, first_local_row)
-    ute = torch.where(is_global, 0, diagonal - window)
+    is_global = diagonal < first_local_row
+    if is_causal:
+        lts = (diagonal + window).masked_fill(is_global, q_len)
+        return _planes(lts, None if _is_bottom_right(q_len, kv_len, q_offset, kv_offset) else diagonal, q_len)
+    lts = (diagonal + (window + 1)).clamp(min=first_local_row).masked_fill(is_global, q_len)
+    ute = (diagonal - window).masked_fill(is_global, 0)
+    uts = torch.zeros_like(ute) + first_local_row
     planes = torch.stack([lts, torch.full_like(lts, q_len), uts, ute])
     return planes.clamp(0, q_len).to(torch.int32)[None, None]
 

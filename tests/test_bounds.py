@@ -166,10 +166,11 @@ def test_sliding_window(call, window, is_causal):
     assert_mask(sliding_window(window, q_len, kv_len, is_causal=is_causal, **offsets), expected, q_len)
 
 
-def test_a_window_longer_than_32_bits_is_no_window():
+def test_lengths_of_more_than_32_bits_reach_everything():
     assert_mask(sliding_window(2**40, 6), dense(lambda q, k: k <= q, range(6), range(6)), 6)
     assert_mask(sliding_window(2**31 - 1, 6, is_causal=False), np.ones((6, 6), dtype=bool), 6)
     assert_mask(chunked(2**40, 6), dense(lambda q, k: k <= q, range(6), range(6)), 6)
+    assert_mask(prefix_lm(2**31, 6), np.ones((6, 6), dtype=bool), 6)
 
 
 @few

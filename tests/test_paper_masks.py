@@ -103,9 +103,11 @@ def test_global_and_sliding_window(data, q_len, kv_len, num_global, window, is_c
         assert result.shape[2] == (1 if is_causal else 4)
 
 
-def test_a_window_beside_global_tokens_may_be_longer_than_32_bits():
+def test_global_tokens_and_window_may_be_more_than_32_bits():
     assert_mask(global_and_sliding_window(2, 2**40, 6), dense(lambda q, k: k <= q, 6))
     assert_mask(global_and_sliding_window(2, 2**40, 6, is_causal=False), np.ones((6, 6), dtype=bool))
+    assert_mask(global_and_sliding_window(2**31, 2, 6), dense(lambda q, k: k <= q, 6))
+    assert_mask(global_and_sliding_window(2**31, 2, 6, is_causal=False), np.ones((6, 6), dtype=bool))
 
 
 @st.composite
