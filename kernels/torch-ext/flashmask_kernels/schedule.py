@@ -272,7 +272,8 @@ def build_schedule(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BY_COLUMN=by_column,
-        # A warp needs no barriers. H200, 32K, causal: 25 us with 32 tiles at a time, four warps with 256 tiles took 47.
+        # A warp needs no barriers: four with 256 tiles took twice as long. H200, 32K, us by rows / by columns: causal
+        # 9.9 / 8.4, random eviction 85 / 51; by 32 tiles 9.1 / 7.0 and 106 / 48, by 128 tiles 15.2 / 9.5 and 129 / 65.
         CHUNK=64,
         num_warps=1,
     )
