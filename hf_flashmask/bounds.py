@@ -392,12 +392,13 @@ def causal_with_blocks(
     block_ids = _check_per_position("block_ids", block_ids)
     ends = _run_ends(block_ids != _previous(block_ids))
     q_len, kv_len, q_offset, kv_offset = _resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    start = _of_keys(torch.searchsorted(ends, ends, out_int32=True), block_ids < 0, _FAR, kv_len, kv_offset)
-    end = _of_keys(ends, block_ids < 0, -_FAR, kv_len, kv_offset)
+    is_text = block_ids < 0
+    start = _of_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, _FAR, kv_len, kv_offset)
     diagonal = _diagonal(q_len, kv_len, q_offset, kv_offset, block_ids.device)
     ute = torch.minimum(diagonal, start - q_offset)
     if window is None:
         return _planes(torch.full_like(ute, q_len), ute, q_len)
+    end = _of_keys(ends, is_text, -_FAR, kv_len, kv_offset)
     return _planes(torch.maximum(diagonal + min(window, _FAR), end - q_offset), ute, q_len)
 
 
