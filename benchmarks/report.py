@@ -146,7 +146,8 @@ def mask_making(cells: dict[tuple[str, str], Json]) -> str:
     most = max(parts, key=parts.__getitem__)
     return (
         f"Making the mask of packed documents, once a step, takes the device: {times}; ours is "
-        f"{parts['causal_document']:.1%} of one layer's forward pass, at most {parts[most]:.1%} ({MASK_NAMES[most]})."
+        f"{parts['causal_document']:.1%} of the forward pass of one layer's attention. "
+        f"The largest part is that of {MASK_NAMES[most]}, {parts[most]:.1%}."
     )
 
 
