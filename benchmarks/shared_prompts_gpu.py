@@ -42,7 +42,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from hf_flashmask import share_prefixes
-from hf_flashmask.prefix_tree import merge_prefixes
+from hf_flashmask.sharing.prefix_tree import merge_prefixes
 
 LENGTH = 2560
 PAIRS = 8

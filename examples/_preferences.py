@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
-from hf_flashmask.preference import SharedPromptDataCollator
+from hf_flashmask.training import SharedPromptDataCollator
 
 # The largest difference between the two losses of a step that passes for rounding. Measured in float32 on a CPU, with
 # three seeds: 7e-7 for DPO, 2e-5 for the reward model; on an H200, with its larger model, 4e-4 for the reward model.

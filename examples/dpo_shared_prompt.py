@@ -19,7 +19,7 @@ from _preferences import build_model, load_pairs, pad_pairs, parse_arguments, re
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_flashmask.preference import (
+from hf_flashmask.training import (
     AnswerLabels,
     SharedPromptDataCollator,
     compute_log_probs,

@@ -20,7 +20,7 @@ from _preferences import build_model, load_pairs, pad_pairs, parse_arguments, re
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from hf_flashmask.preference import AnswerLabels, SharedPromptDataCollator, reward_loss, set_loss, split_pairs
+from hf_flashmask.training import AnswerLabels, SharedPromptDataCollator, reward_loss, set_loss, split_pairs
 
 CENTERING = 0.01
 

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 from hf_flashmask import share_prefixes
-from hf_flashmask.prefix_tree import merge_prefixes
+from hf_flashmask.sharing.prefix_tree import merge_prefixes
 
 COLUMNS = ["prompt", "chosen", "rejected"]
 # The largest difference between the two losses of a step that passes for rounding.

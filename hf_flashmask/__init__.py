@@ -1,11 +1,17 @@
 """FlashMask attention for Hugging Face Transformers: importing it registers `attn_implementation="flashmask"`."""
 
-from . import bounds, prefix_tree
+from . import bounds
+from ._old_paths import keep_old_paths
 from .integration import register
-from .packing import PackedDataCollator
-from .preference import SharedPromptDataCollator, compute_log_probs, dpo_loss, reward_loss, set_loss
-from .shared_prefix import share_prefixes
-from .tree_attention import register_tree_attention
+from .sharing import prefix_tree, register_tree_attention, share_prefixes
+from .training import (
+    PackedDataCollator,
+    SharedPromptDataCollator,
+    compute_log_probs,
+    dpo_loss,
+    reward_loss,
+    set_loss,
+)
 
 __all__ = [
     "PackedDataCollator",
@@ -24,4 +30,5 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+keep_old_paths()
 register()

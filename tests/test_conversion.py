@@ -24,8 +24,8 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
-from hf_flashmask.conversion import Tree, from_dense_mask, from_mask_function, in_tree
-from hf_flashmask.integration import (
+from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
+from hf_flashmask.integration.mask import (
     _WITHOUT_DOCUMENTS,
     _WITHOUT_DOCUMENTS_PADDED,
     _is_marked,

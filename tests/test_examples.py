@@ -18,8 +18,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hf_flashmask.preference import SharedPromptDataCollator
-from hf_flashmask.prefix_tree import PrefixTree, merge_prefixes
+from hf_flashmask.sharing.prefix_tree import PrefixTree, merge_prefixes
+from hf_flashmask.training import SharedPromptDataCollator
 
 SCRIPT = Path(__file__).parents[1] / "examples/sft_packed.py"
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "128", "--hidden-size", "64", "--layers", "1"]
@@ -186,7 +186,7 @@ def test_shared_prompt_examples_fail_when_answers_see_each_other(
             batch["attention_mask"].fill_(batch["input_ids"].shape[1])
             return batch
 
-    monkeypatch.setattr("hf_flashmask.preference.SharedPromptDataCollator", Leaking)
+    monkeypatch.setattr("hf_flashmask.training.SharedPromptDataCollator", Leaking)
     monkeypatch.delitem(sys.modules, "dpo_shared_prompt", raising=False)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
         preference_example("dpo_shared_prompt", "--dataset", str(pairs))
@@ -225,6 +225,6 @@ def test_trl_dpo_fails_when_answers_see_each_other(
         tree.bounds.fill_(tree.bounds.shape[3])
         return tree
 
-    monkeypatch.setattr("hf_flashmask.shared_prefix.merge_prefixes", leaking)
+    monkeypatch.setattr("hf_flashmask.sharing.shared_prefix.merge_prefixes", leaking)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
         preference_example("trl_dpo", "--dataset", str(pairs))

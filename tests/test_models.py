@@ -23,7 +23,7 @@ from tiny_models import (
 from torch import Tensor
 
 from hf_flashmask import bounds
-from hf_flashmask.prefix_tree import from_sequences
+from hf_flashmask.sharing.prefix_tree import from_sequences
 
 LENGTHS = [5, 1, 9, 7, 2]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_flashmask import bounds
-from hf_flashmask.packing import PackedDataCollator, pack_lengths
+from hf_flashmask.training import PackedDataCollator, pack_lengths
 
 PAD = 10**6
 STRATEGIES = ["first_fit_decreasing", "in_order"]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_flashmask import bounds
-from hf_flashmask.preference import (
+from hf_flashmask.training import (
     SharedPromptDataCollator,
     answer_log_probs,
     answer_scores,
@@ -272,7 +272,7 @@ def test_many_labels_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     logits = torch.randn(*labels["positions"].shape, VOCABULARY, requires_grad=True)
     at_once = answer_log_probs(logits, labels)
     (gradient,) = torch.autograd.grad(at_once.square().sum(), logits)
-    monkeypatch.setattr("hf_flashmask.preference._LABELS_AT_ONCE", 7)
+    monkeypatch.setattr("hf_flashmask.training.losses._LABELS_AT_ONCE", 7)
     in_parts = answer_log_probs(logits, labels)
     torch.testing.assert_close(in_parts, at_once)
     torch.testing.assert_close(torch.autograd.grad(in_parts.square().sum(), logits)[0], gradient)

@@ -10,7 +10,7 @@ from random_trees import padded_batch, random_sequences
 from torch import Tensor
 
 from hf_flashmask import bounds
-from hf_flashmask.prefix_tree import PrefixTree, from_sequences, merge_prefixes
+from hf_flashmask.sharing.prefix_tree import PrefixTree, from_sequences, merge_prefixes
 
 few_tokens = st.lists(st.lists(st.integers(1, 3), max_size=10), min_size=1, max_size=8)
 

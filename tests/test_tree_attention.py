@@ -22,9 +22,9 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-from hf_flashmask import tree_attention
 from hf_flashmask.integration import flashmask_attention_forward
-from hf_flashmask.tree_attention import register_tree_attention, tree_attention_forward
+from hf_flashmask.sharing import tree_attention
+from hf_flashmask.sharing.tree_attention import register_tree_attention, tree_attention_forward
 
 register_tree_attention()
 

@@ -38,7 +38,7 @@ from trl import (
     RLOOTrainer,
 )
 
-from hf_flashmask.shared_prefix import share_prefixes
+from hf_flashmask.sharing.shared_prefix import share_prefixes
 
 WORDS = [f"w{index}" for index in range(90)]
 SPECIAL = ["<pad>", "<end>", "<unknown>", "<user>", "<assistant>"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from . import bounds
+from .. import bounds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -25,7 +25,7 @@ from transformers import masking_utils
 from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
-from . import bounds
+from .. import bounds
 
 __all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree"]
 

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bounds import MAX_INTERVALS, limit_depth
-from .integration import flashmask_attention_forward, once_per_forward_pass
+from ..bounds import MAX_INTERVALS, limit_depth
+from ..integration import flashmask_attention_forward
+from ..integration.memo import once_per_forward_pass
 
 __all__ = ["register_tree_attention", "tree_attention_forward"]
 

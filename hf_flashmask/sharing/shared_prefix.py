@@ -20,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .bounds import MAX_INTERVALS
-from .conversion import Tree
-from .integration import KEY_RANGE_OF_LAYER_TYPE, NAME, register_tree
+from ..bounds import MAX_INTERVALS
+from ..integration import NAME, register_tree
+from ..integration.conversion import Tree
+from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from .prefix_tree import merge_prefixes
 
 __all__ = ["share_prefixes"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .bounds import check_bounds, tile_occupancy, visible_pairs
+from ..bounds import check_bounds, tile_occupancy, visible_pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,88 @@
+"""An attention mask as one int32 tensor of bounds: for every key, the query rows that may not see it.
+
+`bounds` is `int32 [B or 1, H or 1, C, S_k]`, keys last. Rows are counted from the first query of the call.
+
+| C          | planes             | rows hidden from key `j`                             |
+|------------|--------------------|------------------------------------------------------|
+| 1          | LTS                | `i >= LTS`, and the causal triangle                  |
+| 2          | LTS, UTE           | `i >= LTS`, or `i < UTE`                             |
+| 4          | LTS, LTE, UTS, UTE | `LTS <= i < LTE`, or `UTS <= i < UTE`                |
+| 2n, n > 2  | n pairs            | inside any of the n intervals `start <= i < end`     |
+
+The first three are FlashMask's (arXiv 2410.01359). The causal triangle of C = 1 is aligned at the bottom right:
+key `j` is hidden from the rows `i < j - (S_k - S_q)`. An interval with `start >= end` is empty, intervals may
+overlap, and values below 0 or above S_q act as if clamped. A row that sees no key is legal.
+
+Unless its docstring says otherwise, a function here needs O(S_k) memory, works with a handful of tensor
+operations, never reads a value back to the host, and can be traced by `torch.compile(fullgraph=True)`.
+
+Shared arguments of the constructors:
+
+* `q_len`, `kv_len`: numbers of query rows and of keys, S_q and S_k.
+* `q_offset`, `kv_offset`: position of the first query and of the first key in the sequence, as `int` or as 0-d
+  tensor (static caches). `q_offset=None` means that the queries are the last `q_len` positions.
+* `is_causal`: whether a query is also kept from every key after its own position.
+"""
+
+from .algebra import hide_keys, intersect, simplify, union
+from .constructors import (
+    bidirectional,
+    causal,
+    causal_with_blocks,
+    chunked,
+    from_block_mask,
+    from_dense,
+    from_padding_mask,
+    from_startend_row_indices,
+    from_tiles,
+    global_and_sliding_window,
+    hash_sparse,
+    prefix_lm,
+    sliding_window,
+)
+from .documents import (
+    document_ends,
+    document_starts,
+    from_cu_seqlens,
+    from_document_ends,
+    from_document_ids,
+    from_position_ids,
+)
+from .form import MAX_INTERVALS, TooManyIntervalsError, check_bounds
+from .trees import from_prefix_tree, limit_depth
+from .views import tile_occupancy, to_dense, to_startend_row_indices, visible_pairs
+
+__all__ = [
+    "MAX_INTERVALS",
+    "TooManyIntervalsError",
+    "bidirectional",
+    "causal",
+    "causal_with_blocks",
+    "check_bounds",
+    "chunked",
+    "document_ends",
+    "document_starts",
+    "from_block_mask",
+    "from_cu_seqlens",
+    "from_dense",
+    "from_document_ends",
+    "from_document_ids",
+    "from_padding_mask",
+    "from_position_ids",
+    "from_prefix_tree",
+    "from_startend_row_indices",
+    "from_tiles",
+    "global_and_sliding_window",
+    "hash_sparse",
+    "hide_keys",
+    "intersect",
+    "limit_depth",
+    "prefix_lm",
+    "simplify",
+    "sliding_window",
+    "tile_occupancy",
+    "to_dense",
+    "to_startend_row_indices",
+    "union",
+    "visible_pairs",
+]

@@ -1,0 +1,149 @@
+"""Bounds from bounds: intersection, union, hidden keys, the fewest planes that say the same."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .form import (
+    NO_END,
+    broadcast_masks,
+    check_form,
+    check_intervals,
+    check_operands,
+    hidden_intervals,
+    lower_and_upper,
+    rows_of_keys,
+    shift_down,
+)
+
+
+def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
+    """What is visible in every mask. Shapes broadcast over batch and heads.
+
+    C = 1 and C = 2 collapse to one lower and one upper bound; the intervals of other masks are put side by side.
+    `q_len` is needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+    """
+    check_operands("intersect", bounds)
+    planes = {mask.shape[2] for mask in bounds}
+    if planes == {1}:
+        return reduce(torch.minimum, bounds).contiguous()
+    simple = [lower_and_upper(mask, q_len) for mask in bounds if mask.shape[2] <= 2]
+    others = [mask for mask in bounds if mask.shape[2] > 2]
+    if simple:
+        lts, ute = simple[0]
+        for other_lts, other_ute in simple[1:]:
+            lts, ute = torch.minimum(lts, other_lts), torch.maximum(ute, other_ute)
+        lts, ute = torch.broadcast_tensors(lts, ute)
+        if not others:
+            return torch.stack([lts, ute], dim=2)
+        others.append(torch.stack([lts, torch.full_like(lts, NO_END), torch.zeros_like(ute), ute], dim=2))
+    check_intervals("intersect", sum(mask.shape[2] // 2 for mask in others))
+    return torch.cat(broadcast_masks(others), dim=2).contiguous()
+
+
+def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
+    """What is visible in any of the masks. Shapes broadcast over batch and heads.
+
+    Masks of C = 1 stay C = 1. Otherwise m masks with n_1 ... n_m hidden intervals (C = 1 and 2 have two) give
+    n_1 + ... + n_m - m + 1 intervals, many of them usually empty: `simplify` removes those.
+    `q_len` is needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+    """
+    check_operands("union", bounds)
+    if len(bounds) == 1:
+        return bounds[0].contiguous()
+    if all(mask.shape[2] == 1 for mask in bounds):
+        return reduce(torch.maximum, bounds).contiguous()
+    families = [torch.stack(disjoint(*hidden_intervals(mask, q_len)), dim=0) for mask in bounds]
+    count = sum(family.shape[3] for family in families)
+    check_intervals("union", count - len(bounds) + 1)
+    batch, heads = torch.broadcast_shapes(*(family.shape[1:3] for family in families))
+    start, end = torch.cat([family.expand(-1, batch, heads, -1, -1) for family in families], dim=3).unbind(0)
+    # Intervals of one mask are disjoint, so a row is hidden by all m masks where it lies in m intervals at once: from
+    # the (k + m)-th smallest start on, before the (k + 1)-th smallest end.
+    start = start.sort(dim=2).values[:, :, len(bounds) - 1 :]
+    end = end.sort(dim=2).values[:, :, : count - len(bounds) + 1]
+    return torch.stack([start, end], dim=3).flatten(2, 3)
+
+
+def hide_keys(bounds: Tensor, hidden: Tensor, *, start: int = 0) -> Tensor:
+    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is.
+
+    `start`, 0 or less, is where the hidden rows of such a key begin.
+    """
+    check_form(bounds)
+    if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
+        raise ValueError(
+            f"`hidden` must be bool [B or 1, {bounds.shape[3]}] for these bounds, got {hidden.dtype} "
+            f"{list(hidden.shape)}"
+        )
+    hidden = hidden[:, None, None, :]
+    if bounds.shape[2] == 1:
+        return bounds.masked_fill(hidden, start)
+    # Plane 0 starts an interval and plane 1 ends one in every form, also in C = 2, where the column is then hidden by
+    # LTS and by UTE alike: the kernels can skip it from either side.
+    starts = bounds[:, :, 0::2].masked_fill(hidden, start)
+    ends = bounds[:, :, 1::2].masked_fill(hidden, NO_END)
+    return torch.stack([starts, ends], dim=3).flatten(2, 3)
+
+
+def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
+    """The fewest planes that say the same. Synchronises once.
+
+    Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, empty ones dropped; C = 1 when every
+    column is the causal triangle and one lower bound. `q_len` defaults to S_k.
+    """
+    check_form(bounds)
+    q_len = bounds.shape[3] if q_len is None else q_len
+    return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
+
+
+def disjoint(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """As many intervals that hide the same rows, sorted and without overlap; empty ones have start = end."""
+    start, order = start.sort(dim=2)
+    end = end.gather(2, order)
+    reached = shift_down(end.cummax(dim=2).values, fill=torch.iinfo(torch.int32).min)
+    start = torch.maximum(start, reached)
+    return start, torch.maximum(start, end)
+
+
+def fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None = None) -> Tensor:
+    """Bounds from the hidden intervals of each key, `[B, H, n >= 2, S_k]` in any order, with or without overlap.
+
+    `triangle`, `[B or 1, 1, S_k]`: before which row the causal triangle hides each key, by default that of S_k keys.
+    """
+    if start.numel() == 0:
+        return torch.empty_like(start[:, :, :1])
+    start, end = start.clamp(0, q_len), end.clamp(0, q_len)
+    empty = start >= end
+    start, end = start.masked_fill(empty, q_len), end.masked_fill(empty, 0)
+    start, order = start.sort(dim=2)
+    end = end.gather(2, order)
+    reached = shift_down(end.cummax(dim=2).values, fill=-1)
+    merged = (((start > reached) & (start < end)).cumsum(2) - 1).clamp(min=0)
+    start = torch.full_like(start, q_len).scatter_reduce(2, merged, start, "amin")
+    end = torch.zeros_like(end).scatter_reduce(2, merged, end, "amax")
+
+    # Now sorted and apart, an empty interval being (q_len, 0).
+    some = start < end
+    inner = some & (start > 0) & (end < q_len)
+    lts = torch.where(end == q_len, start, q_len).amin(2)
+    ute = torch.where(start == 0, end, 0).amax(2)
+    if triangle is None:
+        triangle = rows_of_keys(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
+    not_causal = (ute != triangle) & (ute != q_len)
+    intervals, has_inner, is_not_causal = torch.stack(
+        [some.sum(2).amax(), inner.any().long(), not_causal.any().long()]
+    ).tolist()
+    if not has_inner:
+        return (lts.unsqueeze(2) if not is_not_causal else torch.stack([lts, ute], dim=2)).contiguous()
+    if intervals <= 2:
+        start, end = start[:, :, :2], end[:, :, :2]
+        # A lone interval goes to the side of the diagonal on which it lies, so that neighbouring columns agree.
+        lone_lower = ~(start[:, :, 1] < end[:, :, 1]) & (start[:, :, 0] > triangle)
+        order = torch.stack([~lone_lower, lone_lower], dim=2).long()
+        start, end = start.gather(2, order), end.gather(2, order)
+    intervals = max(intervals, 2)
+    return torch.stack([start[:, :, :intervals], end[:, :, :intervals]], dim=3).flatten(2, 3)

@@ -1,0 +1,445 @@
+"""Bounds from a description of the mask: causal, windows, chunks, prefixes, blocks, the paper's masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .algebra import fewest_planes, hide_keys
+from .form import (
+    FAR,
+    MAX_INTERVALS,
+    Offset,
+    TooManyIntervalsError,
+    at_keys,
+    check_int_tensor,
+    check_lengths,
+    check_per_position,
+    dtype_or_type,
+    from_blocks,
+    host_lists,
+    is_bottom_right,
+    previous,
+    resolve_call,
+    rows_of_keys,
+    run_ends,
+    stack_planes,
+)
+
+
+def causal(
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Every query sees the keys up to its own position.
+
+    `[1, 1, C, S_k]`, C = 1 when aligned at the bottom right, else 2.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    check_lengths(q_len, kv_len)
+    if is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return torch.full((1, 1, 1, kv_len), q_len, dtype=torch.int32, device=device)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    return stack_planes(torch.full_like(diagonal, q_len), diagonal, q_len)
+
+
+def bidirectional(q_len: int, kv_len: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
+    """Every query sees every key. `[1, 1, 2, S_k]`."""
+    kv_len = q_len if kv_len is None else kv_len
+    lts = causal(q_len, kv_len, device=device)
+    return torch.cat([lts, torch.zeros_like(lts)], dim=2)
+
+
+def sliding_window(
+    window: int,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    is_causal: bool = True,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A band around the diagonal, as Transformers counts it.
+
+    Causal: a query sees `window` keys, its own included (`q - window < k <= q`). Bidirectional: it sees the keys at
+    most `window` away on either side (`|q - k| <= window`). `[1, 1, C, S_k]`, C = 1 when causal and aligned at the
+    bottom right, else 2.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    smallest = 1 if is_causal else 0
+    if window < smallest:
+        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+    window = min(window, FAR)
+    if is_causal and is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return stack_planes(rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=window), None, q_len)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    if is_causal:
+        return stack_planes(diagonal + window, diagonal, q_len)
+    return stack_planes(diagonal + (window + 1), diagonal - window, q_len)
+
+
+def chunked(
+    chunk_size: int,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    left_padding: Tensor | None = None,
+    is_causal: bool = True,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A query sees the keys of its own chunk of `chunk_size` positions (Llama 4).
+
+    `left_padding` `[B]` shifts the chunk borders of each batch row: the first chunk begins after that many positions.
+    `[B, S_k]` shifts them for each key: packed documents have chunks of their own from their first position on.
+    `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    if left_padding is not None:
+        dims = (1, 2) if left_padding.shape[-1:] == (kv_len,) else (1,)
+        check_int_tensor("left_padding", left_padding, dims, "[B] or [B, S_k]")
+        device = left_padding.device if device is None else device
+    chunk_size = min(chunk_size, FAR)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
+    if left_padding is not None:
+        position = position - (left_padding[:, None] if left_padding.ndim == 1 else left_padding)
+    chunk_start = diagonal - position.remainder(chunk_size).to(torch.int32)
+    if not is_causal:
+        return stack_planes(chunk_start + chunk_size, chunk_start, q_len)
+    aligned = is_bottom_right(q_len, kv_len, q_offset, kv_offset)
+    return stack_planes(chunk_start + chunk_size, None if aligned else diagonal, q_len)
+
+
+def prefix_lm(
+    prefix_lengths: int | Tensor,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Causal, but the first `prefix_lengths` positions are seen by every query. `[B or 1, 1, 2, S_k]`.
+
+    `prefix_lengths` is an `int`, or an integer tensor `[B]` with one length for each batch row.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    if isinstance(prefix_lengths, Tensor):
+        check_int_tensor("prefix_lengths", prefix_lengths, (1,), "[B]")
+        device = prefix_lengths.device if device is None else device
+        prefix_lengths = prefix_lengths[:, None]
+    else:
+        prefix_lengths = min(prefix_lengths, FAR)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
+    ute = diagonal.masked_fill(position < prefix_lengths, 0)
+    return stack_planes(torch.full_like(ute, q_len), ute, q_len)
+
+
+def from_padding_mask(
+    padding_mask: Tensor,
+    *,
+    q_len: int | None = None,
+    is_causal: bool = False,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+) -> Tensor:
+    """Keys where `padding_mask` `[B, S_k]` (bool or integer, on either side) is 0 are hidden from every query.
+
+    `q_len` defaults to S_k. Rows of padding are not hidden, as in Transformers. `[B, 1, C, S_k]`, C = 1 when causal
+    and aligned at the bottom right, else 2.
+    """
+    padding_mask = check_per_position("padding_mask", padding_mask)
+    kv_len = padding_mask.shape[-1]
+    q_len = kv_len if q_len is None else q_len
+    device = padding_mask.device
+    if is_causal:
+        every_key = causal(q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device)
+    else:
+        every_key = bidirectional(q_len, kv_len, device=device)
+    return hide_keys(every_key, padding_mask == 0)
+
+
+def causal_with_blocks(
+    block_ids: Tensor,
+    *,
+    window: int | None = None,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+) -> Tensor:
+    """Causal, and bidirectional inside each block: images in a stream of text.
+
+    Args:
+        block_ids: integers `[B, S]` or `[S]`, for the positions 0 to S - 1 of the sequence. A block is a run of
+            *adjacent* equal ids that are not negative. `q_len` and `kv_len` default to S, `q_offset` to S - q_len.
+        window: outside its block a query sees only the last `window` keys, its own included (Gemma 3's local layers).
+
+    Returns:
+        `[B, 1, 2, S_k]`.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"`window` must be at least 1, got {window}")
+    block_ids = check_per_position("block_ids", block_ids)
+    ends = run_ends(block_ids != previous(block_ids))
+    q_len, kv_len, q_offset, kv_offset = resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
+    is_text = block_ids < 0
+    start = at_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, FAR, kv_len, kv_offset)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, block_ids.device)
+    ute = torch.minimum(diagonal, start - q_offset)
+    if window is None:
+        return stack_planes(torch.full_like(ute, q_len), ute, q_len)
+    end = at_keys(ends, is_text, -FAR, kv_len, kv_offset)
+    return stack_planes(torch.maximum(diagonal + min(window, FAR), end - q_offset), ute, q_len)
+
+
+def global_and_sliding_window(
+    num_global: int,
+    window: int,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    is_causal: bool = True,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A sliding window, and global tokens: the first `num_global` positions, which every query sees and which see all.
+
+    The window counts as in `sliding_window`. Causal, these are attention sinks (StreamingLLM, arXiv 2309.17453);
+    bidirectional, the masks of Longformer (arXiv 2004.05150) and of the FlashMask paper. `[1, 1, C, S_k]`: C = 4 when
+    bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
+    """
+    kv_len = q_len if kv_len is None else kv_len
+    smallest = 1 if is_causal else 0
+    if window < smallest:
+        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+    if num_global < 0:
+        raise ValueError(f"`num_global` must not be negative, got {num_global}")
+    num_global, window = min(num_global, FAR), min(window, FAR)
+    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    # The rows before this one are those of global tokens.
+    first_local_row = num_global - (kv_offset + kv_len - q_len if q_offset is None else q_offset)
+    is_global = diagonal < first_local_row
+    if is_causal:
+        lts = (diagonal + window).masked_fill(is_global, q_len)
+        return stack_planes(lts, None if is_bottom_right(q_len, kv_len, q_offset, kv_offset) else diagonal, q_len)
+    lts = (diagonal + (window + 1)).clamp(min=first_local_row).masked_fill(is_global, q_len)
+    ute = (diagonal - window).masked_fill(is_global, 0)
+    uts = torch.zeros_like(ute) + first_local_row
+    planes = torch.stack([lts, torch.full_like(lts, q_len), uts, ute])
+    return planes.clamp(0, q_len).to(torch.int32)[None, None]
+
+
+def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = True) -> Tensor:
+    """A query sees the keys with its own hash, among queries and keys that have been sorted by their hashes.
+
+    Sorted, the queries of one bucket are neighbours, and a causal mask between original positions stays one interval
+    of rows for each key: the hash-sparse mask of the FlashMask paper and of arXiv 2306.01160. The order, for queries
+    and for keys, is that of `hashes.argsort(dim=-1, stable=True)`: gather query, key and value by it before attention.
+
+    Args:
+        query_hashes: integers `[B or 1, H or 1, S_q]` in the order of the sequence, of its last S_q positions. Tokens
+            with a negative hash are dropped: such a query sees nothing, such a key is hidden.
+        key_hashes: integers `[B or 1, H or 1, S_k]`, likewise.
+
+    Returns:
+        `[B, H, 2, S_k]` for the sorted rows and columns.
+    """
+    check_int_tensor("query_hashes", query_hashes, (3,), "[B or 1, H or 1, S_q]")
+    check_int_tensor("key_hashes", key_hashes, (3,), "[B or 1, H or 1, S_k]")
+    if any(1 not in sizes and len(set(sizes)) > 1 for sizes in zip(query_hashes.shape[:2], key_hashes.shape[:2])):
+        raise ValueError(
+            "`query_hashes` and `key_hashes` must agree in batch and heads or have 1 of them, got shapes "
+            f"{list(query_hashes.shape)} and {list(key_hashes.shape)}"
+        )
+    batch, heads = torch.broadcast_shapes(query_hashes.shape[:2], key_hashes.shape[:2])
+    queries, query_order = query_hashes.long().expand(batch, heads, -1).contiguous().sort(stable=True)
+    keys, key_order = key_hashes.long().expand(batch, heads, -1).contiguous().sort(stable=True)
+    q_len, kv_len = queries.shape[2], keys.shape[2]
+    ute = torch.searchsorted(queries, keys)
+    lts = torch.searchsorted(queries, keys, right=True)
+    if is_causal:
+        # Bucket and position in one number; the first row of a bucket stands for it, so that no hash overflows.
+        span = q_len + kv_len
+        position = torch.searchsorted(queries, queries) * span + query_order + kv_len
+        ute = torch.searchsorted(position, ute * span + key_order + q_len)
+    dropped = keys < 0
+    return torch.stack([lts.masked_fill(dropped, 0), ute.masked_fill(dropped, q_len)], dim=2).to(torch.int32)
+
+
+def from_block_mask(
+    mask: Tensor,
+    lengths: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    *,
+    is_causal: bool = True,
+    kv_len: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which block of tokens sees which: blocks are documents, turns, images, or so many tokens each.
+
+    Args:
+        mask: bool `[n, n]` or `[B or 1, H or 1, n, n]`: `mask[a, b]` says whether the queries of block a see the keys
+            of block b.
+        lengths: for each of the n blocks its number of tokens, 0 or more. A list of such lists makes a batch.
+        kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
+        device: of the bounds; default: of `mask`.
+
+    Returns:
+        `[B, H or 1, C, S_k]`, the fewest planes that say the same. The arguments are read on the host; O(S_k + n^2)
+        memory.
+
+    Raises:
+        TooManyIntervalsError: when the keys of a block need more than `MAX_INTERVALS` hidden intervals.
+    """
+    if dtype_or_type(mask) != torch.bool:
+        raise TypeError(f"`mask` must be a bool tensor with True = visible, got {dtype_or_type(mask)}")
+    if mask.ndim not in (2, 4) or mask.shape[-1] != mask.shape[-2]:
+        raise ValueError(f"`mask` must be [n, n] or [B or 1, H or 1, n, n], got shape {list(mask.shape)}")
+    device = mask.device if device is None else device
+    mask = mask.cpu() if mask.ndim == 4 else mask.cpu()[None, None]
+    length_rows = host_lists(lengths)
+    for row in length_rows:
+        if len(row) != mask.shape[3] or min(row, default=0) < 0:
+            raise ValueError(f"`lengths` must hold a length of 0 or more for each of {mask.shape[3]} blocks, got {row}")
+    if 1 not in (mask.shape[0], len(length_rows)) and mask.shape[0] != len(length_rows):
+        raise ValueError(f"`mask` has a batch of {mask.shape[0]}, but `lengths` has {len(length_rows)} rows")
+    longest = max((sum(row) for row in length_rows), default=0)
+    kv_len = longest if kv_len is None else kv_len
+    if kv_len < longest:
+        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+
+    # Padding is one more block, and so is key 0, the only key without rows before it. Within a block, all keys have
+    # then as many hidden intervals, which differ by the triangle alone.
+    edges = torch.tensor([[0, *accumulate(row), kv_len] for row in length_rows], dtype=torch.int32, device="cpu")
+    first = (edges[:, 1:-1] == 0).sum(1, keepdim=True)
+    order = torch.cat([first, torch.arange(edges.shape[1] - 1, device="cpu").expand(len(first), -1)], dim=1)
+    edges = torch.nn.functional.pad(edges.clamp(min=min(1, kv_len)), (1, 0))
+    visible = torch.nn.functional.pad(mask, (0, 1, 0, 1), value=False)
+    visible = visible.take_along_dim(order[:, None, :, None], 2).take_along_dim(order[:, None, None], 3)
+
+    first_key, end_key = edges[:, None, None, :-1], edges[:, None, None, 1:]
+    visible = (visible.tril() if is_causal else visible) & (first_key < end_key)
+    start, end = torch.where(visible, 0, first_key.mT), torch.where(visible, 0, end_key.mT)
+    planes = fewest_planes(start, end, kv_len, (first_key if is_causal else end_key - 1)[:, 0])
+    _check_block_intervals(planes.shape[2] // 2)
+    bounds = from_blocks(planes, edges[:, 1:-1].contiguous(), kv_len, device)
+    if is_causal and planes.shape[2] > 1:
+        # What hides row 0 ends with the triangle of each key, or further down if its block does not see itself.
+        upper_end = bounds[:, :, 3 if planes.shape[2] == 4 else 1]
+        upper_end.clamp_(min=torch.arange(kv_len, dtype=torch.int32, device=bounds.device))
+    return bounds
+
+
+def from_dense(mask: Tensor) -> Tensor:
+    """Read a dense mask off as the fewest planes that say the same. Exact; synchronises; O(S_q x S_k) memory.
+
+    Args:
+        mask: bool `[S_q, S_k]` or `[B or 1, H or 1, S_q, S_k]`, True = visible.
+
+    Raises:
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
+    """
+    if dtype_or_type(mask) != torch.bool:
+        raise TypeError(
+            f"`mask` must be a bool tensor with True = visible, got {dtype_or_type(mask)}; for an additive mask of 0 "
+            "and -inf pass `mask == 0`"
+        )
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"`mask` must be [S_q, S_k] or [B or 1, H or 1, S_q, S_k], got shape {list(mask.shape)}")
+    if mask.ndim == 2:
+        mask = mask[None, None]
+    return from_tiles([mask])
+
+
+def from_tiles(tiles: Iterable[Tensor]) -> Tensor:
+    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; synchronises once.
+
+    Args:
+        tiles: one or more bool tensors `[B or 1, H or 1, S_q, columns]`, from the first column to the last.
+
+    Raises:
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
+    """
+    edges, counts = [], []
+    for visible in tiles:
+        q_len = visible.shape[2]
+        hidden = torch.nn.functional.pad(~visible.transpose(2, 3), (1, 1), value=False)
+        # The k-th edge of a hidden interval lies where the number of edges reaches k. One interval too many is kept.
+        count = (hidden[..., 1:] != hidden[..., :-1]).cumsum(-1, dtype=torch.int32)
+        wanted = torch.arange(1, 2 * MAX_INTERVALS + 3, dtype=torch.int32, device=visible.device)
+        wanted = wanted.expand(*count.shape[:3], -1).contiguous()
+        edges.append(torch.searchsorted(count, wanted, out_int32=True))
+        counts.append(count[..., -1])
+    start, end = torch.cat(edges, dim=2).transpose(2, 3).unflatten(2, (-1, 2)).unbind(3)
+    bounds = fewest_planes(start, end, q_len)
+    if bounds.shape[2] > 2 * MAX_INTERVALS:
+        intervals = torch.cat(counts, dim=2) // 2
+        batch, head, column = (intervals > MAX_INTERVALS).nonzero()[0].tolist()
+        raise TooManyIntervalsError(
+            f"key column {column} (batch {batch}, head {head}) needs {int(intervals[batch, head, column])} hidden "
+            f"intervals; bounds hold at most {MAX_INTERVALS}. Use attn_implementation='sdpa' for such a mask"
+        )
+    return bounds
+
+
+def from_startend_row_indices(
+    startend_row_indices: Tensor,
+    is_causal: bool,
+    *,
+    q_len: int | None = None,
+    num_heads: int | None = None,
+) -> Tensor:
+    """Bounds from the `startend_row_indices` of FlashMask's paper and of PaddlePaddle.
+
+    Args:
+        startend_row_indices: int32 `[B, H_m, S_k, C]`, with C = 1 (LTS) or 2 (LTS, LTE) when causal, and C = 2
+            (LTS, UTE) or 4 (LTS, LTE, UTS, UTE) when not. The causal form with two channels becomes C = 4.
+        q_len: S_q when it differs from S_k; only the causal triangle of that form depends on it.
+        num_heads: number of query heads; needed when H_m is the number of key heads, each standing for
+            `num_heads / H_m` neighbouring query heads.
+
+    Returns:
+        `[B, 1 or num_heads, C, S_k]`.
+    """
+    check_int_tensor("startend_row_indices", startend_row_indices, (4,), "[B, H_m, S_k, C]")
+    batch, heads, kv_len, channels = startend_row_indices.shape
+    if channels not in ((1, 2) if is_causal else (2, 4)):
+        accepted = "1 (LTS) or 2 (LTS, LTE)" if is_causal else "2 (LTS, UTE) or 4 (LTS, LTE, UTS, UTE)"
+        raise ValueError(
+            f"`startend_row_indices` with is_causal={is_causal} must have {accepted} channels in its last dimension, "
+            f"got shape {list(startend_row_indices.shape)}"
+        )
+    planes = startend_row_indices.transpose(2, 3).to(torch.int32)
+    if is_causal and channels == 2:
+        q_len = kv_len if q_len is None else q_len
+        ute = rows_of_keys(q_len, kv_len, None, 0, planes.device).clamp(0, q_len).expand(batch, heads, 1, kv_len)
+        planes = torch.cat([planes, torch.zeros_like(ute), ute], dim=2)
+    if num_heads is not None and heads not in (1, num_heads):
+        if num_heads % heads:
+            raise ValueError(f"`num_heads` ({num_heads}) must be a multiple of the {heads} heads of the indices")
+        planes = planes.repeat_interleave(num_heads // heads, dim=1)
+    return planes.contiguous()
+
+
+def _check_block_intervals(intervals: int) -> None:
+    if intervals > MAX_INTERVALS:
+        raise TooManyIntervalsError(
+            f"`mask` needs {intervals} hidden intervals for the keys of a block, bounds hold at most {MAX_INTERVALS}. "
+            "Use attn_implementation='sdpa' for such a mask"
+        )

@@ -1,0 +1,241 @@
+"""The form of bounds: limits, checks, and the planes and intervals that the other modules build with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+MAX_INTERVALS = 16
+"""The largest number of hidden intervals per key that the format holds (C = 32)."""
+
+
+Offset: TypeAlias = "int | Tensor"
+
+
+NO_END = torch.iinfo(torch.int32).max
+
+
+FAR = 2**30  # farther than any two positions are apart, and safe to add to one
+
+
+class TooManyIntervalsError(ValueError):
+    """A mask needs more than `MAX_INTERVALS` hidden intervals for a key."""
+
+
+def check_bounds(
+    bounds: Tensor,
+    *,
+    name: str = "bounds",
+    batch: int | None = None,
+    heads: int | None = None,
+    kv_len: int | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise a `TypeError` or `ValueError` that says what is wrong if `bounds` do not fit an attention call.
+
+    Args:
+        bounds: what the user gave.
+        name: the argument to name in the message.
+        batch, heads, kv_len, device: of the call; each is checked where given. `heads` are the query heads.
+    """
+    check_form(bounds, name)
+    for dimension, (what, expected) in enumerate((("batch", batch), ("number of query heads", heads))):
+        if expected is not None and bounds.shape[dimension] not in (1, expected):
+            raise ValueError(
+                f"`{name}` has shape {list(bounds.shape)}: dimension {dimension} must be 1 or the {what}, {expected}"
+            )
+    if kv_len is not None and bounds.shape[3] != kv_len:
+        raise ValueError(
+            f"`{name}` has shape {list(bounds.shape)}: the last dimension must be the key length, {kv_len}"
+        )
+    if device is not None and bounds.device != device:
+        raise ValueError(f"`{name}` is on {bounds.device}, the queries are on {device}; move it there with .to()")
+
+
+def rows_of_keys(
+    q_len: int,
+    kv_len: int,
+    q_offset: Offset | None,
+    kv_offset: Offset,
+    device: torch.device | str | None,
+    below: int = 0,
+) -> Tensor:
+    """The row `below` that at which each key's own position lies, int32 `[S_k]`; rows before it come before the key."""
+    check_lengths(q_len, kv_len)
+    if device is None:
+        device = next((offset.device for offset in (q_offset, kv_offset) if isinstance(offset, Tensor)), None)
+    shift = below + (q_len - kv_len if q_offset is None else kv_offset - q_offset)
+    if isinstance(shift, Tensor):
+        return torch.arange(kv_len, dtype=torch.int32, device=device) + shift
+    return torch.arange(shift, shift + kv_len, dtype=torch.int32, device=device)
+
+
+def is_bottom_right(q_len: int, kv_len: int, q_offset: Offset | None, kv_offset: Offset) -> bool:
+    """Whether the causal triangle is the implied one of C = 1. Offsets on a device are never read to find out."""
+    if q_offset is None:
+        return True
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
+        return False
+    return q_offset - kv_offset == kv_len - q_len
+
+
+def stack_planes(lts: Tensor, ute: Tensor | None, q_len: int) -> Tensor:
+    """`[B or 1, 1, 1 or 2, S_k]` from local rows `[S_k]` or `[B, S_k]`; no UTE means C = 1."""
+    planes = lts.unsqueeze(-2) if ute is None else torch.stack(torch.broadcast_tensors(lts, ute), dim=-2)
+    planes = planes.clamp(0, q_len).to(torch.int32)
+    return planes[None, None] if planes.ndim == 2 else planes[:, None]
+
+
+def resolve_call(
+    positions: int, q_len: int | None, kv_len: int | None, q_offset: Offset | None, kv_offset: Offset
+) -> tuple[int, int, Offset, Offset]:
+    q_len = positions if q_len is None else q_len
+    kv_len = positions if kv_len is None else kv_len
+    return q_len, kv_len, positions - q_len if q_offset is None else q_offset, kv_offset
+
+
+def previous(values: Tensor) -> Tensor:
+    """The value before each one, and the first one before itself: `[B, S]`."""
+    return torch.cat([values[:, :1], values], dim=1)[:, :-1]
+
+
+def run_ends(starts: Tensor) -> Tensor:
+    """Past-the-last position of each position's run, int32 `[B, S]`, from bool `[B, S]`: whether a run starts here."""
+    runs = starts.cumsum(-1, dtype=torch.int32).contiguous()
+    return torch.searchsorted(runs, runs, right=True, out_int32=True)
+
+
+def at_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_offset: Offset) -> Tensor:
+    """The edge of each key's run, `[B, S_k]`, from that of each position; `nowhere` for keys in none."""
+    if outside is not None:
+        edge = edge.masked_fill(outside, nowhere)
+    positions = edge.shape[-1]
+    if kv_len == positions and not isinstance(kv_offset, Tensor) and kv_offset == 0:
+        return edge
+    # One more position stands for all those that the ids do not reach.
+    edge = torch.nn.functional.pad(edge, (0, 1), value=nowhere)
+    key = torch.arange(kv_len, device=edge.device) + kv_offset
+    return edge[:, torch.where((key < 0) | (key > positions), positions, key)]
+
+
+def from_runs(ends: Tensor, hidden: Tensor | None, call: tuple[int, int, Offset, Offset], is_causal: bool) -> Tensor:
+    q_len, kv_len, q_offset, kv_offset = call
+    lts = at_keys(ends, hidden, -FAR, kv_len, kv_offset) - q_offset
+    if not is_causal:
+        starts = torch.searchsorted(ends, ends, out_int32=True)
+        return stack_planes(lts, at_keys(starts, hidden, FAR, kv_len, kv_offset) - q_offset, q_len)
+    if is_bottom_right(*call):
+        return stack_planes(lts, None, q_len)
+    return stack_planes(lts, rows_of_keys(*call, ends.device), q_len)
+
+
+def lower_and_upper(bounds: Tensor, q_len: int | None) -> tuple[Tensor, Tensor]:
+    """LTS and UTE of bounds with C = 1 or 2, each `[B or 1, H or 1, S_k]`."""
+    if bounds.shape[2] == 2:
+        return bounds[:, :, 0], bounds[:, :, 1]
+    kv_len = bounds.shape[3]
+    diagonal = rows_of_keys(kv_len if q_len is None else q_len, kv_len, None, 0, bounds.device)
+    return bounds[:, :, 0], diagonal.clamp(min=0)[None, None]
+
+
+def hidden_intervals(bounds: Tensor, q_len: int | None) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the hidden rows of each key, each `[B or 1, H or 1, n, S_k]`."""
+    if bounds.shape[2] > 2:
+        return bounds[:, :, 0::2], bounds[:, :, 1::2]
+    lts, ute = torch.broadcast_tensors(*lower_and_upper(bounds, q_len))
+    start = torch.stack([torch.zeros_like(ute), lts], dim=2)
+    end = torch.stack([ute, torch.full_like(lts, NO_END)], dim=2)
+    return start, end
+
+
+def shift_down(planes: Tensor, fill: int) -> Tensor:
+    """Plane k becomes plane k + 1, the first one `fill`."""
+    return torch.cat([torch.full_like(planes[:, :, :1], fill), planes[:, :, :-1]], dim=2)
+
+
+def broadcast_masks(bounds: Sequence[Tensor]) -> list[Tensor]:
+    batch, heads = torch.broadcast_shapes(*(mask.shape[:2] for mask in bounds))
+    return [mask.expand(batch, heads, -1, -1) for mask in bounds]
+
+
+def host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
+    rows = list(values.tolist() if isinstance(values, Tensor) else values)
+    if rows and isinstance(rows[0], (Sequence, Tensor)):
+        return [[int(value) for value in row] for row in rows]
+    return [[int(value) for value in rows]]
+
+
+def check_lengths(q_len: int, kv_len: int) -> None:
+    if q_len < 0 or kv_len < 0:
+        raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")
+
+
+def dtype_or_type(value: object) -> torch.dtype | str:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_int_tensor(name: str, value: Tensor, dims: tuple[int, ...], shape: str, allow_bool: bool = False) -> None:
+    dtype = dtype_or_type(value)
+    if (
+        isinstance(dtype, str)
+        or dtype.is_floating_point
+        or dtype.is_complex
+        or (dtype == torch.bool and not allow_bool)
+    ):
+        raise TypeError(f"`{name}` must be an integer tensor {shape}, got {dtype}")
+    if value.ndim not in dims:
+        raise ValueError(f"`{name}` must be {shape}, got shape {list(value.shape)}")
+
+
+def check_per_position(name: str, value: Tensor) -> Tensor:
+    check_int_tensor(name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask")
+    return value if value.ndim == 2 else value[None]
+
+
+def check_form(bounds: Tensor, name: str = "bounds") -> None:
+    if dtype_or_type(bounds) != torch.int32:
+        raise TypeError(
+            f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {dtype_or_type(bounds)}; a tensor is "
+            "converted with .to(torch.int32)"
+        )
+    planes = bounds.shape[2] if bounds.ndim == 4 else 0
+    if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
+        raise ValueError(
+            f"`{name}` must have shape [B or 1, H or 1, C, S_k] with C = 1 or an even number up to "
+            f"{2 * MAX_INTERVALS}, got {list(bounds.shape)}"
+        )
+
+
+def check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:
+    if not bounds:
+        raise ValueError(f"{operation}() needs at least one mask")
+    for mask in bounds:
+        check_form(mask)
+    if any(mask.shape[3] != bounds[0].shape[3] for mask in bounds):
+        raise ValueError(f"{operation}() needs masks of one key length, got {[mask.shape[3] for mask in bounds]}")
+
+
+def check_intervals(operation: str, intervals: int) -> None:
+    if intervals > MAX_INTERVALS:
+        raise TooManyIntervalsError(
+            f"{operation}() of these masks needs {intervals} hidden intervals per key, bounds hold at most "
+            f"{MAX_INTERVALS}: call simplify(bounds, q_len) on the arguments first, or on part of the result"
+        )
+
+
+def from_blocks(planes: Tensor, ends: Tensor, kv_len: int, device: torch.device | str | None) -> Tensor:
+    """Bounds of each key, `[B, H, C, S_k]`, on `device`, without waiting for it.
+
+    Args:
+        planes: those of each of n blocks of keys and of padding, int32 `[B or 1, H, C, n + 1]`, contiguous.
+        ends: past-the-last key of each block, int32 `[B or 1, n]`, contiguous.
+    """
+    if planes.is_cpu and torch.device(device or "cpu").type == "cuda":
+        planes, ends = planes.pin_memory(), ends.pin_memory()  # copies of other memory wait for the device
+    planes, ends = planes.to(device, non_blocking=True), ends.to(device, non_blocking=True)
+    key = torch.arange(kv_len, dtype=torch.int32, device=planes.device).expand(len(ends), -1)
+    block = torch.searchsorted(ends, key.contiguous(), right=True)
+    return planes.take_along_dim(block[:, None, None], 3)

@@ -1,0 +1,134 @@
+"""Prefix trees: bounds from parents and lengths, and windows along the branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .form import NO_END, check_form, check_intervals, from_blocks, host_lists
+
+
+def from_prefix_tree(
+    parents: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    lengths: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    *,
+    kv_len: int | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A forest of shared prefixes in depth-first order: a token sees its node up to itself, and all nodes above.
+
+    One row of bounds says it: causal, and LTS = end of the subtree. A list of roots is packed documents, a root with
+    two leaves a preference pair, a root with many leaves a group of answers.
+
+    Args:
+        parents: for each node the index of its parent, or -1 for a root, in depth-first order. A list of such lists,
+            with one of lengths for each, makes a batch.
+        lengths: for each node its number of tokens, 0 or more.
+        kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
+
+    Returns:
+        `[B, 1, 1, S_k]`. The arguments are read on the host.
+
+    Raises:
+        ValueError: when the nodes are not in depth-first order; the message names the node.
+    """
+    parent_rows = host_lists(parents)
+    length_rows = host_lists(lengths)
+    if len(parent_rows) != len(length_rows):
+        raise ValueError(
+            f"`parents` and `lengths` must have as many rows, got {len(parent_rows)} and {len(length_rows)}"
+        )
+    ends = [_subtree_ends(parent_row, length_row) for parent_row, length_row in zip(parent_rows, length_rows)]
+    longest = max((sum(row) for row in length_rows), default=0)
+    kv_len = longest if kv_len is None else kv_len
+    if kv_len < longest:
+        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+    # After the last token comes padding, in place of the nodes that other rows have more.
+    lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
+    token_ends = pad_sequence(
+        [torch.tensor(list(accumulate(row)), dtype=torch.int32) for row in length_rows],
+        batch_first=True,
+        padding_value=kv_len,
+    )
+    return from_blocks(lts[:, None, None], token_ends, kv_len, device)
+
+
+def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branches: int | None = None) -> Tensor:
+    """Hide each key of a prefix tree from the rows of its subtree that are at `end_depth` or deeper.
+
+    A window of W tokens along each branch is `end_depth = depth + W`, chunks of W are `(depth // W + 1) * W`.
+
+    Args:
+        bounds: `[B, 1, 1, S]`, trees in depth-first order (`from_prefix_tree`), S_q = S_k.
+        depth: integers `[B, S]`, the number of tokens before each one on its path from the root. They go up one by one,
+            except where a branch or a tree begins.
+        end_depth: integers `[B, S]`, more than `depth`.
+        max_branches: the largest number of leaves in one tree, when it is known. Otherwise it is read from the device.
+
+    Returns:
+        `[B, 1, C, S]`, C = 4 for trees without branches, else 2 (max_branches + 1): each branch has an end of its own.
+
+    Raises:
+        ValueError: when a tree has more than `MAX_INTERVALS - 1` branches.
+    """
+    check_form(bounds)
+    if bounds.shape[1] != 1 or bounds.shape[2] != 1:
+        raise ValueError(f"`bounds` must be those of a prefix tree, [B, 1, 1, S], got {list(bounds.shape)}")
+    if bounds.numel() == 0:
+        return bounds.expand(-1, -1, 4, -1).contiguous()
+    subtree_end = bounds[:, 0, 0]
+    length = subtree_end.shape[1]
+    row = torch.arange(length, dtype=torch.int32, device=bounds.device).expand_as(subtree_end)
+    depth, end_depth = (values.to(torch.int32).expand_as(subtree_end) for values in (depth, end_depth))
+    # The row is a sequence of runs, in which depth goes up one by one. `run_end[i]` is where the run of row i ends.
+    begins_run = torch.nn.functional.pad(depth[:, 1:] != depth[:, :-1] + 1, (1, 0), value=True)
+    next_run = torch.where(begins_run, row, length).flip(1).cummin(1).values.flip(1)
+    run_end = torch.nn.functional.pad(next_run[:, 1:], (0, 1), value=length)
+    if max_branches is None:
+        run = begins_run.cumsum(1)
+        last_row = torch.maximum(subtree_end - 1, row).clamp(max=length - 1).long()
+        max_branches = int((run.gather(1, last_row) - run).max()) + 1
+    check_intervals("limit_depth", max_branches + 1)
+
+    # In every run of the subtree the rows before `end_depth` see the key. What is hidden after the last one joins what
+    # lies below the subtree, so that neighbouring keys say it in the same plane.
+    branches = []
+    lower_start = torch.minimum(subtree_end, run_end)
+    start, end = row, torch.minimum(run_end, subtree_end)
+    for _ in range(max_branches):
+        first_depth = depth.gather(1, start.clamp(max=length - 1).long())
+        hidden_from = torch.minimum(start + (end_depth - first_depth).clamp(min=0), end)
+        lower_start = torch.where(start < subtree_end, hidden_from, lower_start)
+        branches.append((hidden_from, torch.where(end < subtree_end, end, hidden_from)))
+        start = end
+        end = torch.minimum(run_end.gather(1, start.clamp(max=length - 1).long()), subtree_end)
+    planes = [lower_start, torch.full_like(row, NO_END), torch.zeros_like(row), row]
+    planes += [plane for branch in branches[:-1] for plane in branch]
+    return torch.stack(planes, dim=1)[:, None]
+
+
+def _subtree_ends(parents: list[int], lengths: list[int]) -> list[int]:
+    """Past-the-last token of each node's subtree, after checking the depth-first order."""
+    if len(parents) != len(lengths):
+        raise ValueError(f"`parents` and `lengths` must name as many nodes, got {len(parents)} and {len(lengths)}")
+    path: list[int] = []
+    for node, (parent, length) in enumerate(zip(parents, lengths)):
+        if length < 0:
+            raise ValueError(f"`lengths` must not be negative, node {node} has {length}")
+        while path and path[-1] != parent:
+            path.pop()
+        if parent != -1 and not path:
+            raise ValueError(
+                f"`parents` must be in depth-first order, every node right after its parent's earlier subtrees: node "
+                f"{node} has parent {parent}, which is not an ancestor-or-self of node {node - 1}"
+            )
+        path.append(node)
+    ends = list(accumulate(lengths))
+    for node in reversed(range(len(parents))):
+        if parents[node] != -1:
+            ends[parents[node]] = max(ends[parents[node]], ends[node])
+    return ends

@@ -1,0 +1,165 @@
+"""What is registered with Transformers, and what is wrapped in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from flashmask_kernels.ops import share_in_graph
+
+from .attention import flashmask_attention_forward
+from .mask import (
+    _are_of_tokens,
+    _find_documents,
+    _is_marked,
+    _is_square,
+    _mask_of_keys,
+    _send_tree,
+    _tree_of_user,
+    _unwrap_tree_for_compiler,
+    flashmask_mask,
+)
+from .memo import _masks_of_users
+from .name import NAME, logger
+from .support import (
+    _PARTS_THAT_KEEP_EAGER,
+    _check_padding_mask,
+    _family_of,
+    _reason_against,
+    _refuse_bounds_shared_by_layer_types,
+    _supports_more_than_eager,
+)
+
+
+def register() -> None:
+    """Make `attn_implementation="flashmask"` known to Transformers. Importing hf_flashmask does it; again is harmless.
+
+    Besides the two public registries, three private functions are wrapped, because Transformers takes every name that
+    contains "flash" for FlashAttention. The wrappers pass everything on unless the name is exactly "flashmask".
+
+    Raises:
+        ImportError: when this Transformers does not have what is wrapped; the message names its version.
+    """
+    AttentionInterface.register(NAME, flashmask_attention_forward)
+    AttentionMaskInterface.register(NAME, flashmask_mask)
+    for owner, name, wrap in _WRAPPERS:
+        original = getattr(owner, name, None)
+        if not callable(original):
+            raise ImportError(
+                f"hf_flashmask needs transformers >= 5.4; version {transformers.__version__} has no "
+                f"`{owner.__name__}.{name}`. Please report it with this version number."
+            )
+        if not hasattr(original, _OURS):
+            wrapper = functools.wraps(original)(wrap(original))
+            setattr(wrapper, _OURS, True)
+            setattr(owner, name, wrapper)
+
+
+def _wrap_check(original: Callable) -> Callable:
+    """FlashAttention's checks would import a package called flashmask, or swap the name for another implementation."""
+
+    def check_and_adjust(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation == NAME:
+            return self.get_correct_attn_implementation(NAME)
+        return original(self, attn_implementation, *args, **kwargs)
+
+    return check_and_adjust
+
+
+def _wrap_dispatch(original: Callable) -> Callable:
+    """Transformers asks no model whether it supports a custom implementation."""
+
+    def get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
+        if requested_attention != NAME:
+            return original(self, requested_attention, *args, **kwargs)
+        reason = _reason_against(self)
+        if reason is not None:
+            others = '"sdpa" or "eager"' if self._supports_sdpa else '"eager"'
+            raise ValueError(
+                f'{type(self).__name__} does not work with attn_implementation="flashmask": {reason}. Use {others} for '
+                "it; in a composite model the other parts can still use flashmask, as in "
+                'attn_implementation={"": "eager", "text_config": "flashmask"}.'
+            )
+        supports_less = _supports_more_than_eager(_family_of(type(self))) and not _supports_more_than_eager(type(self))
+        if supports_less or self.config.model_type in _PARTS_THAT_KEEP_EAGER:
+            # The audio encoder of Gemma 4, for example.
+            logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
+            return "eager"
+        return original(self, requested_attention, *args, **kwargs)
+
+    return get_correct
+
+
+def _wrap_is_flash(original: Callable) -> Callable:
+    """`masking_utils` refuses chunked masks (Llama 4) for FlashAttention; bounds hold them."""
+
+    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
+        if config is not None and config._attn_implementation == NAME:
+            return False
+        return original(config, *args, **kwargs)
+
+    return is_flash_attention_requested
+
+
+def _wrap_preprocess(original: Callable) -> Callable:
+    """Here, and nowhere else, one sees that the user gave one mask for all layers, and `position_ids` beside a cache.
+
+    Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
+    always found, and take the place of the 2-D mask on the way to `flashmask_mask`.
+    """
+
+    def preprocess_mask_arguments(
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Any,
+        position_ids: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        if config._attn_implementation != NAME:
+            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
+        if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
+            raise TypeError(
+                f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
+                f"{config.model_type} see the same keys: pass the tensor itself"
+            )
+        attention_mask = _unwrap_tree_for_compiler(config, attention_mask)
+        tree = _tree_of_user(config, attention_mask, position_ids)
+        if tree is not None:
+            _, _, _, *sizes = original(config, inputs_embeds, None, past_key_values, None, *args, **kwargs)
+            return False, _send_tree(tree), None, *sizes
+        arguments = original(config, inputs_embeds, attention_mask, past_key_values, None, *args, **kwargs)
+        early_exit, mask, _, *sizes = arguments
+        if early_exit and mask is not None and not _is_marked(mask):
+            _refuse_bounds_shared_by_layer_types(config, mask)
+            if not is_tracing(mask):
+                _masks_of_users[mask] = True
+        if early_exit and mask is not None and torch.compiler.is_compiling():
+            mask = share_in_graph(mask.view(mask.shape))
+        if not early_exit and mask is not None and _is_square(*sizes):
+            _check_padding_mask(mask, *inputs_embeds.shape[:2])
+        if not early_exit and _is_square(*sizes) and _are_of_tokens(position_ids, *inputs_embeds.shape[:2]):
+            documents = _find_documents(position_ids, attention_mask, _mask_of_keys(mask, *sizes[1::2]))
+            mask = documents.expand(inputs_embeds.shape[0], -1)
+        return early_exit, mask, None, *sizes
+
+    return preprocess_mask_arguments
+
+
+_OURS = "_knows_flashmask"
+
+
+_WRAPPERS = (
+    (PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check),
+    (PreTrainedModel, "get_correct_attn_implementation", _wrap_dispatch),
+    (masking_utils, "is_flash_attention_requested", _wrap_is_flash),
+    (masking_utils, "_preprocess_mask_arguments", _wrap_preprocess),
+)

@@ -1,0 +1,135 @@
+"""Which models and which calls are refused, and why."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
+        raise ValueError(
+            f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
+            "or bounds [B or 1, H or 1, C, S_k]"
+        )
+
+
+KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Layer types that see less than everything -> the setting that says how many keys."""
+
+
+def _has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether some layers do not see all of so long a row."""
+    layer_types = set(getattr(config, "layer_types", None) or KEY_RANGE_OF_LAYER_TYPE)
+    limits = [getattr(config, limit, None) for name, limit in KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
+    return any(limit is not None and limit < bounds.shape[-1] for limit in limits)
+
+
+def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether one tensor of final bounds, for full and windowed layers alike, would silently widen the windows."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1 and _has_key_ranges(config, bounds)
+
+
+def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
+    if _layers_see_different_keys(config, bounds):
+        raise ValueError(
+            "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
+            f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
+            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches"
+        )
+
+
+def _reason_against(model: PreTrainedModel) -> str | None:
+    """Why a model cannot use the attention interface with bounds, known before it is built."""
+    settings = getattr(model.config, "position_embeddings_type", None), model.main_input_name
+    if settings in _BIASED_POSITIONS:
+        return _ADDS_A_BIAS
+    return _reason_against_config(model.config) or _reason_against_class(type(model))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _reason_against_class(model_class: type) -> str | None:
+    """Read off the source of the modeling file, and what its models declare."""
+    for base in model_class.__mro__:
+        if base is PreTrainedModel or not issubclass(base, PreTrainedModel):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[base.__module__])
+        except (KeyError, OSError, TypeError):  # a class from a notebook: its bases are still looked at
+            continue
+        if re.search(r"ATTENTION_CLASSES\[\s*(config\.)?_?attn_implementation\s*\]", source):
+            return "it picks its attention layer from a fixed list of implementations"
+        if re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE):
+            if "ALL_ATTENTION_FUNCTIONS" not in source:
+                return "it computes attention itself, not through the attention interface"
+            if not _supports_more_than_eager(_family_of(base)):
+                # Such models may compute with masks of their own (BigBird-Pegasus, Splinter), and refuse sdpa as well.
+                return "Transformers supports only eager attention for it"
+            return None
+    return None
+
+
+_SELECTING_LAYERS = {
+    "indexed_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+}
+
+
+_ADDS_A_BIAS = "it adds a bias to its attention scores"
+
+
+_SETTINGS_OF_A_BIAS = ("relative_attention_num_buckets", "rel_extent")
+
+
+_SWITCHES_OF_A_BIAS = ("use_relative_position_bias", "use_shared_relative_position_bias")
+
+
+_BIASED_POSITIONS = {
+    (embeddings, sound) for embeddings in ("relative", "relative_key") for sound in ("input_values", "input_features")
+}
+"""Position embeddings of Conformers, and what they read: the text part of SeamlessM4T has the same configuration."""
+
+
+_PARTS_THAT_KEEP_EAGER = {"phi4_multimodal_audio", "phi4_multimodal_vision"}
+"""A bias, and layers that call themselves causal and are not: the language model does not depend on either."""
+
+
+_MODELS_WITH_DENSE_MASKS = {
+    "nemotron_asr_streaming_encoder": _ADDS_A_BIAS,
+    "parakeet_encoder": _ADDS_A_BIAS,
+    "swin": _ADDS_A_BIAS,
+    "doge": "its layers compute with a dense mask",
+    "t5gemma2_decoder": "it joins the masks of two sequences as if they were dense",
+}
+
+
+def _reason_against_config(config: Any) -> str | None:
+    selecting = _SELECTING_LAYERS.intersection(getattr(config, "layer_types", None) or ())
+    if selecting:
+        return f"each query of its layers of type {min(selecting)!r} attends only to keys that it selects"
+    if any(hasattr(config, name) for name in _SETTINGS_OF_A_BIAS):
+        return _ADDS_A_BIAS
+    if any(getattr(config, name, False) for name in _SWITCHES_OF_A_BIAS):
+        return _ADDS_A_BIAS
+    if config.model_type == "siglip2_vision_model" and config.vision_use_head:
+        return "the head that pools its patches computes with a dense mask (set vision_use_head = False to do without)"
+    return _MODELS_WITH_DENSE_MASKS.get(config.model_type)
+
+
+def _supports_more_than_eager(model_class: type) -> bool:
+    flags = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    return any(getattr(model_class, flag, False) for flag in flags)
+
+
+def _family_of(model_class: type) -> type:
+    """The class next to `PreTrainedModel` among the bases: that of all models in a modeling file."""
+    return next(base for base in model_class.__mro__ if PreTrainedModel in base.__bases__)

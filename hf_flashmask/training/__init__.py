@@ -1,0 +1,32 @@
+"""Training: collators that pack rows, losses over answers that share prompts, and how a model computes them."""
+
+from .loss_hooks import compute_log_probs, set_loss
+from .losses import (
+    answer_log_probs,
+    answer_scores,
+    dpo_loss,
+    reference_log_probs,
+    reward_loss,
+    split_pairs,
+    token_log_probs,
+)
+from .packing import Overflow, PackedDataCollator, PackingStrategy, pack_lengths
+from .preference_collator import AnswerLabels, SharedPromptDataCollator
+
+__all__ = [
+    "AnswerLabels",
+    "Overflow",
+    "PackedDataCollator",
+    "PackingStrategy",
+    "SharedPromptDataCollator",
+    "answer_log_probs",
+    "answer_scores",
+    "compute_log_probs",
+    "dpo_loss",
+    "pack_lengths",
+    "reference_log_probs",
+    "reward_loss",
+    "set_loss",
+    "split_pairs",
+    "token_log_probs",
+]

@@ -1,0 +1,168 @@
+"""Losses over answers that share prompts: functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .preference_collator import IGNORED, NOTHING, AnswerLabels
+
+_LABELS_AT_ONCE = 1024  # rows of logits whose float32 log-softmax exists at the same time
+
+
+def token_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
+    """The log-probability of every token of every answer, given what is before it in its branch.
+
+    Only positions that predict an answer are looked at, in float32, a part of them at a time: neither forward nor
+    backward keeps a log-softmax.
+
+    Args:
+        logits: `[B, N, V]` of whole rows, or `[B, L, V]` of the positions in the collator's `logits_to_keep`.
+
+    Returns:
+        float32 `[B, A, T]`, 0 where `labels["answers"]` is padding.
+    """
+    selected, tokens = _select_positions(logits, labels["positions"]), labels["tokens"]
+    parts = zip(selected.flatten(0, 1).split(_LABELS_AT_ONCE), tokens.flatten().split(_LABELS_AT_ONCE))
+    log_probs = torch.cat([checkpoint(_log_probs_of_tokens, *part, use_reentrant=False) for part in parts])
+    answers = labels["answers"]
+    by_label = log_probs.view_as(tokens)[:, None, :].expand(-1, answers.shape[1], -1)
+    return by_label.gather(2, answers.clamp(min=0)).masked_fill(answers == NOTHING, 0.0)
+
+
+def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
+    """The log-probability of each answer given its prompt, the sum of `token_log_probs`.
+
+    Returns:
+        float32 `[B, A]`, 0 for padding.
+    """
+    return token_log_probs(logits, labels).sum(-1)
+
+
+def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
+    """The score at each answer's last token.
+
+    Args:
+        scores: `[B, N, 1]` or `[B, N]`, of whole rows: what the head of a reward model makes of every position.
+
+    Returns:
+        float32 `[B, A]`, 0 for padding.
+    """
+    if scores.ndim == 3 and scores.shape[2] == 1:
+        scores = scores[..., 0]
+    last = labels["last"]
+    if scores.ndim != 2 or scores.shape[0] != last.shape[0]:
+        raise ValueError(
+            f"`scores` must be [B, N, 1] or [B, N], a score for each position of {last.shape[0]} rows, got "
+            f"{list(scores.shape)}; the `logits` that a sequence classifier returns are one for each row"
+        )
+    return scores.float().gather(1, last.clamp(min=0)).masked_fill(last == NOTHING, 0.0)
+
+
+def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
+    """`[B, L, V]`. L is less than N: nothing follows the last token of an answer, so it is not among the positions."""
+    if logits.ndim == 4:  # a model that selects the positions of every row in every row
+        logits = logits.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+    if logits.ndim != 3 or logits.shape[0] != positions.shape[0] or logits.shape[1] < positions.shape[1]:
+        raise ValueError(
+            f"`logits` must be [B, N, V] of {positions.shape[0]} rows, or [B, L, V] of the {positions.shape[1]} "
+            f"positions in `logits_to_keep`, got {list(logits.shape)}"
+        )
+    if logits.shape[1] == positions.shape[1]:
+        return logits
+    return logits.take_along_dim(positions[..., None], dim=1)
+
+
+def _log_probs_of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`[R, V]`, `[R]` -> float32 `[R]`, 0 where there is no token."""
+    return -nn.functional.cross_entropy(logits.float(), tokens, ignore_index=IGNORED, reduction="none")
+
+
+def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of answers `[B, A]` -> of the chosen ones `[B, P]`, of the rejected ones, and bool, which are no padding.
+
+    Raises:
+        ValueError: when the examples were lists of answers.
+    """
+    if "pairs" not in labels:
+        raise ValueError(
+            "the examples of this batch are lists of answers, not pairs: give them `chosen` and `rejected`, or use a "
+            "loss of your own over the answers of each example, labels['example']"
+        )
+    pairs = labels["pairs"]
+    chosen, rejected = (values.gather(1, pairs[..., side].clamp(min=0)) for side in (0, 1))
+    return chosen, rejected, pairs[..., 0] != NOTHING
+
+
+def reference_log_probs(labels: AnswerLabels) -> Tensor:
+    """The `ref_logps` of the examples, float32 `[B, A]`, 0 for padding.
+
+    Raises:
+        ValueError: when the examples have none.
+    """
+    if "ref_logps" not in labels:
+        raise ValueError(
+            "the examples have no `ref_logps`: add what compute_log_probs(reference_model, dataset, data_collator) "
+            "returns to the dataset as a column of that name"
+        )
+    return labels["ref_logps"].view(torch.float32)
+
+
+def dpo_loss(
+    log_probs: Tensor,
+    labels: AnswerLabels,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    ref_log_probs: Tensor | None = None,
+) -> Tensor:
+    """Direct preference optimization (arXiv 2305.18290, equation 7), averaged over the pairs of the batch.
+
+    With the log-ratios r = log p(answer) - log p_reference(answer) and d = beta * (r_chosen - r_rejected), the loss of
+    a pair is -log sigmoid(d); with label smoothing e, the probability that a pair is labelled the wrong way round,
+    -(1 - e) log sigmoid(d) - e log sigmoid(-d) (conservative DPO, https://ericmitchell.ai/cdpo.pdf).
+
+    Args:
+        log_probs: `[B, A]`, from `answer_log_probs`.
+        beta: how strongly the model is held to the reference.
+        label_smoothing: from 0 to less than 0.5.
+        ref_log_probs: `[B, A]`, those of the reference model. Default: `ref_logps` of the examples.
+
+    Returns:
+        The loss, 0-d.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"`label_smoothing` must be from 0 to less than 0.5, got {label_smoothing}")
+    if ref_log_probs is None:
+        ref_log_probs = reference_log_probs(labels)
+    chosen, rejected, is_pair = split_pairs(log_probs - ref_log_probs, labels)
+    difference = beta * (chosen - rejected)
+    log_sigmoid = nn.functional.logsigmoid
+    losses = -(1 - label_smoothing) * log_sigmoid(difference) - label_smoothing * log_sigmoid(-difference)
+    return _mean(losses, is_pair)
+
+
+def reward_loss(scores: Tensor, labels: AnswerLabels, *, center_rewards_coefficient: float = 0.0) -> Tensor:
+    """The Bradley-Terry loss of a reward model (arXiv 2203.02155, equation 1), averaged over the pairs of the batch.
+
+    The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The margin
+    (arXiv 2307.09288, equation 2) is that of the examples, or 0; the second term, with the coefficient c, keeps scores
+    near 0 (arXiv 2312.09244).
+
+    Args:
+        scores: `[B, A]`, from `answer_scores`.
+
+    Returns:
+        The loss, 0-d.
+    """
+    chosen, rejected, is_pair = split_pairs(scores, labels)
+    difference = chosen - rejected
+    if "margin" in labels:
+        difference = difference - labels["margin"]
+    losses = -nn.functional.logsigmoid(difference) + center_rewards_coefficient * (chosen + rejected) ** 2
+    return _mean(losses, is_pair)
+
+
+def _mean(losses: Tensor, is_pair: Tensor) -> Tensor:
+    return losses.masked_fill(~is_pair, 0.0).sum() / is_pair.sum()
