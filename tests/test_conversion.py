@@ -24,15 +24,8 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
+from hf_flashmask.integration import Mask, flashmask_mask
 from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
-from hf_flashmask.integration.mask import (
-    _WITHOUT_DOCUMENTS,
-    _WITHOUT_DOCUMENTS_PADDED,
-    _is_marked,
-    _is_plain_causal,
-    _unmark,
-    flashmask_mask,
-)
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
 HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
@@ -66,13 +59,12 @@ def assert_same(mask_function: Callable, q_len: int, kv_len: int, q_offset: Any 
     return converted
 
 
-def visible_in(mask: Tensor | None, q_len: int, kv_len: int) -> Tensor:
-    """What the mask function returned, dense: None stands for everything, no planes at all for plain causal."""
-    if mask is None:
-        return torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
-    if _is_plain_causal(mask):
-        return bounds.to_dense(bounds.causal(q_len, kv_len), q_len)
-    return bounds.to_dense(_unmark(mask) if _is_marked(mask) else mask, q_len)
+def visible_in(mask: Mask, q_len: int, kv_len: int) -> Tensor:
+    """What the mask function returned, dense."""
+    if mask.bounds is not None:
+        return bounds.to_dense(mask.bounds, q_len)
+    everything = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool)
+    return everything.tril() if mask.is_causal else everything
 
 
 def random_ids(length: int, *, negative: bool) -> Tensor:
@@ -408,9 +400,8 @@ def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> No
     else:
         pairs = [(masks["flashmask"], masks["eager"])]
     for converted, expected in pairs:
-        if converted is not None and _is_marked(converted) and not _is_plain_causal(converted):
-            assert converted.shape[1] == (_WITHOUT_DOCUMENTS if padding == "none" else _WITHOUT_DOCUMENTS_PADDED)
-            assert torch.equal((_unmark(converted)[:, 0, 0] >= 0).expand(BATCH, -1), mask_2d.bool())
+        if converted.is_token is not None and converted.shape[-1] == past + q_len:
+            assert torch.equal(converted.is_token.expand(BATCH, -1), mask_2d.bool())
         # A cache of sliding layers has fewer keys than there were tokens.
         visible = visible_in(converted, q_len, past + q_len if expected is None else expected.shape[-1])
         assert visible.all() if expected is None else torch.equal(visible.expand_as(expected), expected == 0)
@@ -441,14 +432,14 @@ def test_documents_beside_padding(creator: str, padding_position: int, use_cache
             expected[row, document, document] = visible
             start += length
     config = config_for(creator, "flashmask")
-    marked = CREATORS[creator](
+    mask = CREATORS[creator](
         config=config,
         inputs_embeds=torch.zeros(len(PADDED_ROWS), LENGTH, 4),
         attention_mask=mask_2d,
         past_key_values=DynamicCache(config=config) if use_cache else None,
         position_ids=position_ids,
     )
-    visible = bounds.to_dense(_unmark(marked))[:, 0]
+    visible = bounds.to_dense(mask.bounds)[:, 0]
     tokens = mask_2d.bool()
     assert torch.equal(visible[tokens], expected[tokens])
     assert not visible.transpose(1, 2)[~tokens].any()

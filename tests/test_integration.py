@@ -25,7 +25,7 @@ from flashmask_kernels import ops, reference_attention
 from flashmask_kernels.configs import Config, Configs
 from flashmask_kernels.dropout import draw_seed, kept_elements
 from hf_flashmask import bounds, integration
-from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
+from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
 
 # Every way to name the implementation
 
@@ -206,17 +206,17 @@ def test_a_transformers_without_the_hooks_is_named(index: int, monkeypatch: pyte
 # The mask function
 
 
-def mask_for(**changes: Any) -> Tensor | None:
+def mask_for(**changes: Any) -> Mask:
     arguments = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": masking_utils.causal_mask_function}
     return flashmask_mask(**{**arguments, **changes})
 
 
-def test_none_is_only_for_what_hides_nothing() -> None:
+def test_masks_without_bounds_hide_nothing_but_the_triangle() -> None:
     padded = torch.tensor([[True] * 6, [False] + [True] * 5])
     both = masking_utils.bidirectional_mask_function
-    assert mask_for(mask_function=both, allow_is_bidirectional_skip=True) is None
+    everything, triangle = mask_for(mask_function=both, allow_is_bidirectional_skip=True), mask_for()
+    assert (everything.bounds, everything.is_causal, triangle.bounds, triangle.is_causal) == (None, False, None, True)
     for changes in (
-        {},
         {"attention_mask": torch.ones(2, 6, dtype=torch.bool)},
         {"attention_mask": padded},
         {"allow_is_causal_skip": False},
@@ -226,7 +226,7 @@ def test_none_is_only_for_what_hides_nothing() -> None:
         {"kv_length": 8},
         {"q_offset": torch.tensor(0)},
     ):
-        assert mask_for(**changes) is not None, changes
+        assert mask_for(**changes).bounds is not None, changes
 
 
 @pytest.mark.parametrize("position_ids", [None, torch.tensor([[0, 1, 0, 1, 2, 3]])])
@@ -325,7 +325,7 @@ def test_positions_that_do_not_count_tokens_are_no_documents() -> None:
     inputs = random_inputs()
     triangle = torch.ones(7, 7, dtype=torch.bool).tril()
     restarting = torch.tensor([0, 1, 2, 0, 1, 2, 3])
-    for position_ids in (restarting.expand(3, 2, 7), torch.tensor([[0, 0]]), restarting.expand(2, 7).float()):
+    for position_ids in (restarting.expand(3, 2, 7), torch.tensor([[0, 0]]), restarting.expand(2, 7) + 0j):
         out, _ = flashmask_attention_forward(attention_module(), *inputs, None, position_ids=position_ids)
         torch.testing.assert_close(out, dense_attention(*inputs, triangle))
 
@@ -429,9 +429,9 @@ def test_layers_share_the_schedules_of_their_bounds(
 
 def test_a_padded_batch_makes_its_bounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, made = spy_on_kernel(monkeypatch), []
-    original = integration.mask.from_mask_function
+    original = integration.mask_function.from_mask_function
     monkeypatch.setattr(
-        integration.mask, "from_mask_function", lambda *args, **kw: made.append(kw) or original(*args, **kw)
+        integration.mask_function, "from_mask_function", lambda *args, **kw: made.append(kw) or original(*args, **kw)
     )
     model = build("gemma2", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
     tokens = torch.cat(random_documents([9, 9]))
@@ -473,13 +473,12 @@ def test_a_tree_does_not_outlive_the_call(name: str) -> None:
 def test_bounds_do_not_outlive_the_positions() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     flashmask_attention_forward(attention_module(), *random_inputs(batch=1), None, position_ids=position_ids)
-    alive = [weakref.ref(built.bounds) for built in integration.memo._built_bounds[position_ids].values()]
-    before = len(integration.memo._built_bounds)
+    entries = integration.memo.recent._entries
+    made = [weakref.ref(known.entry.value) for known in entries if known.sources[0]() is position_ids]
     del position_ids
     gc.collect()
-    assert alive
-    assert all(bounds() is None for bounds in alive)
-    assert len(integration.memo._built_bounds) == before - 1
+    assert made
+    assert all(value() is None for value in made)
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [(8, 8), (8, 12), (300, 300)])
@@ -512,10 +511,10 @@ def test_decoding_steps(batch: int, heads: int, kv_heads: int, dim: int, dim_v: 
 
 def test_a_decoding_step_that_sees_everything_needs_no_mask() -> None:
     step = {"q_length": 1, "kv_length": 9, "q_offset": 8}
-    assert mask_for(**step) is None
-    assert mask_for(**step, attention_mask=torch.ones(2, 9, dtype=torch.bool)) is None
+    assert mask_for(**step).bounds is None
+    assert mask_for(**step, attention_mask=torch.ones(2, 9, dtype=torch.bool)).bounds is None
     window, no_padding = masking_utils.sliding_window_causal_mask_function, torch.zeros(2, dtype=torch.long)
-    assert mask_for(**step, mask_function=window(9), local_size=9) is None
+    assert mask_for(**step, mask_function=window(9), local_size=9).bounds is None
     chunks = {"mask_function": masking_utils.chunked_causal_mask_function(9, no_padding), "local_size": 9}
     for hidden in (
         {"q_offset": 6},
@@ -525,7 +524,7 @@ def test_a_decoding_step_that_sees_everything_needs_no_mask() -> None:
         {**chunks, "kv_offset": 3, "q_offset": 11},
         {"allow_is_causal_skip": False},
     ):
-        assert mask_for(**{**step, **hidden}) is not None
+        assert mask_for(**{**step, **hidden}).bounds is not None
     query, key, value = random_inputs(1, 9)
     with torch.no_grad():
         for is_causal in (True, False):
@@ -594,9 +593,9 @@ def test_dense_mask_is_converted_once(
     integration.name.logger.warning_once.cache_clear()
     transformers.logging.enable_propagation()
     converted = []
-    original = integration.attention.from_dense_mask
+    original = integration.layer_mask.from_dense_mask
     monkeypatch.setattr(
-        integration.attention, "from_dense_mask", lambda *args: converted.append(args) or original(*args)
+        integration.layer_mask, "from_dense_mask", lambda *args: converted.append(args) or original(*args)
     )
     model, tokens = build(name), torch.cat(random_documents([4, 4]))
     visible = (torch.rand(2, 1, 4, 4) < 0.5) | torch.eye(4, dtype=torch.bool)

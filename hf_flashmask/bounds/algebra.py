@@ -68,11 +68,8 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     return torch.stack([start, end], dim=3).flatten(2, 3)
 
 
-def hide_keys(bounds: Tensor, hidden: Tensor, *, start: int = 0) -> Tensor:
-    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is.
-
-    `start`, 0 or less, is where the hidden rows of such a key begin.
-    """
+def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
+    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is."""
     check_form(bounds)
     if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
         raise ValueError(
@@ -81,10 +78,10 @@ def hide_keys(bounds: Tensor, hidden: Tensor, *, start: int = 0) -> Tensor:
         )
     hidden = hidden[:, None, None, :]
     if bounds.shape[2] == 1:
-        return bounds.masked_fill(hidden, start)
+        return bounds.masked_fill(hidden, 0)
     # Plane 0 starts an interval and plane 1 ends one in every form, also in C = 2, where the column is then hidden by
     # LTS and by UTE alike: the kernels can skip it from either side.
-    starts = bounds[:, :, 0::2].masked_fill(hidden, start)
+    starts = bounds[:, :, 0::2].masked_fill(hidden, 0)
     ends = bounds[:, :, 1::2].masked_fill(hidden, NO_END)
     return torch.stack([starts, ends], dim=3).flatten(2, 3)
 

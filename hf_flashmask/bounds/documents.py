@@ -92,19 +92,18 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
 
 
 def document_starts(document_ends: Tensor) -> Tensor:
-    """Where the document of each position starts: int32 `[B, S]`, from `document_ends` of either sign."""
-    ends = document_ends.abs()
-    return torch.searchsorted(ends, ends, out_int32=True)
+    """Where the document of each position starts: int32 `[B, S]`, from `document_ends`."""
+    return torch.searchsorted(document_ends, document_ends, out_int32=True)
 
 
 def from_document_ends(document_ends: Tensor, *, is_causal: bool = True) -> Tensor:
-    """Packed documents from what `bounds.document_ends` found, with a minus for padding, whose keys are hidden.
+    """Packed documents from what `bounds.document_ends` found.
 
     Args:
-        document_ends: int32 `[B, S]`, S_q = S_k = S.
+        document_ends: int32 `[B or 1, S]`, S_q = S_k = S.
 
     Returns:
-        `[B, 1, C, S]`, C = 1 when causal, else 2.
+        `[B or 1, 1, C, S]`, C = 1 when causal, else 2.
     """
     if is_causal:
         return document_ends[:, None, None].contiguous()

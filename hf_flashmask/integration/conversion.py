@@ -44,6 +44,8 @@ class _Call:
     device: torch.device | str
     has_user_functions: bool
     document_ends: Tensor | None
+    counted_from: Tensor | None
+    is_token: Tensor | None
 
     @property
     def place(self) -> dict[str, Any]:
@@ -60,10 +62,11 @@ class _Documents(NamedTuple):
     is_padding: Tensor
 
     @classmethod
-    def of(cls, document_ends: Tensor) -> _Documents:
+    def of(cls, document_ends: Tensor, is_token: Tensor | None) -> _Documents:
         starts = bounds.document_starts(document_ends)
         index = torch.arange(starts.shape[1], device=starts.device)
-        return cls(starts, document_ends.abs(), index - starts, document_ends < 0)
+        is_padding = torch.zeros_like(starts, dtype=torch.bool) if is_token is None else ~is_token
+        return cls(starts, document_ends, index - starts, is_padding)
 
 
 class Tree(NamedTuple):
@@ -101,6 +104,8 @@ def from_mask_function(
     mask_function: Callable,
     *,
     document_ends: Tensor | None = None,
+    counted_from: Tensor | None = None,
+    is_token: Tensor | None = None,
     batch_size: int,
     q_len: int,
     kv_len: int,
@@ -117,9 +122,12 @@ def from_mask_function(
     Args:
         mask_function: any function of `(batch_idx, head_idx, q_idx, kv_idx)`. As in Transformers, the head is always 0.
         document_ends: int32 `[B, S]`, the packed documents, where queries and keys are the same tokens: past-the-last
-            row of each token's own (`bounds.document_ends`), with a minus for padding, whose keys are hidden. Functions
-            are given the positions in a document, as if it were alone; what they look up in a tensor that is as long as
-            the row, `ids[batch_idx, q_idx]`, is looked up at the row of the token.
+            row of each token's own (`bounds.document_ends`). Functions are given the positions in a document, as if it
+            were alone; what they look up in a tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up
+            at the row of the token.
+        counted_from: `[B or 1, S_k]`, the index at which the document of each key starts. Default: that of `document_ends`.
+        is_token: bool `[B, S_k]`, False for padding, which functions are not asked about beside documents. The bounds
+            need not hide it.
         batch_size: B, the range of the function's first argument.
         q_len, kv_len: S_q and S_k.
         q_offset, kv_offset: the indices of the first query and the first key. `q_offset` may be a 0-d tensor.
@@ -132,9 +140,18 @@ def from_mask_function(
         NotImplementedError: when a key needs more hidden intervals than bounds hold; the message names the function and
             the key.
     """
-    if document_ends is not None and document_ends.stride(0) == 0:
-        document_ends = document_ends[:1]
-    call = _Call(batch_size, q_len, kv_len, q_offset, kv_offset, device, has_user_functions, document_ends)
+    call = _Call(
+        batch_size,
+        q_len,
+        kv_len,
+        q_offset,
+        kv_offset,
+        device,
+        has_user_functions,
+        document_ends,
+        counted_from,
+        is_token,
+    )
     if not torch.compiler.is_dynamo_compiling() or _is_plain(mask_function):
         return _read(mask_function, call)
     if has_user_functions or getattr(mask_function, "__name__", "") == "or_mask":
@@ -321,6 +338,8 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
             first = torch.arange(call.kv_len, device=call.device) - leaf.position_ids
         elif call.document_ends is not None:
             first = bounds.document_starts(call.document_ends)
+        elif call.counted_from is not None:
+            first = call.counted_from
         chunk_size = arguments["chunk_size"]
         return bounds.chunked(chunk_size, left_padding=first, is_causal=is_causal, device=call.device, **call.place)
     if factory == "sliding_window_bidirectional_overlay" and arguments["sliding_window"] >= 0:
@@ -355,7 +374,7 @@ def _are_runs(ids: Tensor, call: _Call) -> bool:
     if call.q_len == 1:
         return False
     if call.document_ends is not None:
-        ids = torch.where(ids < 0, ids, call.document_ends.abs().long() * (ids.amax() + 1) + ids)
+        ids = torch.where(ids < 0, ids, call.document_ends.long() * (ids.amax() + 1) + ids)
     starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True) & (ids >= 0)
     ordered = ids.sort(dim=-1).values
     distinct = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True) & (ordered >= 0)
@@ -388,7 +407,7 @@ _TILE = 2**22
 def _evaluate(mask_function: Callable, call: _Call) -> Iterator[Tensor]:
     """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated as Transformers' `sdpa_mask` does it."""
     if call.document_ends is not None:
-        mask_function = _in_documents(mask_function, _Documents.of(call.document_ends), call.batch)
+        mask_function = _in_documents(mask_function, _Documents.of(call.document_ends, call.is_token), call.batch)
     rows = torch.arange(call.q_len, device=call.device) + call.q_offset
     keys = torch.arange(call.kv_len, device=call.device) + call.kv_offset
     batch, head = torch.arange(call.batch, device=call.device), torch.zeros(1, dtype=torch.long, device=call.device)
@@ -469,7 +488,7 @@ _CANDIDATES, _ROUNDS = 16, 6  # they reach across 16^6 rows; a number that depen
 
 def _search(mask_function: Callable, call: _Call) -> Tensor:
     """LTS and UTE of every key, searched for from its own row on: in each round in steps of a sixteenth."""
-    documents = None if call.document_ends is None else _Documents.of(call.document_ends)
+    documents = None if call.document_ends is None else _Documents.of(call.document_ends, call.is_token)
     batch = torch.arange(call.batch, device=call.device)[:, None, None]
     head = torch.zeros_like(batch)
     # The function's indices of the keys and of the first and last row to look at, and what is a local row there.

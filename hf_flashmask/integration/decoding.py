@@ -1,21 +1,30 @@
-"""Attention of few rows against a cache."""
+"""Attention of few rows against a cache, as in a step of generation: by SDPA, with a small dense mask."""
 
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import bounds as _bounds
-from .memo import once_per_forward_pass
+from .layer_mask import LayerMask
+
+__all__ = ["are_few_rows", "attend_few_rows"]
 
 _FEW_ROWS = 16
 """Up to this many queries against a cache, a dense mask is small, and SDPA no slower than a kernel for it."""
 
 
-def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None, scaling: float | None) -> Tensor:
+def are_few_rows(query: Tensor, key: Tensor, mask: LayerMask) -> bool:
+    """Whether `attend_few_rows` computes this call, unless it has what SDPA has not."""
+    q_len = query.shape[2]
+    if q_len >= key.shape[2] or q_len > _FEW_ROWS or torch.is_grad_enabled():
+        return False
+    return q_len == 1 if mask.bounds is None else mask.bounds.shape[1] == 1
+
+
+def attend_few_rows(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None) -> Tensor:
     """A decoding step, `[B, H, S_q, D_v]`.
 
     Without bounds there is one row, the last one, which sees every key. With a mask or large heads, no fast backend of
@@ -23,6 +32,7 @@ def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor |
     """
     attend = functools.partial(nn.functional.scaled_dot_product_attention, scale=scaling)
     kv_heads, group, q_len = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
+    bounds = mask.bounds
     if bounds is None and query.shape[-1] == value.shape[-1] <= 256:
         return attend(query, key, value, enable_gqa=group > 1)
     rows = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
@@ -39,10 +49,8 @@ def _attend_few_rows(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor |
         padded = torch.zeros(shape, dtype=query.dtype, device=query.device)
         return padded[..., : visible.shape[-1]].masked_fill_(~visible, float("-inf"))
 
-    visible = cast(Tensor, once_per_forward_pass(dense, ("visible", q_len, group), (bounds,)))
-    mask = once_per_forward_pass(additive, ("additive", query.dtype), (visible,))
-    output = attend(rows, key, value, attn_mask=mask)
+    visible = mask.once(("visible", group), dense)
+    output = attend(rows, key, value, attn_mask=mask.once(("additive", group, query.dtype), additive))
     # A row that sees nothing is 0 everywhere else too; backends of SDPA differ about it.
-    sees_nothing = once_per_forward_pass(lambda: ~visible.any(-1, keepdim=True), "sees_nothing", (visible,))
-    output = output.masked_fill(cast(Tensor, sees_nothing), 0.0)
-    return output.unflatten(2, (group, q_len)).flatten(1, 2)
+    sees_nothing = mask.once(("sees nothing", group), lambda: ~visible.any(-1, keepdim=True))
+    return output.masked_fill(sees_nothing, 0.0).unflatten(2, (group, q_len)).flatten(1, 2)

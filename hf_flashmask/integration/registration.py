@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,30 +11,14 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
-from transformers.utils.import_utils import is_tracing
-
-from flashmask_kernels.ops import share_in_graph
 
 from .attention import flashmask_attention_forward
-from .mask import (
-    _are_of_tokens,
-    _find_documents,
-    _is_marked,
-    _is_square,
-    _mask_of_keys,
-    _send_tree,
-    _tree_of_user,
-    _unwrap_tree_for_compiler,
-    flashmask_mask,
-)
-from .memo import _masks_of_users
+from .mask_function import flashmask_mask, prepare
 from .name import NAME, logger
 from .support import (
     _PARTS_THAT_KEEP_EAGER,
-    _check_padding_mask,
     _family_of,
     _reason_against,
-    _refuse_bounds_shared_by_layer_types,
     _supports_more_than_eager,
 )
 
@@ -109,47 +94,25 @@ def _wrap_is_flash(original: Callable) -> Callable:
 
 
 def _wrap_preprocess(original: Callable) -> Callable:
-    """Here, and nowhere else, one sees that the user gave one mask for all layers, and `position_ids` beside a cache.
-
-    Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
-    always found, and take the place of the 2-D mask on the way to `flashmask_mask`.
-    """
+    """Every function of `masking_utils` that makes a mask calls it first: `mask_function.prepare` says what for."""
 
     def preprocess_mask_arguments(
-        config: Any,
-        inputs_embeds: Tensor,
-        attention_mask: Any,
-        past_key_values: Any,
-        position_ids: Tensor | None,
-        *args: Any,
-        **kwargs: Any,
+        config: Any, inputs_embeds: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> tuple:
         if config._attn_implementation != NAME:
-            return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
-        if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
-            raise TypeError(
-                f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
-                f"{config.model_type} see the same keys: pass the tensor itself"
-            )
-        attention_mask = _unwrap_tree_for_compiler(config, attention_mask)
-        tree = _tree_of_user(config, attention_mask, position_ids)
-        if tree is not None:
-            _, _, _, *sizes = original(config, inputs_embeds, None, past_key_values, None, *args, **kwargs)
-            return False, _send_tree(tree), None, *sizes
-        arguments = original(config, inputs_embeds, attention_mask, past_key_values, None, *args, **kwargs)
-        early_exit, mask, _, *sizes = arguments
-        if early_exit and mask is not None and not _is_marked(mask):
-            _refuse_bounds_shared_by_layer_types(config, mask)
-            if not is_tracing(mask):
-                _masks_of_users[mask] = True
-        if early_exit and mask is not None and torch.compiler.is_compiling():
-            mask = share_in_graph(mask.view(mask.shape))
-        if not early_exit and mask is not None and _is_square(*sizes):
-            _check_padding_mask(mask, *inputs_embeds.shape[:2])
-        if not early_exit and _is_square(*sizes) and _are_of_tokens(position_ids, *inputs_embeds.shape[:2]):
-            documents = _find_documents(position_ids, attention_mask, _mask_of_keys(mask, *sizes[1::2]))
-            mask = documents.expand(inputs_embeds.shape[0], -1)
-        return early_exit, mask, None, *sizes
+            return original(config, inputs_embeds, attention_mask, *args, **kwargs)
+        # The argument after the cache, whose name differs between versions. Transformers shall not read it.
+        if len(args) > 1:
+            cache, position_ids, *others = args
+            args = cache, None, *others
+        else:
+            position_ids, kwargs["position_ids"] = kwargs.get("position_ids"), None
+        creator = None if torch.compiler.is_compiling() else sys._getframe(1).f_code
+
+        def find_sizes(mask: Tensor | None) -> tuple:
+            return original(config, inputs_embeds, mask, *args, **kwargs)
+
+        return prepare(find_sizes, creator, config, inputs_embeds, attention_mask, position_ids)
 
     return preprocess_mask_arguments
 

@@ -12,20 +12,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
-        raise ValueError(
-            f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
-            "or bounds [B or 1, H or 1, C, S_k]"
-        )
-
-
 KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Layer types that see less than everything -> the setting that says how many keys."""
 
 
-def _has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+def has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
     """Whether some layers do not see all of so long a row."""
     layer_types = set(getattr(config, "layer_types", None) or KEY_RANGE_OF_LAYER_TYPE)
     limits = [getattr(config, limit, None) for name, limit in KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
@@ -34,10 +25,10 @@ def _has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bo
 
 def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
     """Whether one tensor of final bounds, for full and windowed layers alike, would silently widen the windows."""
-    return len(set(getattr(config, "layer_types", None) or ())) > 1 and _has_key_ranges(config, bounds)
+    return len(set(getattr(config, "layer_types", None) or ())) > 1 and has_key_ranges(config, bounds)
 
 
-def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
+def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
     if _layers_see_different_keys(config, bounds):
         raise ValueError(
             "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "

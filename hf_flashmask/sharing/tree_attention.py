@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..bounds import MAX_INTERVALS, limit_depth
 from ..integration import flashmask_attention_forward
-from ..integration.memo import once_per_forward_pass
+from ..integration.memo import recent
 
 __all__ = ["register_tree_attention", "tree_attention_forward"]
 
@@ -92,7 +92,7 @@ def tree_attention_forward(
     num_tokens, longest_path = query.shape[2], tree_max_seqlen_k or query.shape[2]
 
     def build_once(build: Callable[..., Tensor | None], *arguments: int) -> Tensor | None:
-        return once_per_forward_pass(lambda: build(tree, *arguments), (build, *arguments), tree)
+        return recent.get((build, *arguments), tree, module, lambda: build(tree, *arguments), query.device)
 
     if not sliding_window or sliding_window >= longest_path:
         bounds = build_once(_tree_bounds, num_tokens)

@@ -1,0 +1,146 @@
+"""Which tokens of a call belong to one packed document: by `position_ids`, by `cu_seq_lens_q`, beside a cache."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
+
+from .. import bounds as _bounds
+from .mask import Place
+
+__all__ = ["Documents", "after_cache", "are_of_tokens", "documents_of_layer"]
+
+
+class Documents(NamedTuple):
+    """The tensors that tell the packed documents of a call apart.
+
+    Attributes:
+        position_ids: `[B or 1, S_q]`.
+        cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, cumulative lengths of one packed row; the second where the keys
+            have other documents.
+    """
+
+    position_ids: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    @property
+    def key(self) -> str:
+        """Which tensors they are."""
+        return "position_ids" if self.cu_seq_lens_q is None else "cu_seq_lens"
+
+
+def are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
+    """Multimodal models have positions in several dimensions, which do not count tokens."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.is_complex():
+        return False
+    return position_ids.shape[0] in (1, batch) and position_ids.shape[1] == length
+
+
+def documents_of_layer(
+    module: nn.Module,
+    query: Tensor,
+    is_causal: bool,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Documents | None:
+    """What an attention layer is told about documents. Cumulative lengths go before positions."""
+    batch, _, q_len, _ = query.shape
+    if _is_cross_attention(module, is_causal, kwargs):
+        return None
+    if cu_seq_lens_q is not None:
+        if batch != 1:
+            raise ValueError(
+                f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {batch} rows; "
+                "pass `position_ids` that restart with every document instead"
+            )
+        differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
+        return Documents(cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k if differ else None)
+    return Documents(position_ids) if are_of_tokens(position_ids, batch, q_len) else None
+
+
+def _is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether keys come from elsewhere. `position_ids` then describe the queries only, even if the lengths agree."""
+    return (
+        kwargs.get("encoder_hidden_states") is not None
+        or bool(getattr(module, "is_cross_attention", False))
+        or "CrossAttention" in type(module).__name__
+        or (bool(getattr(module, "is_decoder", False)) and not is_causal)
+    )
+
+
+def first_slots(position_ids: Tensor, is_token: Tensor | None, place: Place) -> Tensor:
+    """The index that each key's document would have position 0 at, `[B or 1, S_k]`, beside a cache.
+
+    Args:
+        position_ids: `[B or 1, S_q]`.
+        is_token: bool `[B, S]`, False for padding, for all tokens so far.
+    """
+    index = torch.arange(place.kv_len, device=position_ids.device) + place.kv_offset
+    row = index - place.q_offset
+    of_call = index - position_ids[:, row.clamp(0, place.q_len - 1)]
+    in_cache = torch.zeros_like(of_call[:, :1]) if is_token is None else is_token.byte().argmax(1, keepdim=True)
+    return torch.where(row < 0, in_cache, of_call)
+
+
+def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, has_ranges: bool) -> Tensor:
+    """Bounds that keep the documents of a call beside a cache apart; what is causal in the mask stays to be added.
+
+    A document whose positions start where those of the call start, or later, continues the tokens in the cache, as the
+    first one does: several continuations of one prefix. A document that starts at a lower position is alone.
+
+    Args:
+        position_ids: `[B or 1, S_q]`.
+        is_token: bool `[B, S_k]`, False for padding.
+        has_ranges: whether the mask hides keys by their distance, which the rows do not tell of a second continuation.
+
+    Returns:
+        `[B or 1, 1, 2, S_k]`.
+
+    Raises:
+        NotImplementedError: for a second continuation under a window or chunks, and for one after a document that is
+            alone. In a graph it is an assertion on the device.
+    """
+    q_len, device = place.q_len, position_ids.device
+    row = torch.arange(q_len, device=device)
+    row_of_key = torch.arange(place.kv_len, device=device) + (place.kv_offset - place.q_offset)
+    first_row, is_row_token = row[None, :1], None
+    if is_token is not None:
+        key_of_row = (row + (place.q_offset - place.kv_offset)).clamp(0, place.kv_len - 1)
+        is_row_token = is_token[:, key_of_row]
+        position_ids = position_ids.expand(is_token.shape[0], -1)
+        first_row = is_row_token.byte().argmax(1, keepdim=True)
+    ends = _bounds.document_ends(position_ids, is_row_token)
+    starts = nn.functional.pad(ends[:, :-1] == row[1:], (1, 0)) & (row > first_row)
+    is_alone = starts & (position_ids < position_ids.gather(1, first_row.expand(len(position_ids), -1)))
+    first_alone = torch.where(is_alone, row, q_len).amin(1, keepdim=True)
+    if not isinstance(place.q_offset, int) or place.q_offset > 0:
+        continues = starts & ~is_alone & (place.q_offset > 0)
+        _refuse_continuations(continues if has_ranges else continues & (row > first_alone), has_ranges)
+    of_call = ends[:, row_of_key.clamp(0, q_len - 1)]
+    lts = torch.where(row_of_key < 0, first_alone, of_call).to(torch.int32)
+    return torch.stack([lts, torch.zeros_like(lts)], dim=1)[:, None]
+
+
+def _refuse_continuations(refused: Tensor, has_ranges: bool) -> None:
+    """One value is read, in a call that takes more than that."""
+    reason = (
+        "`position_ids` pack several continuations of the cached tokens into one row, which layers with windows or "
+        "chunks cannot tell apart: give each continuation a row of the batch"
+        if has_ranges
+        else "`position_ids` pack a continuation of the cached tokens behind a document of its own: put the "
+        "continuations first"
+    )
+    if is_tracing(refused) or (refused.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(~refused.any(), reason)
+    elif bool(refused.any()):
+        raise NotImplementedError(reason)

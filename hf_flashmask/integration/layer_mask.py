@@ -1,0 +1,195 @@
+"""The mask that one kind of layer attends under, made once per forward pass.
+
+What the mask function made is completed by what only attention layers are told: `cu_seq_lens_q`, in many models
+`position_ids`, and without a mask `is_causal` and `sliding_window`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import bounds as _bounds
+from .conversion import from_dense_mask
+from .documents import Documents, after_cache
+from .mask import Mask, Place
+from .memo import recent
+
+__all__ = ["LayerMask", "layer_mask"]
+
+T = TypeVar("T")
+
+
+class LayerMask:
+    """Bounds, and what the layers that share them make of them.
+
+    Attributes:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`; None: attention without a mask, as `is_causal` says.
+        is_causal: without bounds, whether a query sees no key after its own position.
+    """
+
+    def __init__(self, bounds: Tensor | None, *, is_causal: bool = False) -> None:
+        self.bounds, self.is_causal = bounds, is_causal and bounds is None
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    def once(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
+        """What is made of the bounds, once for equal keys, which hold no lengths."""
+        if key not in self._made:
+            self._made[key] = build()
+        return self._made[key]
+
+
+def layer_mask(
+    mask: Mask | Tensor | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    documents: Documents | None,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> LayerMask:
+    """The mask of one call of an attention layer.
+
+    Args:
+        mask: what the layer was called with.
+        module: the layer.
+        query, key: `[B, H, S_q, D]`, `[B, H_kv, S_k, D]`.
+        documents: what the layer was told about documents.
+        is_causal, sliding_window: what the layer was told beside the mask; read where it has none.
+    """
+    if isinstance(mask, Mask):
+        if mask.bounds is not None and mask.bounds.device != query.device:
+            raise ValueError(
+                f"`attention_mask` is on {mask.device}, the queries are on {query.device}; move it there with .to()"
+            )
+        if mask.is_final:
+            assert mask.bounds is not None
+            build = functools.partial(_of_user, mask.bounds, module, query, key)
+            return mask.memo.get("final", (), module, build, query.device)
+        if documents is not None and documents.key == "position_ids" and (mask.has_documents or query.shape[2] == 1):
+            documents = None
+        if documents is None:
+            return mask.memo.get(None, (), module, lambda: _complete(mask, module, None), query.device)
+        build = functools.partial(_complete, mask, module, documents)
+        return mask.memo.get(documents.key, documents.tensors, module, build, query.device)
+    if mask is not None:
+        return _of_tensor(mask, module, query, key)
+    place = Place(query.shape[2], key.shape[2])
+    if not place.is_square:
+        documents = None
+    described = (*place, is_causal, sliding_window, None if documents is None else documents.key, query.device)
+    sources = () if documents is None else documents.tensors
+    build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)
+    return recent.get(("no mask", *described), sources, module, build, query.device)
+
+
+def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> LayerMask:
+    """A mask of the mask function, with the documents that the layer was told about."""
+    place = mask.place
+    assert place is not None
+    is_causal = mask.is_causal if mask.bounds is None else mask.bounds.shape[2] == 1
+    if documents is None:
+        if mask.bounds is not None:
+            return LayerMask(mask.bounds)
+        if place.is_square and torch.compiler.is_compiling():  # so that the layers share what a graph makes of it
+            return LayerMask(_plain(is_causal, place, mask.device))
+        return LayerMask(None, is_causal=is_causal)
+    apart = _document_bounds(documents, module, place, is_causal, mask.is_token, mask.has_ranges)
+    if mask.bounds is None:
+        return LayerMask(apart)
+    return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len))
+
+
+def _without_mask(
+    module: nn.Module,
+    documents: Documents | None,
+    place: Place,
+    is_causal: bool,
+    sliding_window: int | None,
+    device: torch.device,
+) -> LayerMask:
+    parts = []
+    if sliding_window is not None and sliding_window < max(place.q_len, place.kv_len):
+        window = sliding_window if is_causal else sliding_window - 1
+        parts.append(_bounds.sliding_window(window, place.q_len, place.kv_len, is_causal=is_causal, device=device))
+    if documents is not None:
+        parts.append(_document_bounds(documents, module, place, is_causal))
+    return LayerMask(_bounds.intersect(*parts, q_len=place.q_len) if parts else None, is_causal=is_causal)
+
+
+def _plain(is_causal: bool, place: Place, device: torch.device) -> Tensor:
+    make = _bounds.causal if is_causal else _bounds.bidirectional
+    return make(place.q_len, place.kv_len, device=device)
+
+
+def _document_bounds(
+    documents: Documents,
+    module: nn.Module,
+    place: Place,
+    is_causal: bool,
+    is_token: Tensor | None = None,
+    has_ranges: bool = False,
+) -> Tensor:
+    """Bounds that keep documents apart, C = 1 with the triangle where the mask beside them has it.
+
+    Layer types have masks of their own: what they do not depend on is shared among them.
+    """
+    rows, keys, position_ids = documents.cu_seq_lens_q, documents.cu_seq_lens_k, documents.position_ids
+    if rows is not None:
+        build = functools.partial(
+            _bounds.from_cu_seqlens, rows, place.q_len, kv_len=place.kv_len, cu_seqlens_k=keys, is_causal=is_causal
+        )
+        described = ("cu_seq_lens", place.q_len, place.kv_len, is_causal)
+        return recent.get(described, documents.tensors, module, build, rows.device)
+    assert position_ids is not None
+    if not place.is_square:
+        return after_cache(position_ids, is_token, place, has_ranges=has_ranges)
+    if is_token is not None:  # whose padding the mask hides
+        ends = _bounds.document_ends(position_ids, is_token)
+    else:
+        find = functools.partial(_bounds.document_ends, position_ids)
+        ends = recent.get("document ends", (position_ids,), module, find, position_ids.device)
+    return _bounds.from_document_ends(ends, is_causal=is_causal)
+
+
+def _of_tensor(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> LayerMask:
+    """A tensor that reached the layer past the mask function: a user's dict of bounds, or a model's own dense mask."""
+    build = functools.partial(_of_user, mask, module, query, key)
+    return recent.get(("tensor", query.shape[2]), (mask,), module, build, query.device)
+
+
+def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> LayerMask:
+    if mask.dtype == torch.bool or mask.is_floating_point():
+        _check_dense_mask(mask, query, key)
+        convert = functools.partial(from_dense_mask, mask, query.shape[2])
+        mask = recent.get("dense", (mask,), module, convert, query.device)
+    _bounds.check_bounds(
+        mask,
+        name="attention_mask",
+        batch=query.shape[0],
+        heads=query.shape[1],
+        kv_len=key.shape[2],
+        device=query.device,
+    )
+    return LayerMask(mask.contiguous())
+
+
+def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    batch, heads, q_len, _ = query.shape
+    kv_len, shape = key.shape[2], attention_mask.shape
+    fits = all(size in (1, expected) for size, expected in zip(shape, (batch, heads, q_len)))
+    if attention_mask.ndim != 4 or not fits or shape[3] != kv_len:
+        raise ValueError(
+            f"`attention_mask` is a dense mask of shape {list(shape)}; expected [B or 1, H or 1, S_q or 1, S_k] with "
+            f"B = {batch}, H = {heads}, S_q = {q_len} and S_k = {kv_len}"
+        )
+    if attention_mask.device != query.device:
+        raise ValueError(
+            f"`attention_mask` is on {attention_mask.device}, the queries are on {query.device}; move it there with "
+            ".to()"
+        )

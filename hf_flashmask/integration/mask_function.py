@@ -1,0 +1,220 @@
+"""The mask function, and what it is told beside the arguments that Transformers hands to mask functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from .. import bounds as _bounds
+from .conversion import Tree, from_mask_function, in_tree
+from .documents import after_cache, are_of_tokens, first_slots
+from .mask import Hints, Mask, Place
+from .memo import recent
+from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
+
+__all__ = ["flashmask_mask", "prepare"]
+
+
+def prepare(
+    find_sizes: Callable[[Tensor | None], tuple],
+    creator: object,
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+) -> tuple:
+    """What Transformers' `_preprocess_mask_arguments` returns, with `Hints` in the place of the 2-D mask.
+
+    Here, and nowhere else, one sees that the user gave one mask for all layers, and `position_ids` beside a cache.
+    Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
+    always found.
+
+    Args:
+        find_sizes: Transformers' function of the mask alone.
+        creator: what tells the functions that make masks apart: one that comes again makes those of another pass.
+    """
+    if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
+        raise TypeError(
+            f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
+            f"{config.model_type} see the same keys: pass the tensor itself"
+        )
+    batch, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
+        early_exit, _, _, *sizes = find_sizes(None)
+        mask = _final_mask(config, attention_mask, position_ids)
+        if early_exit or mask.tree is None:
+            return True, mask, None, *sizes
+        return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
+    early_exit, is_token, _, *sizes = find_sizes(attention_mask)
+    if early_exit:
+        return early_exit, is_token, None, *sizes
+    place = Place(*sizes)
+    if is_token is not None and place.is_square:
+        _check_padding_mask(is_token, batch, length)
+    if length == 1 or not are_of_tokens(position_ids, batch, length):
+        return early_exit, is_token, None, *sizes
+    shape = (batch, place.kv_len) if is_token is None else tuple(is_token.shape)
+    if not place.is_square:
+        hints = Hints(shape, inputs_embeds.device, is_token=is_token, position_ids=position_ids)
+        return early_exit, hints, None, *sizes
+    of_keys = _of_keys(is_token, place)
+    # Those of all types of layers are the same.
+    ends = recent.get(
+        "document ends",
+        tuple(source for source in (position_ids, attention_mask, inputs_embeds) if source is not None),
+        creator,
+        lambda: _bounds.document_ends(position_ids, of_keys),
+        inputs_embeds.device,
+    )
+    return early_exit, Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends), None, *sizes
+
+
+def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
+    """What the model was called with as a mask for all layers."""
+    if isinstance(mask, Mask):
+        if mask.tree is None:
+            return mask.for_this_pass()
+        tree: Tree | None = mask.tree
+    else:
+        tree = _tree_of_user(config, mask, position_ids)
+        if tree is None:
+            refuse_bounds_shared_by_layer_types(config, mask)
+            return Mask.of_user(mask)
+    assert tree is not None
+    if not torch.compiler.is_compiling():
+        return Mask.of_user(tree.bounds, tree)
+    if has_key_ranges(config, tree.bounds):
+        raise NotImplementedError(
+            "windows and chunks inside prefix trees do not work in torch.compile: run this model without it"
+        )
+    return Mask.of_user(tree.bounds)
+
+
+def _tree_of_user(config: Any, mask: Tensor, position_ids: Tensor | None) -> Tree | None:
+    """Bounds that layers may have to narrow along the branches of a prefix tree; other bounds are final."""
+    if position_ids is None or not has_key_ranges(config, mask):
+        return None
+    batch, heads, num_planes, length = mask.shape
+    is_tree = mask.dtype == torch.int32 and heads == num_planes == 1
+    if not is_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    return Tree(mask, position_ids.expand(batch, -1))
+
+
+def flashmask_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | Hints | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Mask:
+    """The mask that a Transformers mask function and a 2-D mask describe.
+
+    The arguments are those of `transformers.masking_utils.sdpa_mask`. `attention_mask` `[B, S]` is bool, False for
+    padding, whose keys are hidden and whose rows are not; or the `Hints` of `prepare`, which hold it.
+
+    Returns:
+        A `Mask`, whose bounds are `[B or 1, 1, C, kv_length]`, or None where nothing but the causal triangle hides a
+        key.
+
+    Raises:
+        NotImplementedError: when `mask_function` is not understood; the message names it.
+    """
+    device = torch.device(device)
+    if isinstance(attention_mask, Hints):
+        hints = attention_mask
+    else:
+        hints = Hints((batch_size, kv_length), device, is_token=attention_mask)
+    if hints.tree is not None:
+        bounds = in_tree(mask_function, hints.tree)
+        return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
+    place = Place(q_length, kv_length, q_offset, kv_offset)
+    is_token = _of_keys(hints.is_token, place)
+    is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
+    if (place.is_square or is_last_row) and hints.document_ends is None:
+        # In a decoding step windows and chunks hide nothing until they are full.
+        is_causal = mask_function is masking_utils.causal_mask_function or (
+            is_last_row and kv_offset == 0 and kv_length <= (local_size or 0)
+        )
+        needs_no_bounds = (is_causal and allow_is_causal_skip) or (
+            mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
+        )
+        if needs_no_bounds and (is_token is None or (is_last_row and _has_no_padding(is_token))):
+            return Mask(None, kv_len=kv_length, device=device, is_causal=place.is_square and is_causal, place=place)
+    bounds = from_mask_function(
+        mask_function,
+        document_ends=hints.document_ends,
+        counted_from=None if hints.position_ids is None else first_slots(hints.position_ids, hints.is_token, place),
+        is_token=is_token,
+        batch_size=batch_size,
+        q_len=q_length,
+        kv_len=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        device=device,
+        has_user_functions=use_vmap,
+    )
+    has_documents = hints.document_ends is not None
+    has_ranges = mask_function is not masking_utils.causal_mask_function
+    if hints.position_ids is not None:
+        apart = after_cache(hints.position_ids, is_token, place, has_ranges=has_ranges)
+        bounds, has_documents = _bounds.intersect(bounds, apart, q_len=q_length), True
+    if is_token is not None:
+        bounds = _hide_padding(bounds, is_token)
+    return Mask(
+        bounds,
+        kv_len=kv_length,
+        device=device,
+        has_ranges=has_ranges,
+        has_documents=has_documents,
+        is_token=is_token,
+        place=place,
+    )
+
+
+def _hide_padding(bounds: Tensor, is_token: Tensor) -> Tensor:
+    if bounds.shape[2] == 1:
+        return bounds * is_token[:, None, None]  # one launch less than to fill where there is none
+    return _bounds.hide_keys(bounds, ~is_token)
+
+
+def _has_no_padding(is_token: Tensor) -> bool:
+    """Read on the host: in a decoding step that is less than a mask costs, and the step waits for its token anyway."""
+    return not is_tracing(is_token) and bool(is_token.all())
+
+
+def _of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:
+    """The part of the 2-D mask that belongs to the keys, `[B, kv_len]`; slots not yet filled are padding."""
+    if is_token is None:
+        return None
+    if is_token.ndim != 2:
+        raise ValueError(
+            f"`attention_mask` must be 2-D [B, S] or bounds [B or 1, H or 1, C, S_k], got {list(is_token.shape)}"
+        )
+    first, end = place.kv_offset, place.kv_offset + place.kv_len
+    missing = end - is_token.shape[1]
+    if missing > 0:
+        is_token = nn.functional.pad(is_token, (0, missing))
+    return is_token[:, first:end]
+
+
+def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
+        raise ValueError(
+            f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
+            "or bounds [B or 1, H or 1, C, S_k]"
+        )
