@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 import flashmask_kernels
-from flashmask_kernels import ops
+from flashmask_kernels import dispatch, schedules
 
 RESULTS = Path(__file__).parent / "results"
 FEWEST_REPEATS = 5
@@ -114,9 +114,9 @@ def peak_memory(function: Callable[[], Any]) -> float:
 
 def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> None:
     """What the kernels make of a bounds tensor once for all layers, forward and backward."""
-    specialize = ops._specializes(query, value, bounds, None, 0.0)
+    specialize = dispatch.specializes(query, value, bounds, None, 0.0)
     for kernel in ("forward", "key_value_gradient", "query_gradient"):
-        ops._schedule(kernel, bounds, query, value, specialize, ops._cached_schedule)
+        dispatch.schedule_of(kernel, bounds, query, value, specialize, schedules.cached_schedule)
 
 
 def environment(device: str) -> dict[str, str]:

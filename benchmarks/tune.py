@@ -30,7 +30,7 @@ from torch import Tensor
 from truth import Attended, Truth
 
 from flashmask_kernels import configs as table
-from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels import dispatch, flashmask_attention
 from flashmask_kernels.configs import Config, Configs
 
 HEADS, KV_HEADS, DTYPE = 32, 8, torch.bfloat16
@@ -79,12 +79,12 @@ def launched_with(candidate: Candidate) -> Iterator[None]:
         return configs
 
     table.select_configs, table.select_specialized_configs = select_configs, lambda *_: None
-    ops._plans.clear()
+    dispatch.plans.clear()
     try:
         yield
     finally:
         table.select_configs, table.select_specialized_configs = original, specialized
-        ops._plans.clear()
+        dispatch.plans.clear()
     if not asked:
         raise RuntimeError("flashmask_kernels no longer looks up configs.select_configs for every plan")
 

@@ -15,8 +15,9 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flashmask_kernels import launch
-from flashmask_kernels.launch import Launcher, Layout
+from flashmask_kernels.launch import launcher as launch
+from flashmask_kernels.launch.launcher import Launcher
+from flashmask_kernels.launch.layout import Layout
 
 FOLDER = Path(__file__).parent
 

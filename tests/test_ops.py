@@ -17,7 +17,7 @@ from attention_checks import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from flashmask_kernels import configs, flashmask_attention, ops, reference_attention
+from flashmask_kernels import configs, dispatch, flashmask_attention, ops, reference_attention, schedules
 
 
 def tensors(length: int = 37, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
@@ -151,7 +151,7 @@ def test_short_rows_do_without_descriptors(in_graph: bool, monkeypatch: pytest.M
     for length, is_described in ((1024, [False] * 3), (1536, [False, True, False]), (2048, [True] * 3)):
         with FakeTensorMode():
             query = torch.empty(1, 32, length, 128, dtype=torch.bfloat16, device="cuda")
-            chosen = ops._launched_configs(query, query, False, in_graph)
+            chosen = dispatch.launched_configs(query, query, False, in_graph)
         assert [config.use_descriptors for config in chosen] == is_described
         has_tiles_of_table = all(config[:2] == of_table[:2] for config, of_table in zip(chosen, table))
         assert has_tiles_of_table == (in_graph or length > 1024)
@@ -161,7 +161,7 @@ def test_operator_contract() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
     bounds = random_intervals(1, 1, 2, 37, 37)
     sinks, seed = torch.randn(4), torch.tensor([5])
-    torch.library.opcheck(ops._forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, False))
+    torch.library.opcheck(ops.forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, False))
 
 
 def test_dispatch_modes_see_the_operator() -> None:
@@ -203,19 +203,19 @@ def test_inference_mode_then_training() -> None:
 
 def test_schedules_are_cached_per_bounds_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     builds, tiles = [], []
-    monkeypatch.setattr(ops, "_column_extrema", lambda bounds, block_n: tiles.append(block_n) or torch.zeros(1))
-    monkeypatch.setattr(ops, "_build_schedule", lambda *arguments: builds.append(arguments) or torch.zeros(1))
+    monkeypatch.setattr(schedules, "column_extrema", lambda bounds, block_n: tiles.append(block_n) or torch.zeros(1))
+    monkeypatch.setattr(schedules, "build_schedule", lambda *arguments: builds.append(arguments) or torch.zeros(1))
     bounds = random_intervals(1, 1, 1, 37, 37)
     for _ in range(3):
-        ops._cached_schedule(bounds, 37, 16, 16, False)
+        schedules.cached_schedule(bounds, 37, 16, 16, False)
     assert len(builds) == 1
-    ops._cached_schedule(bounds, 37, 16, 16, True)
+    schedules.cached_schedule(bounds, 37, 16, 16, True)
     assert (len(builds), tiles) == (2, [16]), "schedules by rows and by columns share what depends on their columns"
-    ops._cached_schedule(bounds, 37, 16, 32, True)
-    ops._cached_schedule(bounds.clone(), 37, 16, 16, False)
+    schedules.cached_schedule(bounds, 37, 16, 32, True)
+    schedules.cached_schedule(bounds.clone(), 37, 16, 16, False)
     assert (len(builds), tiles) == (4, [16, 32, 16])
     bounds += 1
-    ops._cached_schedule(bounds, 37, 16, 16, False)
+    schedules.cached_schedule(bounds, 37, 16, 16, False)
     assert (len(builds), tiles) == (5, [16, 32, 16, 16])
 
 
@@ -252,16 +252,16 @@ def test_plans_fit_inputs_of_every_kind_in_turn(interpreted) -> None:
             losses = [loss + of.nan_to_num(neginf=0.0).sum() for loss, of in zip(losses, (lse, expected_lse))]
         for ours, truth in zip(*(torch.autograd.grad(loss, leaves) for loss in losses)):
             assert_close(ours, truth, rtol=1e-4, atol=1e-5)
-    assert len(ops._plans) > 10
+    assert len(dispatch.plans) > 10
 
 
 def test_plans_are_bounded_and_hold_no_tensors(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted()
-    monkeypatch.setattr(ops, "_MOST_REMEMBERED", 4)
+    monkeypatch.setattr(dispatch, "MOST_REMEMBERED", 4)
     for length in range(3, 10):
         leaves = [tensor.requires_grad_() for tensor in tensors(length, 2, 1)]
         flashmask_attention(*leaves, is_causal=True).sum().backward()
-        assert 1 <= len(ops._plans) <= 4
+        assert 1 <= len(dispatch.plans) <= 4
     known = [weakref.ref(tensor) for tensor in leaves]
     del leaves
     gc.collect()
@@ -306,8 +306,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
-    monkeypatch.setattr(ops, "_kind_of", lambda *_: "kind")
-    plan = object.__new__(ops._Plan)
+    monkeypatch.setattr(dispatch, "kind_of", lambda *_: "kind")
+    plan = object.__new__(dispatch.Plan)
     plan._forward = lambda *_: current[-1]
     plan._backwards = {"kind": lambda *_: current[-1]}
     for index in (0, 1, 0):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,21 +75,7 @@ def _addresses(argument: Any) -> Any:
     return tuple([_addresses(part) for part in argument]) if type(argument) is tuple else argument
 
 
-class Layout(NamedTuple):
-    """Of new tensors."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of_model(cls, batch_size: int, heads: int, length: int, dim: int) -> Layout:
-        """A tensor ``[B, H, S, D]`` that is laid out like a model's ``[B, S, H, D]``."""
-        return cls((batch_size, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
-
-    @classmethod
-    def of_rows(cls, batch_size: int, heads: int, length: int) -> Layout:
-        """A contiguous ``[B, H, S]``."""
-        return cls((batch_size, heads, length), (heads * length, length, 1))
-
-    def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return like.new_empty_strided(*self, dtype=dtype)  # half the time of `new_empty` and `transpose`
+@functools.lru_cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; for tests without one, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
