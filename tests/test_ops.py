@@ -17,7 +17,7 @@ from attention_checks import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from flashmask_kernels import configs, dispatch, flashmask_attention, ops, reference_attention, schedules
+from flashmask_kernels import configs, dispatch, flashmask_attention, ops, reference_attention
 
 
 def tensors(length: int = 37, heads: int = 4, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32):
@@ -199,24 +199,6 @@ def test_inference_mode_then_training() -> None:
     out = flashmask_attention(query.requires_grad_(), key, value, is_causal=True)
     out.sum().backward()
     assert torch.equal(out, expected)
-
-
-def test_schedules_are_cached_per_bounds_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    builds, tiles = [], []
-    monkeypatch.setattr(schedules, "column_extrema", lambda bounds, block_n: tiles.append(block_n) or torch.zeros(1))
-    monkeypatch.setattr(schedules, "build_schedule", lambda *arguments: builds.append(arguments) or torch.zeros(1))
-    bounds = random_intervals(1, 1, 1, 37, 37)
-    for _ in range(3):
-        schedules.cached_schedule(bounds, 37, 16, 16, False)
-    assert len(builds) == 1
-    schedules.cached_schedule(bounds, 37, 16, 16, True)
-    assert (len(builds), tiles) == (2, [16]), "schedules by rows and by columns share what depends on their columns"
-    schedules.cached_schedule(bounds, 37, 16, 32, True)
-    schedules.cached_schedule(bounds.clone(), 37, 16, 16, False)
-    assert (len(builds), tiles) == (4, [16, 32, 16])
-    bounds += 1
-    schedules.cached_schedule(bounds, 37, 16, 16, False)
-    assert (len(builds), tiles) == (5, [16, 32, 16, 16])
 
 
 def moved(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,5 +2,6 @@
 
 from .api import MAX_INTERVALS, flashmask_attention
 from .reference import reference_attention
+from .schedules import Schedules
 
-__all__ = ["MAX_INTERVALS", "flashmask_attention", "reference_attention"]
+__all__ = ["MAX_INTERVALS", "Schedules", "flashmask_attention", "reference_attention"]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dispatch import Plan, kind_of, plans, remember, schedule_of, specializes
+from .dispatch import Plan, kind_of, plans, remember, specializes, tiles_of
 from .dropout import draw_seed
-from .ops import Attention, forward_operator, schedule_in_graph, with_dense_rows
-from .schedules import stream_of
+from .ops import Attention, forward_operator, schedule_operator, with_dense_rows
+from .schedules import Schedules, home_of
 
 MAX_INTERVALS = 16
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
@@ -33,6 +33,7 @@ def flashmask_attention(
     dropout_p: float = ...,
     deterministic: bool = ...,
     return_lse: Literal[False] = False,
+    schedules: Schedules | None = ...,
 ) -> Tensor: ...
 @overload
 def flashmask_attention(
@@ -48,6 +49,7 @@ def flashmask_attention(
     dropout_p: float = ...,
     deterministic: bool = ...,
     return_lse: Literal[True],
+    schedules: Schedules | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def flashmask_attention(
     query: Tensor,
@@ -62,6 +64,7 @@ def flashmask_attention(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     return_lse: bool = False,
+    schedules: Schedules | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention under a mask given as bounds (FlashMask, arXiv 2410.01359), with gradients.
 
@@ -82,6 +85,8 @@ def flashmask_attention(
             same weights on every device.
         deterministic: bitwise repeatable gradients. Every implementation here gives them anyway.
         return_lse: also return the log-sum-exp of each row.
+        schedules: `Schedules(bounds, S_q)`, which all calls with the same ``bounds`` may share. None: they are made for
+            this call and its backward.
 
     Returns:
         output ``[B, H, S_q, D_v]`` in the query's dtype, laid out as ``[B, S_q, H, D_v]``; with ``return_lse`` also
@@ -97,13 +102,15 @@ def flashmask_attention(
         with torch.autocast(query.device.type, enabled=False):  # which would round the float32 steps of plain torch
             return flashmask_attention(
                 query, key, value, bounds, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks,
-                dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse,
-            )  # type: ignore[call-overload]  # fmt: skip
+                dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, schedules=schedules,
+            )  # type: ignore[call-overload, misc]  # fmt: skip
     arguments = is_causal, scale, softcap, float(dropout_p)
+    if schedules is not None:
+        schedules.check(bounds, query.shape[-2])
     if _runs_as_operator(query):
-        out, lse = _attend_in_graph(query, key, value, bounds, sinks, *arguments)
+        out, lse = _attend_in_graph(query, key, value, bounds, sinks, schedules, *arguments)
         return (out, lse) if return_lse else out
-    return _attend_eagerly(query, key, value, bounds, sinks, *arguments, return_lse)
+    return _attend_eagerly(query, key, value, bounds, sinks, schedules, *arguments, return_lse)
 
 
 def _attend_in_graph(
@@ -112,6 +119,7 @@ def _attend_in_graph(
     value: Tensor,
     bounds: Tensor | None,
     sinks: Tensor | None,
+    schedules: Schedules | None,
     is_causal: bool,
     scale: float | None,
     softcap: float | None,
@@ -124,7 +132,13 @@ def _attend_in_graph(
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
     specialize = specializes(query, value, bounds, softcap, dropout_p)
-    schedule = schedule_of("forward", bounds, query, value, specialize, schedule_in_graph)
+    tiles = tiles_of("forward", query, value, specialize)
+    if tiles is None:
+        schedule = None
+    elif schedules is None:
+        schedule = schedule_operator(bounds, query.shape[2], *tiles)
+    else:
+        schedule = schedules.get_in_graph(schedule_operator, tiles)
     scale, softcap = _scale_and_softcap(query, scale, softcap)
     return forward_operator(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, specialize)
 
@@ -135,6 +149,7 @@ def _attend_eagerly(
     value: Tensor,
     bounds: Tensor | None,
     sinks: Tensor | None,
+    schedules: Schedules | None,
     is_causal: bool,
     scale: float | None,
     softcap: float | None,
@@ -146,18 +161,27 @@ def _attend_eagerly(
     if plan is None:
         _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
     if bounds is None:
-        bounds = _cached_plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
+        schedules = _plain_schedules(query.shape[2], key.shape[2], is_causal, query.device)
+        bounds = schedules.bounds
     if plan is None:
         given = query, key, value, bounds
         query, key, value = (with_dense_rows(tensor) for tensor in (query, key, value))
         bounds = bounds.contiguous()
         if any(copy is not tensor for copy, tensor in zip((query, key, value, bounds), given)):
-            return _attend_eagerly(query, key, value, bounds, sinks, is_causal, scale, softcap, dropout_p, return_lse)
+            if schedules is None:
+                schedules = Schedules(bounds, query.shape[2])
+            return _attend_eagerly(
+                query, key, value, bounds, sinks, schedules, is_causal, scale, softcap, dropout_p, return_lse
+            )
         specialize = specializes(query, value, bounds, softcap, dropout_p)
         plan = Plan(query, key, value, *_scale_and_softcap(query, scale, softcap), dropout_p, specialize)
         remember(plans, kind, plan)
+    if plan.configs is None:
+        schedules = None
+    elif schedules is None:
+        schedules = Schedules(bounds, query.shape[2])
     seed = draw_seed(query.device) if dropout_p else None
-    return Attention.apply(query, key, value, bounds, sinks, seed, plan, return_lse)
+    return Attention.apply(query, key, value, bounds, sinks, seed, schedules, plan, return_lse)
 
 
 def _runs_as_operator(query: Tensor) -> bool:
@@ -265,17 +289,22 @@ def _plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device
     return lts if is_causal else torch.cat([lts, torch.zeros_like(lts)], dim=2)
 
 
-# Few, because each keeps the schedules made from it alive as well. One for each stream: another one need not have
-# finished what the first one wrote.
+def _plain_schedules(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Schedules:
+    """Of causal or full attention, with their bounds. What is made inside of the capture of a CUDA graph belongs to the
+    graph.
+    """
+    is_capturing, stream = home_of(device)
+    if is_capturing:
+        return Schedules(_plain_bounds(q_len, kv_len, is_causal, device), q_len)
+    return _plain_schedules_of_stream(stream, q_len, kv_len, is_causal, device)
+
+
+# Few, because each keeps its tensors alive. One for each stream: another one need not have finished what the first one
+# wrote. Nobody else sees these bounds, so nothing changes them.
 @functools.lru_cache(maxsize=4)
-def _plain_bounds_of_stream(stream: int, q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
-    # Autograd must be able to save it later, which it refuses for a tensor made in inference mode.
+def _plain_schedules_of_stream(
+    stream: int, q_len: int, kv_len: int, is_causal: bool, device: torch.device
+) -> Schedules:
+    # Autograd must be able to save the bounds later, which it refuses for a tensor made in inference mode.
     with torch.inference_mode(False):
-        return _plain_bounds(q_len, kv_len, is_causal, device)
-
-
-def _cached_plain_bounds(q_len: int, kv_len: int, is_causal: bool, device: torch.device) -> Tensor:
-    stream = stream_of(device)
-    if stream is None:
-        return _plain_bounds(q_len, kv_len, is_causal, device)
-    return _plain_bounds_of_stream(stream, q_len, kv_len, is_causal, device)
+        return Schedules(_plain_bounds(q_len, kv_len, is_causal, device), q_len)

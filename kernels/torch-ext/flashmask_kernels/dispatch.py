@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .schedules import Tiles
+
 if TYPE_CHECKING:
     from .configs import Configs
 
@@ -58,6 +60,10 @@ class Plan:
         is_empty = query.numel() == 0 or key.numel() == 0
         # None: plain torch computes them.
         self.configs = None if is_empty else launched_configs(query, value, specialize, in_graph)
+        if self.configs is not None:
+            self.forward_tiles = *self.configs.forward[:2], False
+            self.key_value_gradient_tiles = *self.configs.key_value_gradient[:2], True
+            self.query_gradient_tiles = *self.configs.query_gradient[:2], False
         self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._backwards: dict[Kind, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
@@ -216,12 +222,10 @@ def launched_configs(query: Tensor, value: Tensor, specialize: bool, in_graph: b
     return configs.without_descriptors(*short) if in_graph else configs.for_short_rows(*short)
 
 
-def schedule_of(
-    kernel: str, bounds: Tensor, query: Tensor, value: Tensor, specialize: bool, build: Callable[..., Tensor]
-) -> Tensor | None:
-    """What the kernel of that name in `Configs` visits; None where `tiled` computes."""
+def tiles_of(kernel: str, query: Tensor, value: Tensor, specialize: bool) -> Tiles | None:
+    """Those of the kernel of that name in `Configs`; None where `tiled` computes."""
     configs = configs_of(query, value, specialize)
     if configs is None:
         return None
     config = getattr(configs, kernel)
-    return build(bounds, query.shape[2], config.block_m, config.block_n, kernel == "key_value_gradient")
+    return config.block_m, config.block_n, kernel == "key_value_gradient"

@@ -1,9 +1,7 @@
 """The operators in ``torch.ops.flashmask_kernels``, and their gradients.
 
-Eager calls go through an autograd.Function, which costs a third of an operator's dispatch and can reuse the schedule
-of a bounds tensor from layer to layer. Under `torch.compile`, `torch.export`, fake tensors and dispatch modes the
-same steps are operators of a graph. In training, equal schedules are common subexpressions of it; an inference graph
-keeps those, and `share_in_graph` is for it.
+Eager calls go through an autograd.Function, which costs a third of an operator's dispatch. Under `torch.compile`,
+`torch.export`, fake tensors and dispatch modes the same steps are operators of a graph.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import Plan, plan_of, schedule_of
-from .schedules import Schedules, build_schedule, schedules_of, stream_of
+from .dispatch import Plan, plan_of, tiles_of
+from .schedules import Schedules, build_schedule
 from .tiled import tiled_backward, tiled_forward
 
 
@@ -47,10 +45,6 @@ def once_in_graph(build: Callable[[], Tensor], key: tuple[Any, ...], *sources: T
     result = share_in_graph(build())
     made.append((key, sources, result))
     return result
-
-
-def schedule_in_graph(bounds: Tensor, *arguments: Any) -> Tensor:
-    return once_in_graph(lambda: schedule_operator(bounds, *arguments), ("schedule", *arguments), bounds)
 
 
 def _forward(
@@ -146,17 +140,16 @@ class Attention(torch.autograd.Function):
         bounds: Tensor,
         sinks: Tensor | None,
         seed: Tensor | None,
+        schedules: Schedules | None,
         plan: Plan,
         return_lse: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         # With a `setup_context` of its own the class would bind the arguments by signature, most of 90 us per call.
-        if plan.configs is None:
+        if schedules is None:
             output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.specialize)
         else:
-            ctx.schedules = schedules_of(bounds)
-            schedule = ctx.schedules.get(bounds, query.shape[2], *plan.configs.forward[:2], False)
-            output = plan.forward(query, key, value, bounds, sinks, schedule, seed)
-        ctx.plan = plan
+            output = plan.forward(query, key, value, bounds, sinks, schedules.get(plan.forward_tiles), seed)
+        ctx.plan, ctx.schedules = plan, schedules
         ctx.save_for_backward(query, key, value, bounds, sinks, seed, *output)
         ctx.set_materialize_grads(False)
         return output if return_lse else output[0]  # autograd takes 3 us for one more
@@ -170,7 +163,7 @@ class Attention(torch.autograd.Function):
 
 def _planned_gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients = _gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx))
-    return *gradients, *[None] * 3
+    return *gradients, *[None] * 4
 
 
 # Takes the host as long as a launch.
@@ -191,14 +184,10 @@ def _planned_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan: Plan = ctx.plan
     arguments = d_out, d_lse, query, key, value, bounds, out, lse
-    if plan.configs is None:
+    schedules: Schedules | None = ctx.schedules
+    if schedules is None:
         return _backward(*arguments, None, None, seed, *plan.factors, plan.specialize)
-    schedules: Schedules = ctx.schedules
-    if schedules.stream != stream_of(bounds.device):
-        schedules = schedules_of(bounds)
-    q_len = query.shape[2]
-    by_column = schedules.get(bounds, q_len, *plan.configs.key_value_gradient[:2], True)
-    by_row = schedules.get(bounds, q_len, *plan.configs.query_gradient[:2], False)
+    by_column, by_row = schedules.get(plan.key_value_gradient_tiles), schedules.get(plan.query_gradient_tiles)
     return plan.backward(*arguments, by_column, by_row, seed)
 
 
@@ -272,8 +261,11 @@ def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> 
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, lse, seed = others
         by_column, by_row = (
-            schedule_of(kernel, bounds, query, value, specialize, schedule_operator)
-            for kernel in ("key_value_gradient", "query_gradient")
+            None if tiles is None else schedule_operator(bounds, query.shape[2], *tiles)
+            for tiles in (
+                tiles_of("key_value_gradient", query, value, specialize),
+                tiles_of("query_gradient", query, value, specialize),
+            )
         )
         return backward_operator(
             d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed, *ctx.choices
