@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import environment
 from .schedules import Tiles
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
     if (
-        query.device.type != "cuda"
+        environment.PORTABLE
+        or query.device.type != "cuda"
         or batch_size * num_heads * q_len * dim < FEWEST_SPECIALIZED_ELEMENTS
         or min(q_len, kv_len) < 1024
         or not dim % 8 == 0 == dim_v % 8  # TMA reads rows that are multiples of 16 bytes
@@ -189,7 +191,7 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
 
 def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
     """Tile sizes of the Triton kernels for these inputs, or None where `tiled` computes them."""
-    if query.device.type not in ("cuda", "xpu") or query.dtype == torch.float64:
+    if query.device.type != "cuda":
         return None
     head_dim = max(query.shape[-1], value.shape[-1])
     try:
@@ -197,9 +199,12 @@ def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None
     except ImportError as error:
         configs, reason = None, f"Triton does not import ({error})"
     else:
-        select = select_specialized_configs if specialize else select_configs
-        configs = select(query.device, query.dtype, head_dim)
-        reason = f"there is no kernel for head size {head_dim}"
+        if query.dtype == torch.float64:
+            configs, reason = None, "there is no kernel for float64"
+        else:
+            select = select_specialized_configs if specialize else select_configs
+            configs = select(query.device, query.dtype, head_dim)
+            reason = f"there is no kernel for head size {head_dim} in {query.dtype}"
     if configs is None:
         warnings.warn(f"flashmask_kernels computes in plain torch, exactly but slowly: {reason}", stacklevel=2)
     return configs
