@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .dispatch import Plan, kind_of, plans, remember, specializes, tiles_of
 from .dropout import draw_seed
-from .ops import Attention, forward_operator, schedule_operator, with_dense_rows
+from .ops import Attention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
 from .schedules import Schedules, home_of
 
 MAX_INTERVALS = 16
@@ -69,8 +69,8 @@ def flashmask_attention(
     """Attention under a mask given as bounds (FlashMask, arXiv 2410.01359), with gradients.
 
     Args:
-        query: ``[B, H, S_q, D]``; float16, bfloat16 or float32 (float64 off the GPU), inside of `torch.autocast` any
-            of them. Any strides; the last dimension is best contiguous.
+        query: ``[B, H, S_q, D]``; float16, bfloat16 or float32; float64 in plain torch, which is slow on a GPU; inside
+            of `torch.autocast` any of them. Any strides; the last dimension is best contiguous.
         key: ``[B, H_kv, S_k, D]``, H a multiple of H_kv.
         value: ``[B, H_kv, S_k, D_v]``.
         bounds: int32 ``[B or 1, H, H_kv or 1, C, S_k]``, the rows hidden from each key: C = 1 (LTS, with the causal
@@ -97,7 +97,7 @@ def flashmask_attention(
     Raises:
         TypeError, ValueError: a wrong dtype, device, shape or combination; named with what came and what is accepted.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         with torch.autocast(query.device.type, enabled=False):  # which would round the float32 steps of plain torch
             return flashmask_attention(
@@ -140,7 +140,9 @@ def _attend_in_graph(
     else:
         schedule = schedules.get_in_graph(schedule_operator, tiles)
     scale, softcap = _scale_and_softcap(query, scale, softcap)
-    return forward_operator(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, specialize)
+    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    attend = TransformedAttention.apply if is_transformed else forward_operator
+    return attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, specialize)
 
 
 def _attend_eagerly(
@@ -189,6 +191,9 @@ def _runs_as_operator(query: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(query) not in (Tensor, torch.nn.Parameter)
         or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or query.is_meta
     )
 
 
@@ -219,7 +224,7 @@ def _check_inputs(
             raise ValueError(f"`{name}` must be 4-D [B, heads, S, D], got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(
-                f"`{name}` must be float16, bfloat16, float32 or (not on a GPU) float64, got {tensor.dtype}"
+                f"`{name}` must be float16, bfloat16, float32 or (in plain torch) float64, got {tensor.dtype}"
             )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise TypeError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import Plan, plan_of, tiles_of
 from .schedules import Schedules, build_schedule
@@ -156,18 +157,58 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        # Without `create_graph` nothing is recorded, and there is nothing that a second backward would have to refuse.
-        gradients = _planned_gradients_once if torch.is_grad_enabled() else _planned_gradients
-        return gradients(ctx, d_out, d_lse)
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody may differentiate the gradients
+            return _refusing_gradients(saved, d_out, d_lse, lambda: _planned_gradients(ctx, saved, d_out, d_lse))
+        return _planned_gradients(ctx, saved, d_out, d_lse)
 
 
-def _planned_gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = _gradients(ctx.saved_tensors, d_out, d_lse, functools.partial(_planned_backward, ctx))
+def _planned_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    gradients = _gradients(saved, d_out, d_lse, functools.partial(_planned_backward, ctx))
     return *gradients, *[None] * 4
 
 
-# Takes the host as long as a launch.
-_planned_gradients_once = torch.autograd.function.once_differentiable(_planned_gradients)
+def _refusing_gradients(
+    saved: tuple[Tensor, ...],
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+    compute: Callable[[], tuple[Tensor | None, ...]],
+) -> tuple[Tensor | None, ...]:
+    """`compute()`, whose results depend on all that they are made of and refuse to be differentiated."""
+    with torch.no_grad():
+        gradients = compute()
+    query, key, value, _, sinks, *_ = saved
+    sources = [source for source in (d_out, d_lse, query, key, value, sinks) if source is not None]
+    return _SecondDerivative.apply(gradients, *sources)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Gradients as a function of all that they depend on. `once_differentiable` connects its error to none of that:
+    `torch.autograd.grad` never comes to it, and leaves the second derivative out.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        _refuse_second_derivative()
+
+
+def _refuse_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "flashmask_attention has no second derivative. To differentiate its gradients, as a gradient penalty does, use "
+        "attn_implementation='eager' or reference_attention"
+    )
 
 
 def _planned_backward(
@@ -276,3 +317,46 @@ def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> 
 
 
 forward_operator.register_autograd(_backward_in_graph, setup_context=_setup_context)
+backward_operator.register_autograd(_refuse_second_derivative)
+
+
+class TransformedAttention(torch.autograd.Function):
+    """The forward operator for the transforms of `torch.func`, which do not see the gradient of an operator that is
+    defined in Python. `vmap` calls the operators once for each element.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return forward_operator(*arguments)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _refusing_gradients(ctx.saved_tensors, d_out, d_lse, lambda: _backward_in_graph(ctx, d_out, d_lse))
+
+
+# FLOPs
+
+
+def _count_forward(query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+    """Of all pairs of query and key, as torch counts attention with a mask: to count what the bounds leave visible
+    would wait for the device.
+    """
+    batch_size, num_heads, q_len, dim = query
+    return 2 * batch_size * num_heads * q_len * key[2] * (dim + value[3])
+
+
+def _count_backward(_d_out: Size, _d_lse: Size | None, query: Size, key: Size, value: Size, *_: Any, **__: Any) -> int:
+    """Five products: scores and the gradients of probabilities, queries, keys and values. Kernels that compute the
+    scores twice do not count for more.
+    """
+    batch_size, num_heads, q_len, dim = query
+    return 2 * batch_size * num_heads * q_len * key[2] * (3 * dim + 2 * value[3])
+
+
+_operators = getattr(torch.ops, _NAMESPACE)
+register_flop_formula(_operators.forward)(_count_forward)
+register_flop_formula(_operators.backward)(_count_backward)
