@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 import flashmask_kernels
-from flashmask_kernels import ops
+from flashmask_kernels import Schedules, dispatch
 
 RESULTS = Path(__file__).parent / "results"
 FEWEST_REPEATS = 5
@@ -112,11 +112,14 @@ def peak_memory(function: Callable[[], Any]) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
-def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> None:
+def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> Schedules:
     """What the kernels make of a bounds tensor once for all layers, forward and backward."""
-    specialize = ops._specializes(query, value, bounds, None, 0.0)
+    schedules = Schedules(bounds, query.shape[2])
+    specialize = dispatch.specializes(query, value, bounds, None, 0.0)
     for kernel in ("forward", "key_value_gradient", "query_gradient"):
-        ops._schedule(kernel, bounds, query, value, specialize, ops._cached_schedule)
+        if tiles := dispatch.tiles_of(kernel, query, value, specialize):
+            schedules.get(tiles)
+    return schedules
 
 
 def environment(device: str) -> dict[str, str]:

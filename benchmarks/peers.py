@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashmask_kernels import flashmask_attention
+from flashmask_kernels import Schedules, flashmask_attention
 from hf_flashmask.bounds import to_dense
 
 LONGEST_DENSE_MASK = 32768
@@ -51,13 +51,14 @@ def flashmask(case: Case) -> Attention:
         element.expand(case.batch, heads, case.length, case.head_dim) for heads in (case.heads, case.kv_heads)
     )
 
-    def build() -> Tensor:
+    def build() -> Schedules:
         """Bounds, and the schedules that the kernels make of them: all of it once a step."""
-        bounds = case.mask.bounds()
-        build_schedules(bounds, query, value)
-        return bounds
+        return build_schedules(case.mask.bounds(), query, value)
 
-    return Attention(build, flashmask_attention)
+    def attend(query: Tensor, key: Tensor, value: Tensor, schedules: Schedules) -> Tensor:
+        return flashmask_attention(query, key, value, schedules.bounds, schedules=schedules)
+
+    return Attention(build, attend)
 
 
 def flex(case: Case, kernel_options: Any = None) -> Attention:

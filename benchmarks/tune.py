@@ -29,8 +29,8 @@ from measurement import RESULTS, Deadline, Run, require_gpu, time_on_gpu
 from torch import Tensor
 from truth import Attended, Truth
 
+from flashmask_kernels import Schedules, dispatch, flashmask_attention
 from flashmask_kernels import configs as table
-from flashmask_kernels import flashmask_attention, ops
 from flashmask_kernels.configs import Config, Configs
 
 HEADS, KV_HEADS, DTYPE = 32, 8, torch.bfloat16
@@ -79,12 +79,12 @@ def launched_with(candidate: Candidate) -> Iterator[None]:
         return configs
 
     table.select_configs, table.select_specialized_configs = select_configs, lambda *_: None
-    ops._plans.clear()
+    dispatch.plans.clear()
     try:
         yield
     finally:
         table.select_configs, table.select_specialized_configs = original, specialized
-        ops._plans.clear()
+        dispatch.plans.clear()
     if not asked:
         raise RuntimeError("flashmask_kernels no longer looks up configs.select_configs for every plan")
 
@@ -138,10 +138,11 @@ def check(candidate: Candidate) -> dict[str, Any]:
 def time(candidate: Candidate, mask: str, length: int) -> dict[str, Any]:
     inputs, d_out = inputs_of(length, candidate.head_dim)
     bounds = mask_forms(rows_of(length, 1)[0], device="cuda")[mask]().bounds()
+    schedules = Schedules(bounds, length)
     with launched_with(candidate):
-        out = flashmask_attention(*inputs, bounds)
+        out = flashmask_attention(*inputs, bounds, schedules=schedules)
         if candidate.kernel == "forward":
-            timed = time_on_gpu(lambda: flashmask_attention(*inputs, bounds), repeats=9)
+            timed = time_on_gpu(lambda: flashmask_attention(*inputs, bounds, schedules=schedules), repeats=9)
         else:
             timed = time_on_gpu(lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True), repeats=9)
     return {**candidate.row, "mask": mask, "length": length, **timed}

@@ -42,8 +42,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_planned() -> None:
     """What a test replaces must not miss what was planned before it."""
-    if (ops := sys.modules.get("flashmask_kernels.ops")) is not None:
-        ops._plans.clear()
+    if (dispatch := sys.modules.get("flashmask_kernels.dispatch")) is not None:
+        dispatch.plans.clear()
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make CPU tensors go through the Triton kernels, with small tiles: short sequences have many of them."""
 
     def use(use_descriptors: bool = False, of_short_rows: tuple[int, int, int, int] | None = None) -> None:
-        from flashmask_kernels import ops
+        from flashmask_kernels import dispatch
         from flashmask_kernels.configs import Config, Configs
 
         tiles = (32, 16), (16, 32), (16, 16)
         configs = Configs(*(Config(*tile, 4, 2, use_descriptors, of_short_rows=of_short_rows) for tile in tiles))
-        monkeypatch.setattr(ops, "_configs", lambda *arguments: configs)
-        monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", {})
+        monkeypatch.setattr(dispatch, "configs_of", lambda *arguments: configs)
+        monkeypatch.setattr(dispatch, "FEWEST_DESCRIBED_ELEMENTS", {})
 
     return use
 

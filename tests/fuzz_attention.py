@@ -24,7 +24,7 @@ import torch
 from attention_checks import assert_matches_reference, random_intervals
 from torch import Tensor
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention
+from flashmask_kernels import dispatch, flashmask_attention, reference_attention
 from flashmask_kernels.dropout import draw_seed, kept_elements
 
 SIGNATURES = 60
@@ -148,15 +148,15 @@ def run_case(number: int, device: str) -> None:
 def failures(arguments: tuple[range, str]) -> list[str]:
     numbers, device = arguments
     torch.set_num_threads(1)
-    ops._FEWEST_SPECIALIZED_ELEMENTS = 0
+    dispatch.FEWEST_SPECIALIZED_ELEMENTS = 0
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     found = []
     for number in numbers:
         # As rows long enough for descriptors, or as short ones.
         fewest = 0 if number % SIGNATURES % 2 else 1 << 60
-        ops._FEWEST_DESCRIBED_ELEMENTS = dict.fromkeys(ops._FEWEST_DESCRIBED_ELEMENTS, fewest)
-        ops._plans.clear()
+        dispatch.FEWEST_DESCRIBED_ELEMENTS = dict.fromkeys(dispatch.FEWEST_DESCRIBED_ELEMENTS, fewest)
+        dispatch.plans.clear()
         try:
             run_case(number, device)
         except Exception as error:

@@ -22,8 +22,9 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashmask_kernels import configs, ops, portable
-from flashmask_kernels.launch import Launcher
+from flashmask_kernels import configs, dispatch, portable
+from flashmask_kernels.launch import attention_launcher
+from flashmask_kernels.launch.launcher import Launcher
 from flashmask_kernels.schedule import schedule_shape
 
 CALLS = 2000
@@ -97,11 +98,11 @@ def call(number: int) -> None:
         module, factors = portable, (scale, softcap, dropout_p)
         seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     inputs, by_row = (query, key, value, bounds), schedule(chosen.forward, False)
-    Record.kind = ops._kind_of(*inputs, sinks), factors, chosen, specialized
+    Record.kind = dispatch.kind_of(*inputs, sinks), factors, chosen, specialized
     forward = module.AttentionForward(*inputs, sinks, by_row, *factors, chosen.forward)
     out, lse = forward(*inputs, sinks, by_row, seed)
     schedules = schedule(chosen.key_value_gradient, True), schedule(chosen.query_gradient, False)
-    Record.kind = ops._kind_of(d_out, d_lse, *inputs, out, lse), factors, chosen, specialized
+    Record.kind = dispatch.kind_of(d_out, d_lse, *inputs, out, lse), factors, chosen, specialized
     backward = module.AttentionBackward(d_out, d_lse, *inputs, out, *schedules, *factors, chosen)
     backward(d_out, d_lse, *inputs, out, lse, *schedules, seed)
 
@@ -154,11 +155,12 @@ def differences_to_triton() -> list[str]:
 def main() -> None:
     driver.set_active(OfflineDriver(TARGETS["sm_90"]))
     differences = differences_to_triton()
-    modules = [portable.launcher]
+    modules = [attention_launcher]
     if configs._HAS_GLUON:
         from flashmask_kernels import hopper
+        from flashmask_kernels.common import nan_repair, row_statistics
 
-        modules += [portable.redo, portable.row_statistics, hopper.forward, hopper.backward]
+        modules += [nan_repair, row_statistics, hopper.forward, hopper.backward]
     with mock.patch.object(configs, "architecture", return_value="sm_90"):
         for module in modules:
             mock.patch.object(module, "Launcher", Record).start()

@@ -18,7 +18,7 @@ import torch
 import triton
 from attention_checks import model_tensor
 
-from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels import dispatch, flashmask_attention
 
 LENGTH = 1100
 
@@ -45,7 +45,7 @@ def main() -> None:
         give_all_warps_registers()
     # Where Triton's sanitizer keeps what it knows of barriers and buffers.
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    ops._FEWEST_SPECIALIZED_ELEMENTS = 0 if arguments.kernels == "hopper" else 1 << 60
+    dispatch.FEWEST_SPECIALIZED_ELEMENTS = 0 if arguments.kernels == "hopper" else 1 << 60
     torch.manual_seed(0)
     ends = (torch.arange(LENGTH, device="cuda") // 400 + 1) * 400
     documents = ends.clamp(max=LENGTH).int()[None, None, None]
@@ -55,7 +55,7 @@ def main() -> None:
             model_tensor(1, LENGTH, heads, arguments.head_dim, torch.bfloat16, "cuda").requires_grad_()
             for heads in (4, 2, 2)
         )
-        specialized = ops._specializes(query, value, bounds, None, 0.0)
+        specialized = dispatch.specializes(query, value, bounds, None, 0.0)
         assert specialized == (arguments.kernels == "hopper"), "this GPU and head size have no such kernels"
         # In this thread: the allocator is not known in those of autograd.
         with torch.autograd.set_multithreading_enabled(False):

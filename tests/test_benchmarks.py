@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention
+from flashmask_kernels import dispatch, flashmask_attention, reference_attention
 from hf_flashmask.bounds import from_cu_seqlens, to_dense, visible_pairs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -459,12 +459,12 @@ def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tune.table, "_HAS_GLUON", True)
     with FakeTensorMode():
         query, bounds = torch.empty(1, 32, 8192, 128, device="cuda").bfloat16(), torch.empty(1, 1, 1, 8192)
-    assert ops._specializes(query, query, bounds, None, 0.0)
+    assert dispatch.specializes(query, query, bounds, None, 0.0)
     candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
     with tune.launched_with(candidate):
-        specialize = ops._specializes(query, query, bounds, None, 0.0)
-        assert ops._configs(query, query, specialize).query_gradient == candidate.config
-    assert ops._specializes(query, query, bounds, None, 0.0)
+        specialize = dispatch.specializes(query, query, bounds, None, 0.0)
+        assert dispatch.configs_of(query, query, specialize).query_gradient == candidate.config
+    assert dispatch.specializes(query, query, bounds, None, 0.0)
 
 
 def test_the_fastest_over_all_workloads_goes_into_the_table() -> None:

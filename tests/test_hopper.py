@@ -19,7 +19,7 @@ from attention_checks import (
 )
 from torch import Tensor
 
-from flashmask_kernels import flashmask_attention, ops
+from flashmask_kernels import dispatch, flashmask_attention
 from flashmask_kernels.configs import select_specialized_configs
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch):
     """All sizes take these kernels. New memory is full of NaN or the largest integer: an element nobody wrote shows."""
     if select_specialized_configs(torch.device("cuda"), torch.bfloat16, 128) is None:
         pytest.fail("needs an sm_90 GPU and Triton 3.6 or 3.7: leave out tests/test_hopper.py on others", pytrace=False)
-    monkeypatch.setattr(ops, "_FEWEST_SPECIALIZED_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "FEWEST_SPECIALIZED_ELEMENTS", 0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -38,7 +38,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options) -> tuple[Tensor, Tensor]:
-    assert ops._specializes(query, value, bounds, None, 0.0)
+    assert dispatch.specializes(query, value, bounds, None, 0.0)
     return flashmask_attention(query, key, value, bounds, return_lse=True, **options)
 
 
@@ -150,13 +150,13 @@ def test_what_the_portable_kernels_compute() -> None:
     """Softcap, dropout, a mask for each of the query heads that share a key, short rows, and small heads."""
     query, value = (torch.empty(1, heads, 4096, 128, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
     bounds = torch.zeros(1, 1, 2, 4096, dtype=torch.int32, device="cuda")
-    assert ops._specializes(query, value, bounds, None, 0.0)
-    assert not ops._specializes(query, value, bounds, 5.0, 0.0)
-    assert not ops._specializes(query, value, bounds, None, 0.1)
-    assert not ops._specializes(query, value, bounds.expand(1, 4, 2, 4096), None, 0.0)
-    assert not ops._specializes(query[:, :, :1000], value, bounds, None, 0.0)
-    assert not ops._specializes(query.float(), value.float(), bounds, None, 0.0)
-    assert not ops._specializes(query[..., :64], value[..., :64], bounds, None, 0.0)
+    assert dispatch.specializes(query, value, bounds, None, 0.0)
+    assert not dispatch.specializes(query, value, bounds, 5.0, 0.0)
+    assert not dispatch.specializes(query, value, bounds, None, 0.1)
+    assert not dispatch.specializes(query, value, bounds.expand(1, 4, 2, 4096), None, 0.0)
+    assert not dispatch.specializes(query[:, :, :1000], value, bounds, None, 0.0)
+    assert not dispatch.specializes(query.float(), value.float(), bounds, None, 0.0)
+    assert not dispatch.specializes(query[..., :64], value[..., :64], bounds, None, 0.0)
 
 
 def test_new_lengths_do_not_recompile() -> None:

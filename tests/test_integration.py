@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
 
 import hf_flashmask
-from flashmask_kernels import ops, reference_attention
+from flashmask_kernels import dispatch, reference_attention, schedules
 from flashmask_kernels.configs import Config, Configs
 from flashmask_kernels.dropout import draw_seed, kept_elements
 from hf_flashmask import bounds, integration
@@ -409,10 +409,10 @@ def test_layers_share_the_schedules_of_their_bounds(
 ) -> None:
     """Of the kernels there are three, forward, dK and dV, dQ: each needs one schedule for each kind of layer."""
     configs = Configs(*(Config(*tile, 4, 2) for tile in ((32, 16), (16, 32), (16, 16))))
-    monkeypatch.setattr(ops, "_configs", lambda *args: configs)
+    monkeypatch.setattr(dispatch, "configs_of", lambda *args: configs)
     builds = []
-    build_schedule = ops._build_schedule
-    monkeypatch.setattr(ops, "_build_schedule", lambda *args: builds.append(args[1:5]) or build_schedule(*args))
+    build_schedule = schedules.build_schedule
+    monkeypatch.setattr(schedules, "build_schedule", lambda *args: builds.append(args[1:5]) or build_schedule(*args))
     layer_types = ["sliding_attention", "full_attention"] * 2 if kinds == 2 else None
     model = build(name, num_hidden_layers=4, layer_types=layer_types).train()
     if checkpointing is not None:

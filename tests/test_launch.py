@@ -15,8 +15,9 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flashmask_kernels import launch
-from flashmask_kernels.launch import Launcher, Layout
+from flashmask_kernels.launch import launcher as launch
+from flashmask_kernels.launch.launcher import Launcher
+from flashmask_kernels.launch.layout import Layout
 
 FOLDER = Path(__file__).parent
 
@@ -100,6 +101,36 @@ def test_launchers_are_apart_and_the_interpreter_has_nothing_to_remember() -> No
         for launcher in launchers:
             launcher(torch.zeros(1))
     assert [len(kernel.calls) for kernel in kernels] == [1, 1, 3]
+
+
+def test_untested_releases_of_triton_launch_everything_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_IS_FAST", False)
+    kernel = Kernel()
+    launcher = Launcher(kernel, 5, (7,), {"BLOCK": 16})
+    for _ in range(3):
+        launcher(torch.zeros(1))
+    assert len(kernel.calls) == 3
+    assert kernel.launched == kernel.watched == []
+
+
+def test_another_thread_never_finds_a_launcher_half_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It launches at every point of the first launch at which this thread asks for something."""
+    kernel, other = Kernel(), [torch.zeros(1)]
+    launcher = Launcher(kernel, 5, (7,), {"BLOCK": 16})
+
+    class Switching(Driver):
+        def get_current_device(self) -> int:
+            if other:
+                launcher(other.pop())
+            return super().get_current_device()
+
+    monkeypatch.setattr(launch, "driver", mock.Mock(active=Switching()))
+    run = Compiled.run.fget
+    monkeypatch.setattr(Compiled, "run", property(lambda self: (other and launcher(other.pop()), run(self))[1]))
+    for number in range(3):
+        launcher(torch.full((1,), number))
+    assert len(kernel.calls) == 2
+    assert len(kernel.launched) == 2
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 1, 1, 16), (1, 1, 7, 8), (3, 4, 1, 24)])

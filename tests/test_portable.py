@@ -22,7 +22,7 @@ from attention_checks import (
 )
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
-from flashmask_kernels import flashmask_attention, ops, reference_attention, schedule
+from flashmask_kernels import dispatch, flashmask_attention, reference_attention, schedule
 from flashmask_kernels.configs import Configs
 
 
@@ -35,8 +35,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch):
     """All sizes take these kernels, with descriptors where there are any. New memory is full of NaN or the largest
     integer: an element nobody wrote shows.
     """
-    monkeypatch.setattr(ops, "_specializes", lambda *arguments: False)
-    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", {})
+    monkeypatch.setattr(dispatch, "specializes", lambda *arguments: False)
+    monkeypatch.setattr(dispatch, "FEWEST_DESCRIBED_ELEMENTS", {})
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -74,7 +74,7 @@ def test_shapes_interpreted(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, b
 def test_tiles_of_short_rows_interpreted(in_graph: bool, interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels and schedules have the same ones, in operators too, which do not ask for the length."""
     interpreted(use_descriptors=True, of_short_rows=(16, 16, 4, 2))
-    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
+    monkeypatch.setattr(dispatch, "FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
     query, key, value = (model_tensor(1, 61, heads, 16, torch.float32, "cpu") for heads in (2, 1, 1))
     # A dispatch mode sees the operators of a graph instead of an autograd.Function.
     with BaseTorchDispatchMode() if in_graph else contextlib.nullcontext():
@@ -178,7 +178,7 @@ def test_shapes(dtype, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape)
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_short_rows_at_any_address(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too short for descriptors. Calls of the same shapes and strides differ in what the hardware may load at once."""
-    monkeypatch.setattr(ops, "_FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
+    monkeypatch.setattr(dispatch, "FEWEST_DESCRIBED_ELEMENTS", dict.fromkeys(Configs._fields, 1 << 60))
     bounds = masks(1021, 1021)["causal_document"]
     whole = torch.empty(bounds.numel() + 1, dtype=torch.int32, device="cuda")
     for offset in (0, 1, 8, 0):

@@ -85,9 +85,9 @@ def test_intervals_cover_a_tile_together(planes: int, device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_columns_are_hidden_by_different_intervals(device: str) -> None:
     """The even columns belong to a document that ended, the odd ones are not yet to be seen: nothing to visit."""
-    lower_start, upper_end = torch.full((64,), 16), torch.zeros(64)
-    lower_start[1::2], upper_end[1::2] = 64, 64
-    schedule = build_schedule(torch.stack([lower_start, upper_end]).int()[None, None].to(device), 64, 16, 16, False)
+    lts, ute = torch.full((64,), 16), torch.zeros(64)
+    lts[1::2], ute[1::2] = 64, 64
+    schedule = build_schedule(torch.stack([lts, ute]).int()[None, None].to(device), 64, 16, 16, False)
     assert schedule[0, 1:, :2].sum() == 0
 
 

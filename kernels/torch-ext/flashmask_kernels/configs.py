@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
+import warnings
 from typing import NamedTuple
 
 import torch
 import triton
+
+TRITON_VERSION = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
 class Config(NamedTuple):
@@ -120,18 +124,24 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 _SMALLEST_SPECIALIZED_DIM, _LARGEST_SPECIALIZED_DIM = 65, 128
 _SPECIALIZED = Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True))
 # The releases of Triton that the tests compile them with: they use Gluon, which promises no stability.
-_HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7."))
+_OLDEST_GLUON, _NEWEST_GLUON = (3, 6), (3, 7)
+_HAS_GLUON = _OLDEST_GLUON <= TRITON_VERSION <= _NEWEST_GLUON
 
 
 @functools.lru_cache
 def architecture(device: torch.device) -> str:
     """The row of the table for a device; a GPU that is not in it gets the nearest row with no more shared memory."""
-    if device.type != "cuda" or torch.version.hip:
-        return "gfx942"
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (12, 0) or capability < (8, 0) or (8, 0) < capability < (9, 0):
-        return "sm_86"
-    return f"sm_{capability[0]}0"
+    return "gfx942" if torch.version.hip else _row_of(torch.cuda.get_device_capability(device))
+
+
+def _row_of(capability: tuple[int, int]) -> str:
+    if capability == (8, 0):
+        return "sm_80"
+    if capability[0] == 9:
+        return "sm_90"
+    if capability[0] in (10, 11):  # both have as much shared memory
+        return "sm_100"
+    return "sm_86"
 
 
 def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
@@ -144,9 +154,20 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
     """The configurations of the kernels of `hopper`; None where these have none."""
     is_theirs = (
-        _HAS_GLUON
-        and dtype in (torch.float16, torch.bfloat16)
+        dtype in (torch.float16, torch.bfloat16)
         and _SMALLEST_SPECIALIZED_DIM <= head_dim <= _LARGEST_SPECIALIZED_DIM
         and architecture(device) == "sm_90"
     )
-    return _SPECIALIZED if is_theirs else None
+    if is_theirs and not _HAS_GLUON:
+        _warn_of_new_triton()
+    return _SPECIALIZED if is_theirs and _HAS_GLUON else None
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_new_triton() -> None:
+    if TRITON_VERSION > _NEWEST_GLUON:
+        warnings.warn(
+            f"flashmask_kernels does not use its kernels for sm_90: they are tested with Triton 3.6 and 3.7, this is "
+            f"{triton.__version__}. The portable kernels compute the same in more time",
+            stacklevel=2,
+        )

@@ -14,15 +14,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ..common.nan_repair import redo_backward
+from ..common.row_statistics import RowStatistics, padded_rows
+from ..common.tiles import LOG2_E
 from ..configs import Configs
-from ..launch import Launcher
-from ..portable.backward import gradient_layouts
-from ..portable.redo import redo_backward
-from ..portable.row_statistics import RowStatistics, padded_rows
+from ..launch.launcher import Launcher
+from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
-    LOG2_E,
     MASK_STAGES,
     REGISTERS,
     REGISTERS_WITH_MASKS,

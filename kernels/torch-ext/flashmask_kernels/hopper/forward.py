@@ -13,14 +13,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from ..common.nan_repair import redo_forward
+from ..common.tiles import LN_2, LOG2_E
 from ..configs import Config
-from ..launch import Launcher, Layout
-from ..portable.redo import redo_forward
+from ..launch.launcher import Launcher
+from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
-    LN_2,
-    LOG2_E,
     MASK_STAGES,
     REGISTERS_WITH_MASKS,
     addressable,

@@ -17,12 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..portable.redo import num_processors
-from ..portable.tiles import descriptors_can_address
+from ..launch.launcher import num_processors
+from ..launch.tile_sources import descriptors_can_address
 from ..schedule import tiles_in
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
 # 3 x 128 threads with 168 registers fill the register file; of these, consumers take 240 and leave 24 to the others.
 LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 REGISTERS = gl.constexpr([240, 24, 24])
@@ -194,10 +192,10 @@ def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
     if NUM_PLANES > 2:
         return columns, columns
     # A column past the last key is hidden from row 0 on.
-    lower_start = gl.load(bounds + columns, mask=columns < kv_len, other=0)
+    lts = gl.load(bounds + columns, mask=columns < kv_len, other=0)
     if NUM_PLANES == 1:
-        return lower_start, columns - (kv_len - q_len)
-    return lower_start, gl.load(bounds + kv_len + columns, mask=columns < kv_len, other=0)
+        return lts, columns - (kv_len - q_len)
+    return lts, gl.load(bounds + kv_len + columns, mask=columns < kv_len, other=0)
 
 
 @gluon.jit
@@ -208,8 +206,8 @@ def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES
     """
     row = rows[None, :]
     if NUM_PLANES <= 2:
-        lower_start, upper_end = planes
-        return gl.where((row >= lower_start[:, None]) | (row < upper_end[:, None]), hidden_value, values)
+        lts, ute = planes
+        return gl.where((row >= lts[:, None]) | (row < ute[:, None]), hidden_value, values)
     exists = columns < kv_len
     values = gl.where(exists[:, None], values, hidden_value)
     for interval in gl.static_range(NUM_PLANES // 2):

@@ -6,19 +6,16 @@ Such a kernel sets a flag where it finds NaN in what it writes. Without the flag
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher, Layout
+from ..launch.launcher import Launcher, num_processors
+from ..launch.layout import Layout, gradient_layouts
 from ..schedule import mask_strides, max_runs_of
-from .backward import _key_value_gradients, _query_gradients, gradient_layouts
-from .forward import _attend
-from .launcher import head_dim_blocks
-from .tiles import SMALL_BLOCK, holds_nan, load_rows
+from .backward_rows import key_value_gradients, query_gradients
+from .forward_rows import attend_rows
+from .tiles import SMALL_BLOCK, head_dim_blocks, holds_nan, load_rows
 
 
 @triton.jit
@@ -47,7 +44,7 @@ def redo_forward_kernel(
                     out, out_strides, batch_head // NUM_HEADS, batch_head % NUM_HEADS, start + first, q_len,
                     DIM_V, SMALL_BLOCK, BLOCK_DIM_V,
                 ):  # fmt: skip
-                    _attend(
+                    attend_rows(
                         q, k, v, out, lse, bounds, schedule, sinks, None,
                         q_strides, k_strides, v_strides, out_strides, scale, 0.0, 0, 1.0,
                         q_len, kv_len, mask_stride_b, max_runs, program, first,
@@ -83,7 +80,7 @@ def redo_backward_kernel(
                     d_v, d_v_strides, batch, head, start + first, kv_len, DIM_V, SMALL_BLOCK, BLOCK_DIM_V
                 )
                 if d_k_has_nan | d_v_has_nan:
-                    _key_value_gradients(
+                    key_value_gradients(
                         q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, by_column, None,
                         q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
                         scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_column, program, first,
@@ -100,7 +97,7 @@ def redo_backward_kernel(
                     d_q, d_q_strides, batch_head // NUM_HEADS, batch_head % NUM_HEADS, start + first, q_len,
                     DIM, SMALL_BLOCK, BLOCK_DIM,
                 ):  # fmt: skip
-                    _query_gradients(
+                    query_gradients(
                         q, k, v, d_out, lse_2, delta, d_q, bounds, by_row, None,
                         q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
                         scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_row, program, first,
@@ -176,9 +173,3 @@ def redo_backward(
         "COLUMN_M": column_tile[0], "COLUMN_N": column_tile[1], "ROW_M": row_tile[0], "ROW_N": row_tile[1],
     }  # fmt: skip
     return Launcher(redo_backward_kernel, num_processors(query.device), numbers, constants)
-
-
-@functools.lru_cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; for tests without one, a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launcher, Layout
+from ..launch.launcher import Launcher
+from ..launch.layout import Layout
 from ..schedule import tiles_in
-from .launcher import head_dim_blocks
-from .tiles import LOG2_E, load_rows
+from .tiles import LOG2_E, head_dim_blocks, load_rows
 
 # Row statistics are padded to whole tiles, none of which has more rows: a row past the end has delta 0 and log-sum-exp
 # inf, so P = exp(-inf) = 0.

@@ -1,19 +1,18 @@
-"""What the attention kernels, forward and backward, are launched with in the same way."""
+"""What all portable attention kernels, forward and backward, are launched with."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ..common.tiles import head_dim_blocks
 from ..configs import Config
 from ..dropout import drop_below
-from ..launch import Launcher
 from ..schedule import mask_strides, max_runs_of
-from .tiles import TileSources, descriptors_can_address
+from .launcher import Launcher
+from .tile_sources import TileSources, descriptors_can_address
 
 
 class AttentionLauncher:
@@ -80,9 +79,3 @@ class AttentionLauncher:
 
     def __call__(self, inputs: tuple[Tensor, ...], *others: Tensor | None) -> None:
         self._launch(*self._sources(*inputs), inputs, *others)
-
-
-@functools.lru_cache
-def head_dim_blocks(dim: int, dim_v: int) -> tuple[int, int]:
-    """Tile widths for the head sizes: the next power of two, at least the 16 that `tl.dot` needs."""
-    return max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim_v))

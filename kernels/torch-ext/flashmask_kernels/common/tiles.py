@@ -1,13 +1,11 @@
-"""What the forward and the backward kernels share: loading a tile of rows and masking a cut tile."""
+"""What kernels do with one tile: load its rows, mask a cut tile, store the result."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -17,37 +15,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SMALL_BLOCK = tl.constexpr(16)
 
 
-class TileSources:
-    """Makes the kernel arguments from which `load_rows` reads tensors ``[B, H, S, D]`` of the same kinds as
-    ``tensors``: TMA descriptors for ``tiles`` of rows and head sizes, or without these the tensors themselves.
-    """
-
-    def __init__(self, tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> None:
-        # A descriptor checks what it is made of, which takes most of its time: once is enough.
-        self._descriptors = [
-            {**vars(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])), "base": None}
-            for tensor, tile in zip(tensors, tiles or ())
-        ]
-
-    def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
-        if not self._descriptors:
-            return tensors
-        sources = []
-        for tensor, descriptor in zip(tensors, self._descriptors):
-            source = object.__new__(TensorDescriptor)
-            vars(source).update(descriptor, base=tensor)
-            sources.append(source)
-        return tuple(sources)
-
-
-def descriptors_can_address(*tensors: Tensor) -> bool:
-    """TMA wants a 16-byte aligned base, 16-byte strides, and at least one element."""
-    return all(
-        tensor.numel() > 0
-        and tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
+@functools.lru_cache
+def head_dim_blocks(dim: int, dim_v: int) -> tuple[int, int]:
+    """Tile widths for the head sizes: the next power of two, at least the 16 that `tl.dot` needs."""
+    return max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(dim_v))
 
 
 @triton.jit
@@ -138,12 +109,12 @@ def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constex
     """
     exists = columns < kv_len
     if NUM_PLANES == 1:
-        lower_start = tl.load(bounds + columns, mask=exists, other=0)
-        return (rows >= lower_start) | (columns - (kv_len - q_len) > rows)
+        lts = tl.load(bounds + columns, mask=exists, other=0)
+        return (rows >= lts) | (columns - (kv_len - q_len) > rows)
     elif NUM_PLANES == 2:
-        lower_start = tl.load(bounds + columns, mask=exists, other=0)
-        upper_end = tl.load(bounds + kv_len + columns, mask=exists, other=0)
-        return (rows >= lower_start) | (rows < upper_end)
+        lts = tl.load(bounds + columns, mask=exists, other=0)
+        ute = tl.load(bounds + kv_len + columns, mask=exists, other=0)
+        return (rows >= lts) | (rows < ute)
     else:
         hidden = (columns >= kv_len) & (rows >= 0)
         for interval in tl.static_range(NUM_PLANES // 2):

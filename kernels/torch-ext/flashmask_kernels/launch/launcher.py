@@ -14,6 +14,20 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .. import environment
+from ..configs import TRITON_VERSION
+
+# The releases for which tests/launch_kinds.py finds that the driver gets from here what it gets from Triton.
+_IS_FAST = environment.FAST_LAUNCH and (3, 5) <= TRITON_VERSION <= (3, 9)
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, and how its driver is called."""
+
+    kernel: CompiledKernel
+    device: int
+    run: Callable[..., None]
+
 
 class Launcher:
     """Launches a kernel on tensors of one kind: all that Triton compiles for, their device, dtypes, shapes, strides and
@@ -31,23 +45,24 @@ class Launcher:
         self._kernel, self._programs, self._numbers = kernel, programs, numbers
         self._constants = {name: constants[name] for name in kernel.arg_names[-len(constants) :]}
         self._options = options
-        self._compiled: CompiledKernel | None = None
-        self._run: Callable[..., None]
-        self._device: int
+        # None: every launch goes through Triton. Assigned once it is complete, because other threads may launch.
+        self._compiled: _Compiled | None = None
         self._values = (*numbers, *self._constants.values())
 
     def __call__(self, *tensors: Any) -> None:
-        if self._compiled is None:
-            self._compile_and_launch(tensors)
+        compiled = self._compiled
+        if compiled is None:
+            self._launch_by_triton(tensors)
         elif _profilers_watch():
-            self._compiled[(self._programs, 1, 1)](*tensors, *self._values)
+            compiled.kernel[(self._programs, 1, 1)](*tensors, *self._values)
         else:
-            # What the line above comes to, less the profilers, which take as long as all the rest if they do nothing.
-            # Of a tensor, Triton would ask the driver whether its address is one.
-            self._run(
-                driver.active.get_current_stream(self._device),
-                self._compiled.function,
-                self._compiled.packed_metadata,
+            # What the line above comes to, without the calls of profilers, which take as long as all the rest even if
+            # they do nothing. Of a tensor, Triton would ask the driver whether its address is on the device.
+            kernel, device, run = compiled
+            run(
+                driver.active.get_current_stream(device),
+                kernel.function,
+                kernel.packed_metadata,
                 None,
                 None,
                 None,
@@ -55,12 +70,11 @@ class Launcher:
                 *self._values,
             )
 
-    def _compile_and_launch(self, tensors: tuple[Any, ...]) -> None:
+    def _launch_by_triton(self, tensors: tuple[Any, ...]) -> None:
         compiled = self._kernel[(self._programs,)](*tensors, *self._numbers, **self._constants, **self._options)
-        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._compiled = compiled
-            self._device = driver.active.get_current_device()
-            self._run = functools.partial(compiled.run, self._programs, 1, 1)
+        if _IS_FAST and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            run = functools.partial(compiled.run, self._programs, 1, 1)
+            self._compiled = _Compiled(compiled, driver.active.get_current_device(), run)
 
 
 def _profilers_watch() -> bool:
@@ -75,21 +89,7 @@ def _addresses(argument: Any) -> Any:
     return tuple([_addresses(part) for part in argument]) if type(argument) is tuple else argument
 
 
-class Layout(NamedTuple):
-    """Of new tensors."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of_model(cls, batch_size: int, heads: int, length: int, dim: int) -> Layout:
-        """A tensor ``[B, H, S, D]`` that is laid out like a model's ``[B, S, H, D]``."""
-        return cls((batch_size, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
-
-    @classmethod
-    def of_rows(cls, batch_size: int, heads: int, length: int) -> Layout:
-        """A contiguous ``[B, H, S]``."""
-        return cls((batch_size, heads, length), (heads * length, length, 1))
-
-    def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return like.new_empty_strided(*self, dtype=dtype)  # half the time of `new_empty` and `transpose`
+@functools.lru_cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; for tests without one, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,1 @@
+"""What the portable kernels and those for sm_90 share."""

@@ -1,0 +1,236 @@
+"""Which implementation computes an attention, and with which tiles.
+
+The choices are made once for inputs of one kind, and kept as a `Plan` with all that the kernels are launched with but
+the tensors: making them takes the host longer than short rows take on the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import environment
+from .schedules import Tiles
+
+if TYPE_CHECKING:
+    from .configs import Configs
+
+Kind = tuple[Hashable, ...]
+MOST_REMEMBERED = 4096
+
+
+def kind_of(*tensors: Tensor | None) -> Kind:
+    """All that plans depend on: device, dtype, shape, strides, and the address up to multiples of 16."""
+    kinds = [
+        None if tensor is None else (tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+        for tensor in tensors
+    ]
+    return tuple(kinds)  # by way of a list, in less time than from a generator
+
+
+def remember(memory: dict[Kind, Any], kind: Kind, value: Any) -> None:
+    """Lengths, and with them kinds, may change with every batch: what is full is emptied."""
+    if len(memory) >= MOST_REMEMBERED:
+        memory.clear()
+    memory[kind] = value
+
+
+class Plan:
+    """How inputs of one kind are computed: by which kernels, and all that these are launched with but tensors.
+
+    Finding it out takes the host longer than short rows take on the device.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        dropout_p: float,
+        specialize: bool,
+        in_graph: bool = False,
+    ) -> None:
+        self.factors = scale, softcap, dropout_p
+        self.specialize = specialize
+        is_empty = query.numel() == 0 or key.numel() == 0
+        # None: plain torch computes them.
+        self.configs = None if is_empty else launched_configs(query, value, specialize, in_graph)
+        if self.configs is not None:
+            self.forward_tiles = *self.configs.forward[:2], False
+            self.key_value_gradient_tiles = *self.configs.key_value_gradient[:2], True
+            self.query_gradient_tiles = *self.configs.query_gradient[:2], False
+        self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._backwards: dict[Kind, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+
+    def kernels(self) -> tuple[Any, tuple[Any, ...]]:
+        """The module of the kernels, and what they take of the factors."""
+        if self.specialize:
+            from . import hopper
+
+            return hopper, self.factors[:1]
+        from . import portable
+
+        return portable, self.factors
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        sinks: Tensor | None,
+        schedule: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if not _is_on_current_device(query):
+            with torch.cuda.device_of(query):
+                return self.forward(query, key, value, bounds, sinks, schedule, seed)
+        if self._forward is None:
+            assert self.configs is not None
+            kernels, factors = self.kernels()
+            self._forward = kernels.AttentionForward(
+                query, key, value, bounds, sinks, schedule, *factors, self.configs.forward
+            )
+        return self._forward(query, key, value, bounds, sinks, schedule, seed)
+
+    def backward(
+        self,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        by_column: Tensor,
+        by_row: Tensor,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not _is_on_current_device(query):
+            with torch.cuda.device_of(query):
+                return self.backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+        # Of saved tensors too: hooks may have moved them.
+        kind = kind_of(d_out, d_lse, query, key, value, bounds, out, lse)
+        backward = self._backwards.get(kind)
+        if backward is None:
+            kernels, factors = self.kernels()
+            backward = kernels.AttentionBackward(
+                d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs
+            )
+            remember(self._backwards, kind, backward)
+        return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
+
+
+def _is_on_current_device(tensor: Tensor) -> bool:
+    """Where Triton launches. To ask takes less time than to enter a `torch.cuda.device`."""
+    return not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+
+
+plans: dict[Kind, Plan] = {}
+
+
+def plan_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    specialize: bool,
+) -> Plan:
+    """For the operators, whose arguments have been checked and chosen."""
+    kind = kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, specialize, "operator"
+    plan = plans.get(kind)
+    if plan is None:
+        plan = Plan(query, key, value, scale, softcap, dropout_p, specialize, in_graph=True)
+        remember(plans, kind, plan)
+    return plan
+
+
+# Implementations
+
+
+# Of the query: 8K tokens with 16 heads of size 128.
+FEWEST_SPECIALIZED_ELEMENTS = 1 << 24
+
+
+def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | None, dropout_p: float) -> bool:
+    """Whether `hopper` computes what it has kernels for: large inputs, because launching it takes longer.
+
+    An exported graph is for every length and every GPU: it keeps to the portable kernels.
+    """
+    batch_size, num_heads, q_len, dim = query.shape
+    kv_heads, kv_len, dim_v = value.shape[1:]
+    if (
+        environment.PORTABLE
+        or query.device.type != "cuda"
+        or batch_size * num_heads * q_len * dim < FEWEST_SPECIALIZED_ELEMENTS
+        or min(q_len, kv_len) < 1024
+        or not dim % 8 == 0 == dim_v % 8  # TMA reads rows that are multiples of 16 bytes
+        or bounds.shape[1] not in (1, kv_heads)  # dK and dV visit all query heads of a key under one mask
+        or softcap is not None
+        or dropout_p
+        or torch.compiler.is_exporting()
+    ):
+        return False
+    try:
+        from .configs import select_specialized_configs
+    except ImportError:
+        return False
+    return select_specialized_configs(query.device, query.dtype, max(dim, dim_v)) is not None
+
+
+def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
+    """Tile sizes of the Triton kernels for these inputs, or None where `tiled` computes them."""
+    if query.device.type != "cuda":
+        return None
+    head_dim = max(query.shape[-1], value.shape[-1])
+    try:
+        from .configs import select_configs, select_specialized_configs
+    except ImportError as error:
+        configs, reason = None, f"Triton does not import ({error})"
+    else:
+        if query.dtype == torch.float64:
+            configs, reason = None, "there is no kernel for float64"
+        else:
+            select = select_specialized_configs if specialize else select_configs
+            configs = select(query.device, query.dtype, head_dim)
+            reason = f"there is no kernel for head size {head_dim} in {query.dtype}"
+    if configs is None:
+        warnings.warn(f"flashmask_kernels computes in plain torch, exactly but slowly: {reason}", stacklevel=2)
+    return configs
+
+
+# Of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they save on
+# the device at 1K tokens and 32 heads of 128, 1 << 22, in us (H200, three masks): the forward 4 to 12, dQ 4 to 12,
+# dK/dV 13 to 20; of 64 1 to 6, 4, and 8 to 12. At 1.5K tokens, dK/dV by pointers makes the backward 17 to 27 % longer.
+FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 5 << 20, "query_gradient": 1 << 23}
+
+
+def launched_configs(query: Tensor, value: Tensor, specialize: bool, in_graph: bool) -> Configs | None:
+    """`configs_of`, for kernels that are launched. The schedules of a graph have their tiles at every length: a graph
+    that asked for the length would be another for short rows.
+    """
+    configs = configs_of(query, value, specialize)
+    if configs is None or specialize:
+        return configs
+    short = [kernel for kernel, fewest in FEWEST_DESCRIBED_ELEMENTS.items() if query.numel() < fewest]
+    return configs.without_descriptors(*short) if in_graph else configs.for_short_rows(*short)
+
+
+def tiles_of(kernel: str, query: Tensor, value: Tensor, specialize: bool) -> Tiles | None:
+    """Those of the kernel of that name in `Configs`; None where `tiled` computes."""
+    configs = configs_of(query, value, specialize)
+    if configs is None:
+        return None
+    config = getattr(configs, kernel)
+    return config.block_m, config.block_n, kernel == "key_value_gradient"

@@ -1,0 +1,1 @@
+"""Launching kernels in less host time than Triton takes."""

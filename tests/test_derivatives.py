@@ -1,0 +1,161 @@
+"""Derivatives in other forms than a backward pass: second ones, which are refused, and the transforms of torch.func."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_checks import model_tensor
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import BaseTorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from flashmask_kernels import flashmask_attention, reference_attention
+
+LENGTH = 37
+REFUSAL = "flashmask_attention has no second derivative"
+
+
+def inputs(dtype: torch.dtype = torch.float32, length: int = LENGTH) -> list[Tensor]:
+    return [model_tensor(2, length, heads, 16, dtype, "cpu") for heads in (4, 2, 2)]
+
+
+def bounds(length: int = LENGTH) -> Tensor:
+    """Two documents, causal."""
+    return torch.where(torch.arange(length) < 15, 15, length).to(torch.int32)[None, None, None]
+
+
+FORMS = ["eager", "float64", "lse", "sinks", "dispatch mode", "compiled", "interpreted"]
+
+
+def form_of(name: str, interpreted: Callable[..., None]) -> tuple[Callable[..., Tensor], list[Tensor], Any]:
+    """A loss of query, key, value and sinks, these, and what it is called in."""
+    mode: Any = BaseTorchDispatchMode() if name == "dispatch mode" else contextlib.nullcontext()
+    if name == "interpreted":
+        interpreted()
+
+    def loss(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+        out, lse = flashmask_attention(query, key, value, bounds(), sinks=sinks, return_lse=True)
+        return out.square().sum() + (lse.sum() if name == "lse" else 0.0)
+
+    tensors = inputs(torch.float64 if name == "float64" else torch.float32)
+    if name == "sinks":
+        tensors.append(torch.randn(4))
+    attend = torch.compile(loss, fullgraph=True, backend="eager") if name == "compiled" else loss
+    return attend, tensors, mode
+
+
+@pytest.mark.parametrize("differentiated", [(0,), (1,), (2,), (0, 1, 2), (-1,)])
+@pytest.mark.parametrize("name", FORMS)
+def test_second_derivatives_are_refused(
+    name: str, differentiated: tuple[int, ...], interpreted: Callable[..., None]
+) -> None:
+    """By `torch.autograd.grad`, which goes only where the tensors that it is asked for are, and by `backward`."""
+    loss, tensors, mode = form_of(name, interpreted)
+    leaves = [tensors[index].requires_grad_() for index in differentiated]
+    with mode:
+        gradients = torch.autograd.grad(loss(*tensors), leaves, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        for leaf in leaves:
+            with pytest.raises(RuntimeError, match=REFUSAL):
+                torch.autograd.grad(penalty, leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match=REFUSAL):
+            penalty.backward()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_penalty_on_other_gradients_is_right(name: str, interpreted: Callable[..., None]) -> None:
+    """What does not differentiate the gradients of attention works beside them, create_graph or not."""
+    loss, tensors, mode = form_of(name, interpreted)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    scale = torch.tensor(3.0, requires_grad=True, dtype=tensors[0].dtype)
+    with mode:
+        expected = torch.autograd.grad(loss(*tensors), leaves)
+        total = loss(*tensors) + scale**3
+        *gradients, of_scale = torch.autograd.grad(total, (*leaves, scale), create_graph=True)
+        (second,) = torch.autograd.grad(of_scale, scale, retain_graph=True)
+        again = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert second.item() == 18.0
+    for ours, repeated, truth in zip(gradients, again, expected):
+        assert torch.equal(ours, truth)
+        assert torch.equal(repeated, truth)
+
+
+def test_gradients_of_a_created_graph_can_be_clipped() -> None:
+    leaves = [tensor.requires_grad_() for tensor in inputs()]
+    flashmask_attention(*leaves, bounds()).square().sum().backward(create_graph=True)
+    torch.nn.utils.clip_grad_norm_(leaves, 0.1)
+    assert all(leaf.grad.norm() < 0.11 for leaf in leaves)
+
+
+@pytest.mark.parametrize("is_interpreted", [False, True])
+def test_transforms_of_functions(is_interpreted: bool, interpreted: Callable[..., None]) -> None:
+    if is_interpreted:
+        interpreted()
+    query, key, value = inputs()
+    mask, sinks = bounds(), torch.randn(4)
+
+    def loss(attend: Callable[..., Any], *tensors: Tensor) -> Tensor:
+        out, lse = attend(*tensors[:3], mask, sinks=tensors[3])
+        return out.square().sum() + lse.sum()
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return loss(lambda *args, **kw: flashmask_attention(*args, return_lse=True, **kw), *tensors)
+
+    def truth(*tensors: Tensor) -> Tensor:
+        return loss(reference_attention, *tensors)
+
+    tensors = (query, key, value, sinks)
+    for one, other in zip(*(torch.func.grad(of, argnums=(0, 1, 2, 3))(*tensors) for of in (ours, truth))):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    queries = torch.randn(3, *query.shape)
+    for transform in (torch.vmap, lambda of: torch.vmap(torch.func.grad(of))):
+        one, other = (transform(lambda query, of=of: of(query, *tensors[1:]))(queries) for of in (ours, truth))
+        assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match=REFUSAL):
+        torch.func.grad(lambda query: torch.func.grad(ours)(query, *tensors[1:]).sum())(query)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda query: ours(query, *tensors[1:]), (query,), (query,))
+
+
+@pytest.mark.parametrize("has_bounds", [False, True])
+def test_meta_tensors_have_shapes(has_bounds: bool) -> None:
+    query, key, value = (tensor.to("meta").requires_grad_() for tensor in inputs(torch.bfloat16))
+    mask = bounds().to("meta") if has_bounds else None
+    out, lse = flashmask_attention(query, key, value, mask, is_causal=not has_bounds, return_lse=True)
+    assert (out.shape, out.dtype, out.device.type) == (query.shape, torch.bfloat16, "meta")
+    assert (lse.shape, lse.dtype) == (query.shape[:3], torch.float32)
+    assert out.transpose(1, 2).is_contiguous()
+    out.sum().backward()
+    assert key.grad.shape == key.shape
+    with pytest.raises(ValueError, match="`key` must be"):
+        flashmask_attention(query, key[:1], value[:1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_by_jit() -> None:
+    """The trace holds the operator: it computes other values, and other lengths."""
+    traced = torch.jit.trace(lambda *tensors: flashmask_attention(*tensors), (*inputs(), bounds()))
+    for length in (LENGTH, 53):
+        tensors = [tensor.requires_grad_() for tensor in inputs(length=length)]
+        expected, _ = reference_attention(*tensors, bounds(length))
+        out = traced(*tensors, bounds(length))
+        assert_close(out, expected)
+        for ours, truth in zip(*(torch.autograd.grad(of.square().sum(), tensors) for of in (out, expected))):
+            assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_flops_are_those_of_dense_attention() -> None:
+    query, key = (torch.randn(2, heads, length, 16, requires_grad=True) for heads, length in ((4, 20), (2, 30)))
+    value = torch.randn(2, 2, 30, 24, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = flashmask_attention(query, key, value)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    pairs = 2 * 4 * 20 * 30
+    assert forward.get_total_flops() == 2 * pairs * (16 + 24)
+    assert backward.get_total_flops() == 2 * pairs * (3 * 16 + 2 * 24)
