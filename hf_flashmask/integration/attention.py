@@ -86,6 +86,7 @@ def flashmask_attention_forward(
             sinks=s_aux,
             dropout_p=dropout,
             deterministic=bool(kwargs.get("deterministic")),
+            schedules=mask.schedules,
         )
     return output.transpose(1, 2).contiguous(), None
 

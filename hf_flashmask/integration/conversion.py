@@ -125,7 +125,7 @@ def from_mask_function(
             row of each token's own (`bounds.document_ends`). Functions are given the positions in a document, as if it
             were alone; what they look up in a tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up
             at the row of the token.
-        counted_from: `[B or 1, S_k]`, the index at which the document of each key starts. Default: that of `document_ends`.
+        counted_from: `[B or 1, S_k]`, the index at which each key's document starts. Default: that of `document_ends`.
         is_token: bool `[B, S_k]`, False for padding, which functions are not asked about beside documents. The bounds
             need not hide it.
         batch_size: B, the range of the function's first argument.

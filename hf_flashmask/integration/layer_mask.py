@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from flashmask_kernels import Schedules
+
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
 from .documents import Documents, after_cache
@@ -30,10 +32,12 @@ class LayerMask:
     Attributes:
         bounds: int32 `[B or 1, H or 1, C, S_k]`; None: attention without a mask, as `is_causal` says.
         is_causal: without bounds, whether a query sees no key after its own position.
+        schedules: the tiles that the kernels visit under the bounds.
     """
 
-    def __init__(self, bounds: Tensor | None, *, is_causal: bool = False) -> None:
+    def __init__(self, bounds: Tensor | None, q_len: int, *, is_causal: bool = False) -> None:
         self.bounds, self.is_causal = bounds, is_causal and bounds is None
+        self.schedules = None if bounds is None else Schedules(bounds, q_len)
         self._made: dict[tuple[object, ...], Tensor] = {}
 
     def once(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
@@ -95,14 +99,14 @@ def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> Lay
     is_causal = mask.is_causal if mask.bounds is None else mask.bounds.shape[2] == 1
     if documents is None:
         if mask.bounds is not None:
-            return LayerMask(mask.bounds)
+            return LayerMask(mask.bounds, place.q_len)
         if place.is_square and torch.compiler.is_compiling():  # so that the layers share what a graph makes of it
-            return LayerMask(_plain(is_causal, place, mask.device))
-        return LayerMask(None, is_causal=is_causal)
+            return LayerMask(_plain(is_causal, place, mask.device), place.q_len)
+        return LayerMask(None, place.q_len, is_causal=is_causal)
     apart = _document_bounds(documents, module, place, is_causal, mask.is_token, mask.has_ranges)
     if mask.bounds is None:
-        return LayerMask(apart)
-    return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len))
+        return LayerMask(apart, place.q_len)
+    return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len), place.q_len)
 
 
 def _without_mask(
@@ -119,7 +123,8 @@ def _without_mask(
         parts.append(_bounds.sliding_window(window, place.q_len, place.kv_len, is_causal=is_causal, device=device))
     if documents is not None:
         parts.append(_document_bounds(documents, module, place, is_causal))
-    return LayerMask(_bounds.intersect(*parts, q_len=place.q_len) if parts else None, is_causal=is_causal)
+    bounds = _bounds.intersect(*parts, q_len=place.q_len) if parts else None
+    return LayerMask(bounds, place.q_len, is_causal=is_causal)
 
 
 def _plain(is_causal: bool, place: Place, device: torch.device) -> Tensor:
@@ -176,7 +181,7 @@ def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> Lay
         kv_len=key.shape[2],
         device=query.device,
     )
-    return LayerMask(mask.contiguous())
+    return LayerMask(mask.contiguous(), query.shape[2])
 
 
 def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:

@@ -4,7 +4,8 @@ Nothing announces a forward pass. These rules find where one begins, and in doub
 
 * A `Memo` belongs to one mask, which the mask function makes anew in every pass, and goes with it.
 * `recent` serves callers without such a mask: layers that were called with None or with a tensor, and the functions
-  that make masks. It holds a few entries of each thread, each no longer than the tensors that it was made from.
+  that make masks. It holds a few entries of each thread, no longer than the tensors that they were made from, and no
+  longer than until the last layer of a model has asked.
 * A caller that asks a second time begins a new pass, and so does a layer that comes before the last one that asked.
   Recomputation under gradient checkpointing is no new pass.
 * Layers that do not know their place share only what was made of tensors whose version tells changes.
@@ -25,6 +26,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+
+from flashmask_kernels.schedules import home_of
 
 __all__ = ["Memo", "recent"]
 
@@ -110,9 +113,15 @@ class _Recent(threading.local):
         self._entries: list[_RecentEntry] = []
 
     def get(self, key: Hashable, sources: Sources, caller: object, build: Callable[[], T], device: torch.device) -> T:
-        """As `Memo.get`. `key` is the whole of what the result depends on besides `sources`, and is not held by it."""
+        """As `Memo.get`; `key` is all that the result depends on besides `sources`. In a graph nothing is shared."""
         if torch.compiler.is_compiling():
             return build()
+        value = self._get(key, sources, caller, build, device)
+        if _is_last_layer(caller):
+            self._entries.clear()  # a value may hold its sources, which would then never go
+        return value
+
+    def _get(self, key: Hashable, sources: Sources, caller: object, build: Callable[[], T], device: torch.device) -> T:
         if isinstance(caller, nn.Module) and _layer_of(caller) < 0 and not all(map(_tells_changes, sources)):
             return build()
         # A recomputation shares with itself alone: the forward pass may have run in another thread.
@@ -163,6 +172,11 @@ def _tells_changes(source: Tensor) -> bool:
     return not source.is_inference() and source.untyped_storage().resizable()
 
 
+def _is_last_layer(caller: object) -> bool:
+    number = getattr(getattr(caller, "config", None), "num_hidden_layers", None)
+    return isinstance(number, int) and 0 <= _layer_of(caller) == number - 1
+
+
 def _is_recomputing() -> bool:
     """Whether this runs within a backward pass: layers run there only under gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
@@ -170,7 +184,4 @@ def _is_recomputing() -> bool:
 
 def _home(device: torch.device) -> Hashable:
     """What the memory of a tensor that is made now depends on."""
-    if device.type != "cuda":
-        return torch.is_inference_mode_enabled()
-    stream = torch._C._cuda_getCurrentRawStream(device.index)  # a Stream object takes ten times as long
-    return torch.is_inference_mode_enabled(), stream, torch.cuda.is_current_stream_capturing()
+    return torch.is_inference_mode_enabled(), *home_of(device)

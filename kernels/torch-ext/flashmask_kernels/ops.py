@@ -23,31 +23,6 @@ def with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def share_in_graph(tensor: Tensor) -> Tensor:
-    """Let `once_in_graph` keep at a tensor what a graph makes of it. Returns the tensor; outside of a graph, as it is.
-
-    Args:
-        tensor: made in the graph. An input of the graph would keep it all when the graph has run: pass a view.
-    """
-    if torch.compiler.is_compiling():
-        tensor._made_in_graph = []  # type: ignore[attr-defined]
-    return tensor
-
-
-def once_in_graph(build: Callable[[], Tensor], key: tuple[Any, ...], *sources: Tensor) -> Tensor:
-    """`build()`, which reads `sources`, once for equal keys where the first of them went through `share_in_graph`."""
-    made = getattr(sources[0], "_made_in_graph", None)
-    if made is None:
-        return build()
-    for known_key, known_sources, result in made:
-        same_sources = len(known_sources) == len(sources) and all(a is b for a, b in zip(known_sources, sources))
-        if same_sources and known_key == key:
-            return result
-    result = share_in_graph(build())
-    made.append((key, sources, result))
-    return result
-
-
 def _forward(
     query: Tensor,
     key: Tensor,
