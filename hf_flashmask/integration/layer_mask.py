@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
 
 from flashmask_kernels import Schedules
 
@@ -173,6 +174,8 @@ def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> Lay
         _check_dense_mask(mask, query, key)
         convert = functools.partial(from_dense_mask, mask, query.shape[2])
         mask = recent.get("dense", (mask,), module, convert, query.device)
+    else:
+        _refuse_dense_integers(mask, query.shape[2])
     _bounds.check_bounds(
         mask,
         name="attention_mask",
@@ -182,6 +185,23 @@ def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> Lay
         device=query.device,
     )
     return LayerMask(mask.contiguous(), query.shape[2])
+
+
+def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
+    """A dense mask of 0 and 1 must not pass for bounds, whose planes could be as many as a short row has queries."""
+    if mask.dtype != torch.int32:
+        raise TypeError(
+            f"`attention_mask` is {mask.dtype} {list(mask.shape)}: bounds [B or 1, H or 1, C, S_k] are int32, and a "
+            "dense mask [B or 1, H or 1, S_q or 1, S_k] is bool, or float with 0 and -inf. Call .to(torch.int32) on "
+            "bounds, .bool() on a dense mask of 0 and 1"
+        )
+    looks_dense = mask.ndim == 4 and mask.shape[2] == q_len > 2
+    if looks_dense and not is_tracing(mask) and bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"`attention_mask` is int32 {list(mask.shape)} with {q_len} planes for {q_len} queries, all of them 0 or "
+            "1: if it is a dense mask, call .bool() on it; bounds of so many planes that hide so little are not "
+            "expected"
+        )
 
 
 def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:

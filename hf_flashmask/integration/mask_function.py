@@ -169,7 +169,7 @@ def flashmask_mask(
         has_user_functions=use_vmap,
     )
     has_documents = hints.document_ends is not None
-    has_ranges = mask_function is not masking_utils.causal_mask_function
+    has_ranges = mask_function is not masking_utils.causal_mask_function and (local_size or 0) < kv_offset + kv_length
     if hints.position_ids is not None:
         apart = after_cache(hints.position_ids, is_token, place, has_ranges=has_ranges)
         bounds, has_documents = _bounds.intersect(bounds, apart, q_len=q_length), True

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .attention import flashmask_attention_forward
 from .mask_function import flashmask_mask, prepare
+from .mrope import keep_documents
 from .name import NAME, logger
 from .support import (
     _PARTS_THAT_KEEP_EAGER,
@@ -77,6 +78,7 @@ def _wrap_dispatch(original: Callable) -> Callable:
             # The audio encoder of Gemma 4, for example.
             logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
             return "eager"
+        keep_documents(self)
         return original(self, requested_attention, *args, **kwargs)
 
     return get_correct
