@@ -19,6 +19,7 @@ from flashmask_kernels import Schedules
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
 from .documents import Documents, after_cache
+from .final_bounds import warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
 
@@ -83,7 +84,7 @@ def layer_mask(
         build = functools.partial(_complete, mask, module, documents)
         return mask.memo.get(documents.key, documents.tensors, module, build, query.device)
     if mask is not None:
-        return _of_tensor(mask, module, query, key)
+        return _of_tensor(mask, module, query, key, documents)
     place = Place(query.shape[2], key.shape[2])
     if not place.is_square:
         documents = None
@@ -163,9 +164,14 @@ def _document_bounds(
     return _bounds.from_document_ends(ends, is_causal=is_causal)
 
 
-def _of_tensor(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> LayerMask:
+def _of_tensor(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor, documents: Documents | None) -> LayerMask:
     """A tensor that reached the layer past the mask function: a user's dict of bounds, or a model's own dense mask."""
-    build = functools.partial(_of_user, mask, module, query, key)
+
+    def build() -> LayerMask:
+        if documents is not None and query.shape[2] == key.shape[2]:
+            warn_of_meeting_documents(getattr(module, "config", module), mask, documents.position_ids)
+        return _of_user(mask, module, query, key)
+
     return recent.get(("tensor", query.shape[2]), (mask,), module, build, query.device)
 
 

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .conversion import Tree, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
+from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
@@ -84,6 +85,7 @@ def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -
         tree = _tree_of_user(config, mask, position_ids)
         if tree is None:
             refuse_bounds_shared_by_layer_types(config, mask)
+            warn_of_meeting_documents(config, mask, position_ids)
             return Mask.of_user(mask)
     assert tree is not None
     if not torch.compiler.is_compiling():
