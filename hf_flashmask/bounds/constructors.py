@@ -26,6 +26,7 @@ from .form import (
     resolve_call,
     rows_of_keys,
     run_ends,
+    run_numbers,
     stack_planes,
 )
 
@@ -194,7 +195,7 @@ def causal_with_blocks(
     if window is not None and window < 1:
         raise ValueError(f"`window` must be at least 1, got {window}")
     block_ids = check_per_position("block_ids", block_ids)
-    ends = run_ends(block_ids != previous(block_ids))
+    ends = run_ends(run_numbers(torch.ne, block_ids, previous(block_ids)))
     q_len, kv_len, q_offset, kv_offset = resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
     is_text = block_ids < 0
     start = at_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, FAR, kv_len, kv_offset)

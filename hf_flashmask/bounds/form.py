@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -102,9 +102,15 @@ def previous(values: Tensor) -> Tensor:
     return torch.cat([values[:, :1], values], dim=1)[:, :-1]
 
 
-def run_ends(starts: Tensor) -> Tensor:
-    """Past-the-last position of each position's run, int32 `[B, S]`, from bool `[B, S]`: whether a run starts here."""
-    runs = starts.cumsum(-1, dtype=torch.int32).contiguous()
+def run_numbers(starts: Callable[..., Tensor], values: Tensor, others: Tensor) -> Tensor:
+    """Number of each position's run, int32 `[B, S]`, where a run starts wherever the comparison `starts` is true."""
+    # The comparison writes integers: sums of bool are sums of a copy.
+    flags = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    return starts(values, others, out=flags).cumsum(-1, dtype=torch.int32)
+
+
+def run_ends(runs: Tensor) -> Tensor:
+    """Past-the-last position of each position's run, int32 `[B, S]`, from `run_numbers`."""
     return torch.searchsorted(runs, runs, right=True, out_int32=True)
 
 
@@ -177,21 +183,31 @@ def dtype_or_type(value: object) -> torch.dtype | str:
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_int_tensor(name: str, value: Tensor, dims: tuple[int, ...], shape: str, allow_bool: bool = False) -> None:
+def check_int_tensor(
+    name: str,
+    value: Tensor,
+    dims: tuple[int, ...],
+    shape: str,
+    allow_bool: bool = False,
+    allow_float: bool = False,
+) -> None:
     dtype = dtype_or_type(value)
     if (
         isinstance(dtype, str)
-        or dtype.is_floating_point
+        or (dtype.is_floating_point and not allow_float)
         or dtype.is_complex
         or (dtype == torch.bool and not allow_bool)
     ):
-        raise TypeError(f"`{name}` must be an integer tensor {shape}, got {dtype}")
+        kind = "an integer or float tensor" if allow_float else "an integer tensor"
+        raise TypeError(f"`{name}` must be {kind} {shape}, got {dtype}")
     if value.ndim not in dims:
         raise ValueError(f"`{name}` must be {shape}, got shape {list(value.shape)}")
 
 
 def check_per_position(name: str, value: Tensor) -> Tensor:
-    check_int_tensor(name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask")
+    check_int_tensor(
+        name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask", allow_float=name == "position_ids"
+    )
     return value if value.ndim == 2 else value[None]
 
 
