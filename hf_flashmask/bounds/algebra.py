@@ -10,7 +10,7 @@ from torch import Tensor
 from .form import (
     NO_END,
     broadcast_masks,
-    check_form,
+    check_bounds,
     check_intervals,
     check_operands,
     hidden_intervals,
@@ -73,7 +73,7 @@ def hide_keys(bounds: Tensor, hidden: Tensor, *, start: int = 0) -> Tensor:
 
     `start`, 0 or less, is where the hidden rows of such a key begin.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
         raise ValueError(
             f"`hidden` must be bool [B or 1, {bounds.shape[3]}] for these bounds, got {hidden.dtype} "
@@ -95,7 +95,7 @@ def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
     Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, empty ones dropped; C = 1 when every
     column is the causal triangle and one lower bound. `q_len` defaults to S_k.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     q_len = bounds.shape[3] if q_len is None else q_len
     return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
 
