@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ from transformers import masking_utils, modeling_flash_attention_utils
 
 from hf_flashmask.bounds import (
     MAX_INTERVALS,
+    algebra,
     bidirectional,
     causal,
     causal_with_blocks,
@@ -50,6 +52,10 @@ few = settings(max_examples=100, deadline=None)
 def dense(visible: Callable[[int, int], bool], queries: range, keys: range) -> np.ndarray:
     """Dense mask from a statement about the positions of query and key."""
     return np.array([[bool(visible(q, k)) for k in keys] for q in queries], dtype=bool).reshape(len(queries), len(keys))
+
+
+def dense_to_tensor(visible: Callable[[int, int], bool], size: int) -> torch.Tensor:
+    return torch.from_numpy(dense(visible, range(size), range(size)))
 
 
 def dense_of_bounds(bounds: torch.Tensor, q_len: int) -> np.ndarray:
@@ -451,6 +457,7 @@ def test_one_hidden_pair_keeps_a_large_tile_from_being_full():
 
 @few
 @given(several_bounds(3), st.integers(1, 3))
+@pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_intersect(drawn, count):
     q_len, masks = drawn
     expected = np.logical_and.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
@@ -459,6 +466,7 @@ def test_intersect(drawn, count):
 
 @few
 @given(several_bounds(3), st.integers(1, 3))
+@pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_union(drawn, count):
     q_len, masks = drawn
     expected = np.logical_or.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
@@ -470,6 +478,38 @@ def test_set_operations_keep_the_cheap_forms(operation):
     documents = from_position_ids(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]))
     assert operation(documents, sliding_window(2, 5)).shape == (2, 1, 1, 5)
     assert intersect(documents, bidirectional(5), prefix_lm(2, 5)).shape == (2, 1, 2, 5)
+
+
+def test_union_counts_causal_masks_once():
+    masks = [sliding_window(2, 9), from_position_ids(torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1])), prefix_lm(2, 9)]
+    expected = np.logical_or.reduce([dense_of_bounds(mask, 9) for mask in masks])
+    result = union(*masks)
+    assert result.shape[2] == 6
+    assert_mask(result, expected, 9)
+
+
+def test_composing_more_than_four_planes_warns_once_where_fewer_suffice(monkeypatch):
+    monkeypatch.setattr(algebra, "_suggested", set())
+    documents, prefix = from_position_ids(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])), prefix_lm(5, 8)
+    with pytest.warns(UserWarning, match=r"union.. of these masks has C = 6 planes, .*with C = 2") as caught:
+        composed = union(sliding_window(3, 8), prefix)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"intersect.. of these masks has C = 10 planes, .*with C = 1"):
+        intersect(documents, composed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        intersect(documents, union(sliding_window(3, 8), prefix))
+    # An intersection inside the union has fewer planes.
+    inside = union(intersect(documents, sliding_window(3, 8)), intersect(documents, prefix))
+    assert inside.shape[2] == 6
+    np.testing.assert_array_equal(to_dense(inside).numpy(), to_dense(intersect(documents, composed)).numpy())
+
+
+def test_composing_says_nothing_where_all_planes_are_needed(monkeypatch):
+    monkeypatch.setattr(algebra, "_suggested", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        union(sliding_window(1, 9), from_dense(dense_to_tensor(lambda q, k: q == k + 3, 9)))
 
 
 @few
