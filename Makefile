@@ -19,11 +19,11 @@ READY = $(VENV)/.ready
 
 .PHONY: demo test test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
 
-# Waiting threads must not spin: on a busy machine they would take the cores from those that work, and 5 times as long.
+# Waiting threads must not spin: on a busy machine they would take the cores from working threads, and the demo 5 times as long.
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) examples/sft_packed.py
 
-# Some tests compile for a minute or two: who has nothing left takes what waits behind them.
+# Some tests compile for a minute or two: a worker without tests takes those that wait behind them.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu"
 

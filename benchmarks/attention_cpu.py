@@ -1,4 +1,4 @@
-"""Packed rows on the CPU: forward plus backward of flashmask beside SDPA with a dense mask.
+"""Packed rows on the CPU: forward plus backward of flashmask compared with SDPA with a dense mask.
 
 python benchmarks/attention_cpu.py
 """

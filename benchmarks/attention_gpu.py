@@ -1,26 +1,27 @@
-"""Attention forward and backward on one GPU: flashmask beside every other implementation that is installed.
+"""Attention forward and backward on one GPU: flashmask compared with every other implementation that is installed.
 
     python benchmarks/attention_gpu.py                     # twelve masks, 32K tokens, D = 128: about five minutes
     python benchmarks/attention_gpu.py --lengths 8192 32768 --head-dims 64 128 --heads 32/8 32/32    # over half an hour
     python benchmarks/attention_gpu.py --protocol paper    # the kernel tables of the FlashMask paper, about an hour
     python benchmarks/attention_gpu.py --protocol sparsity # its figure of time over sparsity, a minute
 
-Protocols: `bar` has one row of tokens; `paper` is that of arXiv 2410.01359, 128K tokens in all and a hidden size of
-4096 without grouped heads; `sparsity` is its three document masks with more and more documents. A mask is the same for
-all heads. `--documents` is a folder with JSON files of document lists (see masks.read_rows); without it they are drawn.
+Protocols: `bar` has one row of tokens. `paper` is the protocol of arXiv 2410.01359: 128K tokens in all, a hidden size
+of 4096, no grouped heads. `sparsity` is the paper's three document masks with a growing number of documents. A mask
+is the same for all heads. `--documents` is a folder with JSON files of document lists (see masks.read_rows). Without
+it, the lists are random.
 
-Everything can be run in pieces: rows of the same device, versions and kernels gather in one file, also from several
-processes at once, one for each GPU; `--missing` measures only those that it lacks, and `--minutes` begins nothing new
-after so long.
+The benchmark can run in pieces. Rows of the same device, versions and kernels are collected in one file, also from
+several processes at once, one for each GPU. `--missing` measures only the rows that the file lacks. `--minutes` starts
+nothing new after that time.
 
 Every implementation computes the same mask on the same inputs in the same process. Before it is timed, its output and
-gradients are compared with float32 attention at the full length (truth.py). One that cannot express a mask has no row;
-one that fails has a row with the error. TFLOP/s count visible pairs (`tflops`) and, as the paper does, all of every
-tile of 128 x 128 that is not hidden (`tflops_tiles`). Forward is timed as in training, with what the backward needs
-saved. Making the mask is timed apart: what the device takes (`mask`), and host and device one after the other
-(`mask_host`). For short rows, where launches count, there is `end_to_end`: wall-clock time per layer of forward and
-backward through a stack of layers, each of which has the last one's output for query, of all implementations in
-turns. Peak memory is that of mask, forward and backward, above the inputs.
+gradients are compared with float32 attention at the full length (truth.py). An implementation that cannot express a
+mask has no row. One that fails has a row with the error. TFLOP/s count visible pairs (`tflops`) and, as in the paper,
+all pairs of every tile of 128 x 128 that is not hidden (`tflops_tiles`). Forward is timed as in training and saves what
+the backward needs. Making the mask is timed separately: on the device (`mask`), and on host and device one after the
+other (`mask_host`). Short rows, where launches take time, also have `end_to_end`: the wall-clock time per layer of
+forward and backward through a stack of layers. The query of each layer is the output of the layer before it, and all
+implementations are measured in turns. Peak memory is that of mask, forward and backward, above the inputs.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ WITHOUT_DOCUMENTS = {
 }
 SPARSITY_DOCUMENTS = (1, 2, 3, 5, 8, 12, 20)
 TOKENS, HIDDEN_SIZE = 131072, 4096  # of the paper
-SHORT = 4096  # tokens; up to here the host's launches are timed as well
-LAYERS = 8  # of the stack for it
-SECONDS = 0.5  # of measured time for one figure, if `FEWEST_REPEATS` take no longer
+SHORT = 4096  # tokens; up to this length the host's launches are timed too
+LAYERS = 8  # in the stack that times them
+SECONDS = 0.5  # of measured time per figure, unless `FEWEST_REPEATS` take longer
 KEY = ("protocol", "mask", "sample", "length", "batch", "heads", "kv_heads", "head_dim", "implementation")
 
 
@@ -151,7 +152,7 @@ def measure_mask(
     what: dict[str, Any], documents: PackedRow, shape: Shape, peers: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Rows of all peers for one mask on one shape. ``what`` goes into each."""
-    # Otherwise FlexAttention would compile the second length for any length, which is slower.
+    # Otherwise FlexAttention would compile kernels for any length at the second length. These are slower.
     torch._dynamo.reset()
     mask = mask_forms(documents, seed=what["sample"], device="cuda")[what["mask"]]()
     case = Case(mask, **shape._asdict())
@@ -181,7 +182,7 @@ def measure_mask(
             yield row
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.synchronize()  # raises here if the error has left the device unusable: nothing after would count
+            torch.cuda.synchronize()  # raises here if the error has left the device unusable
 
     yield from with_end_to_end(rows(), attentions, inputs, d_out) if shape.length <= SHORT else rows()
 
@@ -263,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     require_gpu()
-    # FlexAttention's compiled backward would otherwise free what a second timed run needs.
+    # Otherwise FlexAttention's compiled backward would free tensors that a second timed run needs.
     torch._functorch.config.donated_buffer = False
     for peer, reason in missing_peers().items():
         print(f"no {peer}: {reason}")

@@ -1,20 +1,20 @@
-"""Making masks, and decoding with them: flashmask beside what Transformers does for `flex_attention` and `sdpa`.
+"""Making masks and decoding with them: flashmask compared with Transformers' `flex_attention` and `sdpa`.
 
     python benchmarks/masking_gpu.py               # a few minutes
     python benchmarks/masking_gpu.py --lengths     # only decoding; --decode-lengths without any: only masks
     python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512  # checks itself without a GPU
 
-Making is everything that one training step does about masks for a row of packed documents: Transformers' creators as
-models call them, and for flashmask also the documents that the attention function adds and the kernels' schedules of
-tiles, forward and backward. `device` is the time from the first to the last kernel, with the device kept busy until
-the host has gone ahead: whoever reads a value back waits in it for the host. `host` is the time until the call
-returns. The profiler counts `launches` and `reads`, waits of the host for the device. `peak_mib` is the memory above
-the positions.
+Making is all work on masks in one training step for a row of packed documents. It includes Transformers' mask functions
+as models call them. For flashmask it also includes the documents that the attention function adds, and the kernels'
+schedules of tiles, forward and backward. `device` is the time from the first to the last kernel. The device is kept
+busy until the host has gone ahead, so an implementation that reads a value back waits for the host in this time. `host`
+is the time until the call returns. The profiler counts `launches` and `reads`, the waits of the host for the device.
+`peak_mib` is the memory above the positions.
 
-Decoding, in a file of its own, is one layer's attention of one query row per sequence against a cache of so many keys,
-without padding and with padding on the left; `mask_device` and `mask_host` are what making its mask takes, once a step.
+Decoding has a file of its own. It is one layer's attention of one query row per sequence against a cache of keys,
+without padding and with padding on the left. `mask_device` and `mask_host` are the time to make its mask, once a step.
 
-Before anything is timed, all implementations must show the same pairs, and decode to the same as float32 attention.
+Before anything is timed, all implementations must show the same pairs, and their decoding must equal float32 attention.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def make_bounds(layers: tuple[str, ...], position_ids: Tensor, window: int) -> l
         made.append(bounds)
         return query[:, :, :0]
 
-    # What was made for a tensor is kept as long as it lives: a step has positions of its own.
+    # Masks are kept as long as the tensor that they were made from, so each step has positions of its own.
     position_ids = position_ids.view_as(position_ids)
     one_head = torch.empty(1, 1, position_ids.shape[1], HEAD_DIM, dtype=DTYPE, device=position_ids.device)
     with mock.patch.object(integration.attention, "flashmask_attention", only_schedule):
@@ -131,7 +131,7 @@ def to_dense(made: Any, length: int) -> Tensor:
 
 
 def check_makers(layers: tuple[str, ...], device: str) -> None:
-    """Every implementation's masks, and each document's own."""
+    """The masks of every implementation, and the mask of each document."""
     length, window = 1100, 200
     position_ids = packed_position_ids(length, device)
     index = torch.arange(length, device=device)

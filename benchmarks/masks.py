@@ -1,7 +1,7 @@
 """The mask types of the FlashMask paper (arXiv 2410.01359), with the parameters of its kernel benchmark.
 
-`mask_forms` is the list: what the paper calls each mask, the constructor or the set operations that make it, and what
-other implementations call the same mask.
+`mask_forms` lists for each mask the paper's name, the constructor or set operations that build it, and the form that
+other implementations take.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_flashmask.bounds import (
     sliding_window,
 )
 
-WINDOW = 1 / 16  # of the length; that many keys before a query, and after it where the window looks both ways
+WINDOW = 1 / 16  # of the length: so many keys before a query, and as many after it if the window is bidirectional
 GLOBAL_TOKENS = 16
 ANSWERS = (2, 6)  # fewest and most to a shared question
 HASHES = 16
@@ -38,7 +38,7 @@ BLOCK_SIZE = 128
 
 
 class PackedRow(NamedTuple):
-    """The documents of one row: their lengths, how much of each is a prefix, which ones QK-sparse leaves out."""
+    """The documents of one row: their lengths, the length of each prefix, and the ones that QK-sparse drops."""
 
     lengths: list[int]
     prefix_lengths: list[int]
@@ -78,7 +78,7 @@ def rows_of(length: int, samples: int, documents: Path | None = None) -> list[Pa
 
 
 def random_row(length: int, documents: int, seed: int = 0) -> PackedRow:
-    """Documents of random lengths, each with a random prefix of up to half of it; about every third is left out."""
+    """Documents of random lengths, each with a random prefix of up to half its length; about every third is dropped."""
     choose = random.Random(seed)
     cuts = sorted(choose.sample(range(1, length), documents - 1))
     lengths = [end - start for start, end in zip([0, *cuts], [*cuts, length])]
@@ -124,7 +124,7 @@ def mask_forms(
     length = row.length
     window = max(int(length * WINDOW), 1)
     lengths = torch.tensor(row.lengths, device=device)
-    # int32, as all tables here: FlexAttention loads them in its kernels.
+    # int32, like all tables here, because FlexAttention loads them in its kernels.
     document = torch.arange(len(row.lengths), dtype=torch.int32, device=device).repeat_interleave(lengths)
     cu_seqlens = torch.tensor([0, *accumulate(row.lengths)], dtype=torch.int32, device=device)
     position = torch.arange(length, dtype=torch.int32, device=device) - cu_seqlens[document]
@@ -247,7 +247,7 @@ def tile_sparsity(bounds: Tensor, tile_size: int = 128) -> float:
         start, end = torch.cat([lts, torch.zeros_like(ute)], 2), torch.cat([torch.full_like(lts, length), ute], 2)
     else:
         start, end = bounds[:, :, 0::2], bounds[:, :, 1::2]
-    padding = -length % tile_size  # columns past the last count for nothing: hidden from all rows
+    padding = -length % tile_size  # columns past the last one are hidden from all rows
     start = torch.nn.functional.pad(start, (0, padding), value=0).unflatten(3, (-1, tile_size)).amax(4)
     end = torch.nn.functional.pad(end, (0, padding), value=length).unflatten(3, (-1, tile_size)).amin(4)
     first_row = torch.arange(0, length, tile_size, device=bounds.device)[:, None]

@@ -51,7 +51,7 @@ def time_on_gpu(function: Callable[[], Any], repeats: int = 15, max_seconds: flo
         torch.cuda.synchronize()
         if time.perf_counter() - first > max_seconds:
             break
-    # Keeps the device busy while the host prepares the launches, at up to 2 GHz: what is timed is the device's work.
+    # Keeps the device, at up to 2 GHz, busy while the host prepares the launches: only the device's work is timed.
     busy_cycles = int(1e6 + 4e9 * min(host_seconds, 0.01))
     times = []
     for _ in range(repeats):
@@ -71,7 +71,7 @@ def time_on_gpu(function: Callable[[], Any], repeats: int = 15, max_seconds: flo
 def time_on_cpu(function: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
     """Milliseconds of wall-clock time: the median after one warm-up run, and the spread as for the GPU.
 
-    Work that ``function`` leaves to a GPU counts to its end.
+    Work that ``function`` launches on a GPU is included to its end.
     """
     return time_in_turns({"": function}, repeats)[""]
 
@@ -113,7 +113,7 @@ def peak_memory(function: Callable[[], Any]) -> float:
 
 
 def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> Schedules:
-    """What the kernels make of a bounds tensor once for all layers, forward and backward."""
+    """The schedules that the kernels build from bounds once for all layers, forward and backward."""
     schedules = Schedules(bounds, query.shape[2])
     specialize = dispatch.specializes(query, value, bounds, None, 0.0)
     for kernel in ("forward", "key_value_gradient", "query_gradient"):
@@ -123,7 +123,7 @@ def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tens
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the figures depend on: device, versions, date."""
+    """Device, versions and date, on which the figures depend."""
     cpu = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
@@ -151,7 +151,7 @@ def _cpu_name() -> str:
 
 
 def kernels_hash() -> str:
-    """Names the source of the kernels that are measured: any change to it begins another run."""
+    """Identifies the source of the measured kernels. Any change to it starts a new run."""
     folder = Path(flashmask_kernels.__file__).parent
     source = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     return hashlib.sha256(source).hexdigest()[:12]
@@ -183,7 +183,7 @@ class Run:
         what = {**self.environment, "date": None, "settings": settings}
         run_id = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
         self.path = folder / f"{name}-{run_id}.json"
-        # Not beside the results, where it would be left behind.
+        # Not in the folder of the results, where it would remain.
         self._lock = FileLock(Path(tempfile.gettempdir()) / f"{self.path.name}.lock")
 
     @property
@@ -244,7 +244,7 @@ def tflops(flops: dict[str, float], milliseconds: dict[str, float]) -> dict[str,
 
 
 class Deadline:
-    """When to begin nothing new, for machines that are lent by the minute."""
+    """The time after which nothing new starts, for machines that are lent by the minute."""
 
     def __init__(self, minutes: float | None) -> None:
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes

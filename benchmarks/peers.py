@@ -1,4 +1,4 @@
-"""The implementations that the benchmarks compare: how each makes a mask, and what it calls then."""
+"""The implementations that the benchmarks compare: how each one makes a mask, and the function that it calls."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def flex(case: Case, kernel_options: Any = None) -> Attention:
 
 
 def flex_small_tiles(case: Case) -> Attention | None:
-    """With a smaller forward tile than its default for small heads, which spills registers under some masks."""
+    """With a smaller forward tile. The default for small heads spills registers under some masks."""
     tile = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
     return flex(case, tile) if case.head_dim <= 64 else None
 
@@ -147,7 +147,7 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
-# What cannot express a mask returns None and has no entry.
+# A peer that cannot express a mask returns None and gets no entry.
 PEERS: dict[str, Callable[[Case], Attention | None]] = {
     "flashmask": flashmask,
     "flex_attention": flex,

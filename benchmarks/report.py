@@ -3,8 +3,8 @@
 python benchmarks/report.py          # rewrite the sections and the pictures
 python benchmarks/report.py --check  # fail when a page does not hold what the results say
 
-Of the benchmarks that gather runs (attention_gpu, training_gpu), each table is of the run that was added to last among
-those that have its rows.
+attention_gpu and training_gpu collect several runs. Of the runs that have its rows, each table shows the one that was
+changed last.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def attention_section(run: Json) -> list[str]:
     if len({shape_of(row) for row in rows}) > 1:
         against = f"Other shapes, against `{FLEX}` over all masks measured"
         if any(row["implementation"] == FLEX_FORMS[1] for row in rows):
-            against += "; where its default tile for heads of 64 spills registers, against a forward tile of 64 x 64"
+            against += "; with a forward tile of 64 x 64 where its default for heads of 64 spills registers"
         lines += ["", f"{against}:", "", *shapes_table(rows)]
     return lines
 
@@ -145,14 +145,14 @@ def mask_making(cells: dict[tuple[str, str], Json]) -> str:
     )
     most = max(parts, key=parts.__getitem__)
     return (
-        f"Making the mask of packed documents, once a step, takes the device: {times}; ours is "
-        f"{parts['causal_document']:.1%} of the forward pass of one layer's attention. "
-        f"The largest part is that of {MASK_NAMES[most]}, {parts[most]:.1%}."
+        f"Time on the device to make the mask of packed documents, once a step: {times}. With flashmask this is "
+        f"{parts['causal_document']:.1%} of the forward pass of one layer's attention; the largest share of any mask "
+        f"is {parts[most]:.1%}, for {MASK_NAMES[most]}."
     )
 
 
 def failures(run: Json, protocol: str) -> list[str]:
-    """What did not run, and why: nothing is left out in silence."""
+    """What did not run, and why."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in run["rows"]:
         if "error" in row and row["protocol"] == protocol:
@@ -206,7 +206,7 @@ def paper_section(run: Json, published: Json) -> list[str]:
 
 
 def short_rows_section(run: Json) -> list[str]:
-    """Where launches count: forward and backward, the device's part and with the host's."""
+    """Forward and backward where launches take time: on the device alone, and with the host's part."""
     rows = [row for row in measured(run, sample=0) if "end_to_end" in row["milliseconds"]]
     rows.sort(key=shape_of)
     cells = {(shape_of(row), row["mask"], row["implementation"]): row["milliseconds"] for row in rows}
@@ -249,9 +249,9 @@ def training_section(run: Json) -> list[str]:
         body.append([shape_name(settings, shape), "longest row", *fits, ""])
     return [
         f"**{environment['device']}**, training on packed documents (median {settings['median_document']} tokens, "
-        f"another packing each step), bfloat16, gradient checkpointing, AdamW, vocabulary {settings['vocabulary']:,}, "
-        "random weights. Tokens per second (peak GiB). Rows of whole documents have another length each step: "
-        f"`{FLEX}` then runs kernels for any length. {versions(environment)}",
+        f"a new packing each step), bfloat16, gradient checkpointing, AdamW, vocabulary {settings['vocabulary']:,}, "
+        "random weights. Tokens per second (peak GiB). Rows of whole documents have a different length each step, so "
+        f"`{FLEX}` runs kernels for any length. {versions(environment)}",
         "",
         *table(["model", "tokens of a row", *names, f"times {FLEX}"], body),
         *picture("training", "Tokens per second of training on packed documents"),
@@ -299,7 +299,7 @@ def masking_section(result: Json) -> list[str]:
 
     body = [[mask, *(cost(cells.get((mask, peer))) for peer in peers)] for mask in dict.fromkeys(m for m, _ in cells)]
     return [
-        f"Making the masks of a step as Transformers asks for them, {length:,} tokens: device / host time, launches, "
+        f"Cost of the masks of a step that Transformers asks for, {length:,} tokens: device / host time, launches, "
         f"waits of the host for the device, memory. {versions(result['environment'])}",
         "",
         *table(["masks", *peers], body),
@@ -335,7 +335,7 @@ def shared_prompts_section(result: dict[str, Any]) -> list[str]:
         "bfloat16, gradient checkpointing: prompts of 2,048 tokens, answers of 512, no padding. Milliseconds (peak "
         f"GiB). {versions(environment)}",
         "",
-        f"| | answers | vocabulary | {SHARED} | {' | '.join(peers)} | times as fast as the fastest |",
+        f"| | answers | vocabulary | {SHARED} | {' | '.join(peers)} | speedup over the fastest |",
         f"|---|--:|--:|--:|{'--:|' * len(peers)}--:|",
     ]
     for workload, vocabulary in dict.fromkeys((row["workload"], row["vocabulary"]) for row in steps):
@@ -357,8 +357,8 @@ def shared_prompts_section(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"Finding the trees of {merge['rows']} rows takes {merge['host_milliseconds']:.1f} ms, once a forward pass. "
-        "With more of each sequence shared:",
+        f"Finding the trees of {merge['rows']} rows takes {merge['host_milliseconds']:.1f} ms, once per forward pass. "
+        "A DPO step over the part of each sequence that is shared:",
         "",
         f'<img src="docs/{PICTURE.name}" width="480" alt="Speed of a DPO step over the shared part of its sequences">',
     ]
@@ -492,7 +492,7 @@ def readme_section() -> str:
 
 
 def headline_run() -> Json | None:
-    """The newest with the table of masks, not only some row of it."""
+    """The newest run with the whole table of masks."""
     return latest_run("attention_gpu", protocol="bar", mask="full", sample=0, **HEADLINE)
 
 

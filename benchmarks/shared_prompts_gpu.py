@@ -1,13 +1,13 @@
-"""Preference training and scoring of many answers on one GPU, with the prompt computed once and for every answer.
+"""Preference training and scoring of many answers on one GPU: the prompt computed once, and once for every answer.
 
     python benchmarks/shared_prompts_gpu.py
 
 TRL's own DPOTrainer and GRPOTrainer run with their defaults on a model of Llama 3.2 1B's shape with random weights, in
-bfloat16; with its vocabulary of 128,256 and with one of 32,768, whose head, which nothing can share, takes less time.
-A `dpo` step is a whole training step, reference model and optimizer included; `score` is the log-probability pass that
-GRPO makes over its completions, `update` the same with gradients. All rows are full, so that the peers, which compute
-every row in full, waste nothing on padding. The norms of the gradients, or of the log-probabilities, must agree
-between all implementations in the first step.
+bfloat16. The vocabulary is 128,256 as in that model, or 32,768. The language model head cannot be shared, and takes
+less time with the smaller vocabulary. `dpo` is a whole training step, with reference model and optimizer. `score` is
+the pass in which GRPO computes log-probabilities of its completions, `update` the same pass with gradients.
+No row has padding, because the other implementations would compute it. The norms of the gradients, or of the
+log-probabilities, must agree between all implementations in the first step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ANSWERS, GROUPS = 8, 4
 VOCABULARIES = (128256, 32768)
 WORDS = 4096
 STEPS, WARM_UP = 6, 2
-REPEATS = 14  # of what takes less than a step of training
+REPEATS = 14  # of measurements shorter than a training step
 SHAPE: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -264,7 +264,7 @@ def group_scoring(name: str, prompt: int, vocabulary: int) -> Iterator[dict[str,
 
 
 def merging() -> dict[str, Any]:
-    """What finding the tree of a batch takes, on the device and on the host, which waits for the length of the row."""
+    """Time to find the tree of a batch, on the device and on the host, which waits for the length of the row."""
     input_ids = torch.randint(WORDS, (2 * PAIRS, LENGTH), device="cuda")
     input_ids[PAIRS:, :2048] = input_ids[:PAIRS, :2048]
 
@@ -288,7 +288,7 @@ def merging() -> dict[str, Any]:
 
 
 def check(rows: list[dict[str, Any]]) -> None:
-    """All implementations computed the same, to the rounding of bfloat16, from the same weights."""
+    """All implementations must compute the same from the same weights, up to the rounding of bfloat16."""
     for row in rows[1:]:
         assert abs(row["norm"] / rows[0]["norm"] - 1) < 0.01, (row, rows[0])
 

@@ -5,17 +5,17 @@
     python benchmarks/training_gpu.py --longest                # also the longest row, in steps of half a power of two
 
 Random weights, bfloat16, gradient checkpointing, AdamW, Transformers' own model and loss. A batch is one row of packed
-documents whose lengths are log-normal (median 700 tokens), and no two batches have the same. Rows are measured in two
-forms: `steps` fills every row to its last token by cutting the last document; `whole documents` packs as many as fit,
-so that rows differ in length, as those of Transformers' DataCollatorWithFlattening do. The implementations are
+documents with log-normal lengths (median 700 tokens), and every batch is different. Rows have two forms: `steps` fills
+every row to its last token and cuts the last document; `whole documents` packs as many as fit, so that rows differ in
+length, like those of Transformers' DataCollatorWithFlattening. The implementations are
 
-* `flashmask`, `flex_attention` and `sdpa` (dense mask) as Transformers runs them, told the documents by `position_ids`;
-* `FA2 varlen`, torch's own FlashAttention-2, told them by cumulative lengths;
-* `no attention`, the floor: everything around attention, all projections and their gradients included.
+* `flashmask`, `flex_attention` and `sdpa` (dense mask) as Transformers runs them, with the documents in `position_ids`;
+* `FA2 varlen`, torch's own FlashAttention-2, with the documents in cumulative lengths;
+* `no attention`, a lower limit: everything around attention, with all projections and their gradients.
 
 Before anything is timed, the loss, the hidden states and a gradient of the first batch are compared with those of each
-document alone; the floor's are not. Rows of the same device, versions and kernels gather in one file, also from several
-processes at once, one for each GPU; `--missing` measures only what it lacks.
+document alone, except for `no attention`. Rows of the same device, versions and kernels are collected in one file, also
+from several processes at once, one for each GPU. `--missing` measures only the rows that the file lacks.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 MEDIAN_DOCUMENT, SPREAD_OF_DOCUMENTS, SHORTEST_DOCUMENT = 700, 1.0, 16
 WARM_UP, STEPS = 3, 8  # FlexAttention compiles for the first length, and for any length when the second one comes
-SECONDS = 20.0  # of timed steps; then four are enough
+SECONDS = 20.0  # of timed steps, after which four steps are enough
 ROWS = {"steps": False, "whole documents": True}  # workload: whether documents are never cut
 LONGEST_TRIED = 1 << 20
-# Of bfloat16 against bfloat16. Documents that see each other are off by more than half in both tensors.
+# Between two results in bfloat16. If documents see each other, both tensors are off by more than half.
 TOLERANCES = {"loss": 1e-3, "hidden_states": 0.1, "gradient": 0.2}
 KEY = ("shape", "length", "implementation", "workload")
 
@@ -82,7 +82,7 @@ def varlen_attention(
 def no_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Sums that cost next to nothing and need the projections of query, key and value, forward and backward."""
+    """Sums that take almost no time, and that need the projections of query, key and value, forward and backward."""
     groups = query.shape[1] // key.shape[1]
     return (query + (key + value).repeat_interleave(groups, dim=1)).transpose(1, 2), None
 
@@ -203,7 +203,7 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
 
     def first_step(self, batches: list[dict[str, Any]]) -> FirstStep:
-        """What batches of one row give one after the other, without a change of the weights."""
+        """Results of batches of one row, one after the other, without a change of the weights."""
         hidden: list[Tensor] = []
         hook = self.model.model.register_forward_hook(lambda _, __, out: hidden.append(out.last_hidden_state.detach()))
         try:
@@ -323,7 +323,7 @@ def main() -> None:
     for shape in arguments.shapes:
         trainee = Trainee(SHAPES[shape], arguments.vocabulary)
         for length, workload in itertools.product(arguments.lengths, arguments.rows):
-            # FlexAttention would otherwise meet the second length with kernels for any length, which are slower.
+            # Otherwise FlexAttention would run kernels for any length from the second length on. These are slower.
             torch._dynamo.reset()
             batches = [
                 packed_batch(length, seed, arguments.vocabulary, is_whole=ROWS[workload])

@@ -1,7 +1,7 @@
 """Float32 attention over rows of any length: the truth that every implementation is compared with before it is timed.
 
-Heads are independent of each other, so two groups of heads, the first of the first row and the last of the last row,
-are computed whole: every query, every key, all gradients.
+Heads are independent of each other. Only two groups of heads are computed, the first of the first row and the last of
+the last row, but with every query, every key and all gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashmask_kernels import reference_attention
 
-TOLERANCE = 1e-2  # relative error of float16 and bfloat16; what is right has about 3e-3
+TOLERANCE = 1e-2  # relative error of float16 and bfloat16; correct results have about 3e-3
 SCORES = 1 << 26  # scores of one head that are alive at a time
 
 
@@ -50,7 +50,7 @@ def attend_in_float32(query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, 
 
 
 class Truth:
-    """What two groups of heads must give, for one mask and one set of inputs."""
+    """The expected results of two groups of heads, for one mask and one set of inputs."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, d_out: Tensor, bounds: Tensor) -> None:
         self.kv_heads = key.shape[1]
@@ -78,7 +78,7 @@ class Truth:
         return {name: float(f"{error:.1e}") for name, error in errors.items()}
 
     def _group(self, row: int, head: int, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """One key head of one row, and the query heads that share it. What has one row or head has it for all."""
+        """One key head of one row, and the query heads that share it. A tensor with one row or head has it for all."""
         group = []
         for tensor in tensors:
             heads = tensor.shape[1] // self.kv_heads

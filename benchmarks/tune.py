@@ -1,12 +1,12 @@
-"""Finds tile sizes, warps and stages of the portable kernels for the GPU at hand, to fill configs.py from.
+"""Finds tile sizes, warps and stages of the portable kernels for this GPU. They go into configs.py.
 
     python benchmarks/tune.py                                      # all kernels at D = 64, 128 and 256
     python benchmarks/tune.py --kernels forward --head-dims 128    # in pieces; --missing goes on with a run
 
-Every candidate is compiled and compared with float32 attention first, in parallel, and its registers and spills are
-noted. The right ones are timed on packed documents of 32K tokens, the fastest of these also on plain causal attention
-and at 8K; the geometric mean over all decides. bfloat16, 32 query and 8 key heads. The time of a candidate for dK/dV or
-dQ is that of the whole backward, whose other kernel runs as the table says.
+First, every candidate is compiled and compared with float32 attention, in parallel, and its registers and spills are
+recorded. Correct candidates are timed on packed documents of 32K tokens, the fastest of these also on plain causal
+attention and at 8K. The geometric mean over all workloads decides. bfloat16, 32 query and 8 key heads. The time of a
+candidate for dK/dV or dQ is that of the whole backward, in which the other kernel has the configuration of the table.
 
 Writes results/tuning_<architecture>-<run>.json and prints the rows for the table. Nothing reads the JSON at run time.
 """
@@ -67,7 +67,7 @@ def candidates(kernels: list[str], head_dims: list[int], grid: dict[str, tuple[A
 
 @contextmanager
 def launched_with(candidate: Candidate) -> Iterator[None]:
-    """Inside, the candidate stands for its portable kernel's configuration; raises where nobody has asked for it."""
+    """Inside, the candidate stands for its portable kernel's configuration; raises if nothing has asked for it."""
     original, specialized, asked = table.select_configs, table.select_specialized_configs, 0
     usual = original(torch.device("cuda"), DTYPE, candidate.head_dim)
     assert usual is not None

@@ -1,4 +1,4 @@
-"""What the two examples on preference data have in common: texts, the unshared batches, the report and its pictures."""
+"""Shared parts of the two examples on preference data: texts, the unshared batches, the report and its pictures."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from transformers import (
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 from hf_flashmask.training import SharedPromptDataCollator
 
-# The largest difference between the two losses of a step that passes for rounding. Measured in float32 on a CPU, with
+# The largest difference between the two losses of a step that counts as rounding. Measured in float32 on a CPU, with
 # three seeds: 7e-7 for DPO, 2e-5 for the reward model; on an H200, with its larger model, 4e-4 for the reward model.
 TOLERANCE = 1e-3 if torch.cuda.is_available() else 2e-4
 
 
 def parse_arguments(description: str | None, name: str) -> argparse.Namespace:
-    # One process, one GPU: given several, Trainer would cut batches into pieces (DataParallel).
+    # One process, one GPU: with several GPUs, Trainer would cut batches into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

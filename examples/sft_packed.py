@@ -45,9 +45,9 @@ from transformers import (
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-# The largest difference between the two losses of a step that passes for rounding. Measured in float32: 4e-6 on a CPU,
-# 1e-4 with the larger model on an H200. In bfloat16 two trainings of one model part ways at this learning rate whatever
-# computes the attention (sdpa and eager by 0.1 on an H200), so only the steps before that are compared.
+# The largest difference between the two losses of a step that counts as rounding. Measured in float32: 4e-6 on a CPU,
+# 1e-4 with the larger model on an H200. In bfloat16 two trainings of one model diverge at this learning rate with any
+# attention (sdpa and eager by 0.1 on an H200), so only the steps before that are compared.
 TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
 COMPARED_STEPS = {"float32": None, "bfloat16": 10}
 
@@ -269,7 +269,7 @@ def draw_mask(batch: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    # One process, one GPU: given several, Trainer would cut the packed row into pieces (DataParallel).
+    # One process, one GPU: with several GPUs, Trainer would cut the packed row into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     args = parse_arguments()
     texts = load_texts(args)

@@ -33,7 +33,7 @@ from hf_flashmask import share_prefixes
 from hf_flashmask.sharing.prefix_tree import merge_prefixes
 
 COLUMNS = ["prompt", "chosen", "rejected"]
-# The largest difference between the two losses of a step that passes for rounding.
+# The largest difference between the two losses of a step that counts as rounding.
 TOLERANCE = 1e-3
 
 
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="tokens that TRL leaves of a row (default: %(default)s)")
     add("--hidden-size", type=int, default=512 if has_gpu else 128, help="a multiple of 64 (default: %(default)s)")
     add("--layers", type=int, default=8 if has_gpu else 2, help="of the small Llama (default: %(default)s)")
-    # At 1e-3 the larger model of the GPU amplifies rounding: after 14 steps two runs of the same have parted.
+    # At 1e-3 the larger model of the GPU amplifies rounding: two equal runs diverge after 14 steps.
     rate = 1e-4 if has_gpu else 1e-3
     add("--learning-rate", type=float, default=rate, help="decays linearly to 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of the pairs (default: %(default)s)")
@@ -124,7 +124,7 @@ def record_steps(trainer: DPOTrainer, title: str) -> StepRecorder:
 
 
 def main() -> None:
-    # One process, one GPU: given several, Trainer would cut batches into pieces (DataParallel).
+    # One process, one GPU: with several GPUs, Trainer would cut batches into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     args = parse_arguments()
     dataset = load_pairs(args)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils, modeling_flash_attention_utils
 
 from hf_flashmask.bounds import (
     MAX_INTERVALS,
+    algebra,
     bidirectional,
     causal,
     causal_with_blocks,
@@ -49,6 +52,10 @@ few = settings(max_examples=100, deadline=None)
 def dense(visible: Callable[[int, int], bool], queries: range, keys: range) -> np.ndarray:
     """Dense mask from a statement about the positions of query and key."""
     return np.array([[bool(visible(q, k)) for k in keys] for q in queries], dtype=bool).reshape(len(queries), len(keys))
+
+
+def dense_to_tensor(visible: Callable[[int, int], bool], size: int) -> torch.Tensor:
+    return torch.from_numpy(dense(visible, range(size), range(size)))
 
 
 def dense_of_bounds(bounds: torch.Tensor, q_len: int) -> np.ndarray:
@@ -225,13 +232,25 @@ def test_from_document_ids(drawn, is_causal):
     assert_mask(result, np.stack(expected), len(queries))
 
 
+def documents_of(row: list[float]) -> list[int]:
+    """Number of the document of each position: one starts wherever a run that does not decrease repeats its start."""
+    documents: list[int] = []
+    for index, position in enumerate(row):
+        if index == 0 or position < row[index - 1]:
+            start_of_run = position
+        documents.append((documents[-1] if documents else -1) + (position == start_of_run))
+    return documents
+
+
 @few
-@given(sequences(st.integers(0, 4)), st.booleans())
-def test_from_position_ids(drawn, is_causal):
+@given(sequences(st.integers(0, 4)), st.booleans(), st.sampled_from([None, torch.float16, torch.float64]))
+def test_from_position_ids(drawn, is_causal, float_type):
     rows, position_ids, call, queries, keys = drawn
+    if float_type is not None:
+        position_ids = position_ids.to(float_type) / 4
     expected = []
     for row in rows:
-        document = runs_of(row, lambda before, this: this > before)
+        document = documents_of(row)
 
         def visible(q, k, row=row, document=document):
             return k < len(row) and document[q] == document[k] and (k <= q or not is_causal)
@@ -245,6 +264,46 @@ def test_position_ids_may_start_anywhere_have_gaps_and_be_constant_in_padding():
     document = [0, 0, 0, 1, 1, 1, 1, 2, 3, 4]
     expected = dense(lambda q, k: document[q] == document[k] and k <= q, range(10), range(10))
     assert_mask(from_position_ids(position_ids), expected, 10)
+
+
+# Lengths of the documents that position ids mean: to us, to the masks of Transformers, to its FlashAttention path.
+REPEATS = {
+    "restarts": ([0, 1, 2, 0, 1], [3, 2], [3, 2], [3, 2]),
+    "documents of one token": ([0, 0, 1, 2, 0, 0, 1], [1, 3, 1, 2], [1, 3, 1, 2], [1, 3, 1, 2]),
+    "the same, of RoBERTa": ([2, 2, 3, 2, 3], [1, 2, 2], [1, 2, 2], [1, 2, 2]),
+    "padding of zeros": ([0, 1, 2, 0, 0, 0], [3, 1, 1, 1], [3, 1, 1, 1], [3, 1, 1, 1]),
+    "a position repeats": ([0, 1, 1, 2, 2, 3], [6], [2, 2, 2], [6]),
+    "positions of pairs": ([0, 0, 1, 1, 2, 2], [1, 5], [1, 2, 2, 1], [1, 5]),
+    "a gap": ([0, 1, 2, 9, 10], [5], [3, 2], [5]),
+    # FlashAttention's path looks for the smallest position of the row.
+    "other first positions": ([5, 6, 7, 0, 1, 5, 5, 6], [3, 5], [3, 2, 1, 2], [3, 5]),
+    "the rest of a document first": ([7, 8, 3, 4, 3, 3, 4], [2, 2, 1, 2], [2, 2, 1, 2], [2, 2, 1, 2]),
+    "each lower than the one before": ([4, 4, 5, 2, 3], [1, 2, 2], [1, 2, 2], [3, 2]),
+}
+
+
+@pytest.mark.parametrize("name", REPEATS)
+def test_repeated_positions_beside_what_transformers_makes_of_them(name):
+    positions, ours, of_masks, of_flash_attention = REPEATS[name]
+    position_ids = torch.tensor([positions])
+    ends = document_ends(position_ids)
+    assert ends[0].unique().diff(prepend=torch.zeros(1)).tolist() == ours
+    assert torch.equal(document_ends(position_ids / 8), ends)
+    assert torch.equal(document_ends(position_ids, torch.ones_like(position_ids, dtype=torch.bool)), ends)
+    ids = masking_utils.find_packed_sequence_indices(position_ids)
+    assert ids.unique(return_counts=True)[1].tolist() == of_masks
+    if hasattr(modeling_flash_attention_utils, "_is_packed_sequence"):
+        assert modeling_flash_attention_utils._is_packed_sequence(position_ids, 1)
+        (cu_seqlens, _), _ = modeling_flash_attention_utils.prepare_fa_kwargs_from_position_ids(position_ids)
+        # What comes before the first smallest position is in no document there; here it counts as the first one.
+        assert cu_seqlens.diff(prepend=torch.zeros(1)).tolist()[cu_seqlens[0] == 0 :] == of_flash_attention
+
+
+def test_positions_that_are_floats_are_compared_as_they_are():
+    position_ids = torch.tensor([[0.0, 0.25, 0.5, 0.5, 0.75, 0.0, 0.0, 1e-30]], dtype=torch.float64)
+    assert document_ends(position_ids).tolist() == [[5, 5, 5, 5, 5, 6, 8, 8]]
+    is_token = torch.tensor([[False, True, True, True, False, True, True, True]])
+    assert document_ends(position_ids, is_token)[0, 1:].tolist() == [5, 5, 5, 5, 6, 8, 8]
 
 
 @few
@@ -398,6 +457,7 @@ def test_one_hidden_pair_keeps_a_large_tile_from_being_full():
 
 @few
 @given(several_bounds(3), st.integers(1, 3))
+@pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_intersect(drawn, count):
     q_len, masks = drawn
     expected = np.logical_and.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
@@ -406,6 +466,7 @@ def test_intersect(drawn, count):
 
 @few
 @given(several_bounds(3), st.integers(1, 3))
+@pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_union(drawn, count):
     q_len, masks = drawn
     expected = np.logical_or.reduce(np.broadcast_arrays(*(dense_of_bounds(mask, q_len) for mask in masks[:count])))
@@ -417,6 +478,38 @@ def test_set_operations_keep_the_cheap_forms(operation):
     documents = from_position_ids(torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]))
     assert operation(documents, sliding_window(2, 5)).shape == (2, 1, 1, 5)
     assert intersect(documents, bidirectional(5), prefix_lm(2, 5)).shape == (2, 1, 2, 5)
+
+
+def test_union_counts_causal_masks_once():
+    masks = [sliding_window(2, 9), from_position_ids(torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1])), prefix_lm(2, 9)]
+    expected = np.logical_or.reduce([dense_of_bounds(mask, 9) for mask in masks])
+    result = union(*masks)
+    assert result.shape[2] == 6
+    assert_mask(result, expected, 9)
+
+
+def test_composing_more_than_four_planes_warns_once_where_fewer_suffice(monkeypatch):
+    monkeypatch.setattr(algebra, "_suggested", set())
+    documents, prefix = from_position_ids(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])), prefix_lm(5, 8)
+    with pytest.warns(UserWarning, match=r"union.. of these masks has C = 6 planes, .*with C = 2") as caught:
+        composed = union(sliding_window(3, 8), prefix)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"intersect.. of these masks has C = 10 planes, .*with C = 1"):
+        intersect(documents, composed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        intersect(documents, union(sliding_window(3, 8), prefix))
+    # An intersection inside the union has fewer planes.
+    inside = union(intersect(documents, sliding_window(3, 8)), intersect(documents, prefix))
+    assert inside.shape[2] == 6
+    np.testing.assert_array_equal(to_dense(inside).numpy(), to_dense(intersect(documents, composed)).numpy())
+
+
+def test_composing_says_nothing_where_all_planes_are_needed(monkeypatch):
+    monkeypatch.setattr(algebra, "_suggested", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        union(sliding_window(1, 9), from_dense(dense_to_tensor(lambda q, k: q == k + 3, 9)))
 
 
 @few
@@ -601,13 +694,18 @@ nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
     ("call", "error", "message"),
     [
         (lambda: causal(-1), ValueError, "must not be negative, got -1"),
-        (lambda: sliding_window(0, 5), ValueError, "`window` must be at least 1 when is_causal=True, got 0"),
+        (lambda: sliding_window(0, 5), ValueError, "`window` must be at least 1 .*, got 0"),
         (lambda: sliding_window(-1, 5, is_causal=False), ValueError, "at least 0"),
         (lambda: chunked(0, 5), ValueError, "`chunk_size` must be at least 1, got 0"),
         (lambda: chunked(2, 5, left_padding=torch.zeros(2, 1).int()), ValueError, r"`left_padding` must be \[B\]"),
         (lambda: prefix_lm(torch.tensor([1.0]), 5), TypeError, "`prefix_lengths` must be an integer tensor"),
-        (lambda: causal_with_blocks(ids, window=0), ValueError, "`window` must be at least 1, got 0"),
-        (lambda: from_position_ids(ids.float()), TypeError, "`position_ids` must be an integer tensor.*float32"),
+        (
+            lambda: causal_with_blocks(ids, window=0),
+            ValueError,
+            "`window` must be at least 1 when is_causal=True, got 0",
+        ),
+        (lambda: from_position_ids(ids.bool()), TypeError, "`position_ids` must be an integer or float tensor.*bool"),
+        (lambda: from_position_ids(ids.cfloat()), TypeError, "`position_ids` must be an integer or float.*complex64"),
         (lambda: from_position_ids(ids[None]), ValueError, r"`position_ids` must be \[B, S\] or \[S\].*\[1, 2, 5\]"),
         (lambda: from_document_ids([0, 1]), TypeError, "`document_ids` must be an integer tensor.*list"),
         (lambda: from_padding_mask(ids.float()), TypeError, "`padding_mask` must be an integer tensor"),
@@ -696,17 +794,21 @@ def test_from_dense_names_the_first_column_that_needs_too_many_intervals():
         from_dense(mask)
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(-1, 3), st.booleans()), min_size=7, max_size=7), min_size=1, max_size=3))
-def test_document_ends_beside_padding(rows):
-    """A document starts at a token whose position is not above that of the token before it, never at padding."""
-    position_ids = torch.tensor([[position for position, _ in row] for row in rows])
+@given(
+    st.lists(st.lists(st.tuples(st.integers(-1, 3), st.booleans()), min_size=7, max_size=7), min_size=1, max_size=3),
+    st.sampled_from([torch.int64, torch.int32, torch.float32]),
+)
+def test_document_ends_beside_padding(rows, dtype):
+    """A document starts at a token where it does among the tokens alone, never at padding."""
+    position_ids = torch.tensor([[position for position, _ in row] for row in rows], dtype=dtype)
     is_token = torch.tensor([[token for _, token in row] for row in rows])
     ends = document_ends(position_ids, is_token)
     starts = document_starts(torch.where(is_token, ends, -ends))
     assert ends.dtype == starts.dtype == torch.int32
     for row, row_ends, row_starts in zip(rows, ends.tolist(), starts.tolist(), strict=True):
         tokens = [index for index, (_, token) in enumerate(row) if token]
-        borders = [now for last, now in pairwise(tokens) if row[now][0] <= row[last][0]]
+        documents = documents_of([row[index][0] for index in tokens])
+        borders = [tokens[index] for index in range(1, len(tokens)) if documents[index] > documents[index - 1]]
         for index in range(tokens[0] if tokens else 7, 7):
             assert row_ends[index] == min((border for border in borders if border > index), default=7)
             assert row_starts[index] == max((border for border in borders if border <= index), default=tokens[0])

@@ -742,12 +742,12 @@ class MaskOperations(TorchDispatchMode):
 
 # At most so many launches for a whole model: of documents alone, beside padding, and with `cu_seq_lens_q` as well.
 LAUNCHES = {
-    "llama": (5, 13, 23),
-    "mistral": (8, 16, 26),
-    "gemma2": (8, 17, 31),  # layers of two kinds
-    "gpt_oss": (8, 33, 20),  # the same, and the mask function is not told about `position_ids`
-    "llama4": (19, 28, 42),
-    "bert": (8, 25, 8),
+    "llama": (8, 16, 26),
+    "mistral": (11, 19, 29),
+    "gemma2": (11, 20, 34),  # layers of two kinds
+    "gpt_oss": (11, 39, 20),  # the same, and the mask function is not told about `position_ids`
+    "llama4": (22, 31, 45),
+    "bert": (11, 28, 8),
 }
 
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 from matplotlib import pyplot
 
-from hf_flashmask.bounds import causal, from_document_ids, from_position_ids, prefix_lm, sliding_window, to_dense
+from hf_flashmask.bounds import (
+    causal,
+    from_document_ids,
+    from_position_ids,
+    intersect,
+    prefix_lm,
+    simplify,
+    sliding_window,
+    to_dense,
+    union,
+)
 from hf_flashmask.visualization import plot, to_text
 
 PACKED = torch.tensor([0, 1, 2, 0, 1, 0])
@@ -63,6 +73,16 @@ def test_text_of_one_head_of_one_row_of_a_batch():
     bounds[1, 0] = from_position_ids(torch.tensor([0, 0, 1]))[0, 0]
     assert to_text(bounds, batch=1, head=0) == "██····\n··██··\n··████"
     assert to_text(bounds, batch=0, head=1) == "██····\n████··\n██████"
+
+
+@pytest.mark.usefixtures("_headless")
+def test_drawings_say_that_fewer_planes_suffice():
+    documents = from_position_ids(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    composed = intersect(documents, union(sliding_window(3, 8), prefix_lm(3, 8)))
+    assert composed.shape[2] == 10
+    assert to_text(composed).splitlines()[-1] == "C = 10 planes; simplify(bounds, q_len) says the same with C = 1"
+    assert to_text(composed).splitlines()[:-1] == to_text(simplify(composed)).splitlines()
+    assert plot(composed).get_title(loc="right") == "31.2% visible, C = 10 (1 suffice)"
 
 
 class Picture:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from functools import reduce
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from .form import (
     NO_END,
     broadcast_masks,
-    check_form,
+    check_bounds,
     check_intervals,
     check_operands,
     hidden_intervals,
@@ -21,10 +23,24 @@ from .form import (
 
 
 def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """What is visible in every mask. Shapes broadcast over batch and heads.
+    """What is visible in every mask.
 
-    C = 1 and C = 2 collapse to one lower and one upper bound; the intervals of other masks are put side by side.
-    `q_len` is needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+    Masks of C = 1 and 2 collapse to one lower and one upper bound. The intervals of other masks are put side by side,
+    whether or not they overlap: C = 2 (n + 1) for n of them. What they have in common depends on values, which are not
+    read: `simplify` finds it. Fewer planes come from an intersection inside a union than from a union inside an
+    intersection.
+
+    Args:
+        bounds: one or more masks of the same S_k; shapes broadcast over batch and heads.
+        q_len: S_q, needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+
+    Raises:
+        ValueError: for no mask, or masks of several key lengths.
+        TooManyIntervalsError: when the result needs more than `MAX_INTERVALS` hidden intervals.
+
+    >>> from hf_flashmask.bounds import from_position_ids, sliding_window
+    >>> intersect(from_position_ids(torch.tensor([0, 1, 2, 0, 1])), sliding_window(2, 5)).tolist()
+    [[[[2, 3, 3, 5, 5]]]]
     """
     check_operands("intersect", bounds)
     planes = {mask.shape[2] for mask in bounds}
@@ -41,21 +57,39 @@ def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
             return torch.stack([lts, ute], dim=2)
         others.append(torch.stack([lts, torch.full_like(lts, NO_END), torch.zeros_like(ute), ute], dim=2))
     check_intervals("intersect", sum(mask.shape[2] // 2 for mask in others))
-    return torch.cat(broadcast_masks(others), dim=2).contiguous()
+    result = torch.cat(broadcast_masks(others), dim=2).contiguous()
+    _suggest_simplify("intersect", result, q_len)
+    return result
 
 
 def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """What is visible in any of the masks. Shapes broadcast over batch and heads.
+    """What is visible in any of the masks.
 
-    Masks of C = 1 stay C = 1. Otherwise m masks with n_1 ... n_m hidden intervals (C = 1 and 2 have two) give
-    n_1 + ... + n_m - m + 1 intervals, many of them usually empty: `simplify` removes those.
-    `q_len` is needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+    Masks of C = 1 collapse to one. Then m masks with n_1 ... n_m hidden intervals (C = 1 and 2 have two) give
+    n_1 + ... + n_m - m + 1 intervals. Many of them are usually empty: whether rows lie between two masks depends on
+    values, which are not read. `simplify` removes what is empty.
+
+    Args:
+        bounds: one or more masks of the same S_k; shapes broadcast over batch and heads.
+        q_len: S_q, needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
+
+    Raises:
+        ValueError: for no mask, or masks of several key lengths.
+        TooManyIntervalsError: when the result needs more than `MAX_INTERVALS` hidden intervals.
+
+    >>> from hf_flashmask.bounds import prefix_lm, sliding_window
+    >>> union(sliding_window(2, 5), sliding_window(3, 5)).tolist()
+    [[[[3, 4, 5, 5, 5]]]]
+    >>> mask = union(sliding_window(2, 5), prefix_lm(3, 5))
+    >>> mask.shape[2], simplify(mask, 5).shape[2]
+    (6, 2)
     """
     check_operands("union", bounds)
+    causal = [mask for mask in bounds if mask.shape[2] == 1]
+    if causal:
+        bounds = (reduce(torch.maximum, causal), *(mask for mask in bounds if mask.shape[2] > 1))
     if len(bounds) == 1:
         return bounds[0].contiguous()
-    if all(mask.shape[2] == 1 for mask in bounds):
-        return reduce(torch.maximum, bounds).contiguous()
     families = [torch.stack(disjoint(*hidden_intervals(mask, q_len)), dim=0) for mask in bounds]
     count = sum(family.shape[3] for family in families)
     check_intervals("union", count - len(bounds) + 1)
@@ -65,12 +99,14 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     # the (k + m)-th smallest start on, before the (k + 1)-th smallest end.
     start = start.sort(dim=2).values[:, :, len(bounds) - 1 :]
     end = end.sort(dim=2).values[:, :, : count - len(bounds) + 1]
-    return torch.stack([start, end], dim=3).flatten(2, 3)
+    result = torch.stack([start, end], dim=3).flatten(2, 3)
+    _suggest_simplify("union", result, q_len)
+    return result
 
 
 def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
     """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is."""
-    check_form(bounds)
+    check_bounds(bounds)
     if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
         raise ValueError(
             f"`hidden` must be bool [B or 1, {bounds.shape[3]}] for these bounds, got {hidden.dtype} "
@@ -92,9 +128,34 @@ def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
     Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, empty ones dropped; C = 1 when every
     column is the causal triangle and one lower bound. `q_len` defaults to S_k.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     q_len = bounds.shape[3] if q_len is None else q_len
     return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
+
+
+_suggested: set[int] = set()
+"""The numbers of planes for which `_suggest_simplify` has looked."""
+
+
+def _suggest_simplify(operation: str, bounds: Tensor, q_len: int | None) -> None:
+    """Warn once where fewer planes say the same. Looks at the first mask of each C that a user composes on the CPU.
+
+    On other devices looking would wait for the device, and what the integration composes the user cannot simplify.
+    """
+    planes = bounds.shape[2]
+    if torch.compiler.is_compiling() or planes <= 4 or planes in _suggested:
+        return
+    is_ours = sys._getframe(2).f_globals.get("__name__", "").startswith("hf_flashmask.")
+    if is_ours or not bounds.is_cpu or type(bounds) is not Tensor:
+        return
+    _suggested.add(planes)
+    fewest = simplify(bounds, q_len).shape[2]
+    if fewest < planes:
+        warnings.warn(
+            f"{operation}() of these masks has C = {planes} planes, simplify(bounds, q_len) says the same with C = "
+            f"{fewest}. Attention takes longer with more planes",
+            stacklevel=3,
+        )
 
 
 def disjoint(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from .form import (
     resolve_call,
     rows_of_keys,
     run_ends,
+    run_numbers,
     stack_planes,
 )
 
@@ -74,16 +75,11 @@ def sliding_window(
     bottom right, else 2.
     """
     kv_len = q_len if kv_len is None else kv_len
-    smallest = 1 if is_causal else 0
-    if window < smallest:
-        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
-    window = min(window, FAR)
+    window = _checked_window(window, is_causal)
     if is_causal and is_bottom_right(q_len, kv_len, q_offset, kv_offset):
         return stack_planes(rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=window), None, q_len)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
-    if is_causal:
-        return stack_planes(diagonal + window, diagonal, q_len)
-    return stack_planes(diagonal + (window + 1), diagonal - window, q_len)
+    return stack_planes(*_band(diagonal, window, is_causal), q_len)
 
 
 def chunked(
@@ -191,10 +187,9 @@ def causal_with_blocks(
     Returns:
         `[B, 1, 2, S_k]`.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"`window` must be at least 1, got {window}")
+    window = None if window is None else _checked_window(window, is_causal=True)
     block_ids = check_per_position("block_ids", block_ids)
-    ends = run_ends(block_ids != previous(block_ids))
+    ends = run_ends(run_numbers(torch.ne, block_ids, previous(block_ids)))
     q_len, kv_len, q_offset, kv_offset = resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
     is_text = block_ids < 0
     start = at_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, FAR, kv_len, kv_offset)
@@ -203,7 +198,8 @@ def causal_with_blocks(
     if window is None:
         return stack_planes(torch.full_like(ute, q_len), ute, q_len)
     end = at_keys(ends, is_text, -FAR, kv_len, kv_offset)
-    return stack_planes(torch.maximum(diagonal + min(window, FAR), end - q_offset), ute, q_len)
+    lts, _ = _band(diagonal, window, is_causal=True)
+    return stack_planes(torch.maximum(lts, end - q_offset), ute, q_len)
 
 
 def global_and_sliding_window(
@@ -224,21 +220,20 @@ def global_and_sliding_window(
     bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
     """
     kv_len = q_len if kv_len is None else kv_len
-    smallest = 1 if is_causal else 0
-    if window < smallest:
-        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+    window = _checked_window(window, is_causal)
     if num_global < 0:
         raise ValueError(f"`num_global` must not be negative, got {num_global}")
-    num_global, window = min(num_global, FAR), min(window, FAR)
+    num_global = min(num_global, FAR)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    lts, ute = _band(diagonal, window, is_causal)
     # The rows before this one are those of global tokens.
     first_local_row = num_global - (kv_offset + kv_len - q_len if q_offset is None else q_offset)
     is_global = diagonal < first_local_row
     if is_causal:
-        lts = (diagonal + window).masked_fill(is_global, q_len)
-        return stack_planes(lts, None if is_bottom_right(q_len, kv_len, q_offset, kv_offset) else diagonal, q_len)
-    lts = (diagonal + (window + 1)).clamp(min=first_local_row).masked_fill(is_global, q_len)
-    ute = (diagonal - window).masked_fill(is_global, 0)
+        aligned = is_bottom_right(q_len, kv_len, q_offset, kv_offset)
+        return stack_planes(lts.masked_fill(is_global, q_len), None if aligned else ute, q_len)
+    lts = lts.clamp(min=first_local_row).masked_fill(is_global, q_len)
+    ute = ute.masked_fill(is_global, 0)
     uts = torch.zeros_like(ute) + first_local_row
     planes = torch.stack([lts, torch.full_like(lts, q_len), uts, ute])
     return planes.clamp(0, q_len).to(torch.int32)[None, None]
@@ -435,6 +430,18 @@ def from_startend_row_indices(
             raise ValueError(f"`num_heads` ({num_heads}) must be a multiple of the {heads} heads of the indices")
         planes = planes.repeat_interleave(num_heads // heads, dim=1)
     return planes.contiguous()
+
+
+def _checked_window(window: int, is_causal: bool) -> int:
+    smallest = 1 if is_causal else 0
+    if window < smallest:
+        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+    return min(window, FAR)
+
+
+def _band(diagonal: Tensor, window: int, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """LTS and UTE of a window around the row of each key's own position, as `sliding_window` counts it."""
+    return (diagonal + window, diagonal) if is_causal else (diagonal + (window + 1), diagonal - window)
 
 
 def _check_block_intervals(intervals: int) -> None:

@@ -15,6 +15,7 @@ from .form import (
     previous,
     resolve_call,
     run_ends,
+    run_numbers,
     stack_planes,
 )
 
@@ -41,7 +42,7 @@ def from_document_ids(
         `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
     """
     document_ids = check_per_position("document_ids", document_ids)
-    ends = run_ends(document_ids != previous(document_ids))
+    ends = run_ends(run_numbers(torch.ne, document_ids, previous(document_ids)))
     call = resolve_call(document_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
     return from_runs(ends, document_ids < 0, call, is_causal)
 
@@ -55,18 +56,25 @@ def from_position_ids(
     q_offset: Offset | None = None,
     kv_offset: Offset = 0,
 ) -> Tensor:
-    """Packed documents from position ids: a document starts wherever the position does not increase.
+    """Packed documents from position ids, by the rule of `document_ends`.
 
-    That finds every restart, whatever number documents start from (RoBERTa's start at 2), and keeps a document with
-    gaps in its positions (PoSE) in one piece. Padding whose positions are all 0 becomes documents of one token.
-    The position ids of a prefix tree restart at every branch and must not be read as documents.
+    The rule finds every restart, whatever number documents start from (RoBERTa's start at 2). It keeps a document in
+    one piece when its positions have gaps (PoSE) or repeat (Self-Extend). Padding whose positions are all 0 becomes
+    documents of one token. The position ids of a prefix tree restart at every branch and must not be read as documents.
 
     Args:
-        position_ids: integers `[B, S]` or `[S]`, for the positions 0 to S - 1 of the sequence. Keys past them (the
-            unused slots of a static cache) are hidden. `q_len` and `kv_len` default to S, `q_offset` to S - q_len.
+        position_ids: integers or floats `[B, S]` or `[S]`, for the positions 0 to S - 1 of the sequence. Keys past them
+            (the unused slots of a static cache) are hidden. `q_len` and `kv_len` default to S, `q_offset` to S - q_len.
 
     Returns:
-        `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+        int32 `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        TypeError: when `position_ids` is not a tensor of numbers.
+        ValueError: when it is neither `[B, S]` nor `[S]`.
+
+    >>> from_position_ids(torch.tensor([0, 1, 2, 0, 1])).tolist()
+    [[[[3, 3, 3, 5, 5]]]]
     """
     ends = document_ends(position_ids)
     call = resolve_call(ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
@@ -74,21 +82,47 @@ def from_position_ids(
 
 
 def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
-    """Where the document of each position ends, its last position + 1: int32 `[B, S]`, the LTS of `from_position_ids`.
+    """Past-the-last position of each position's document: int32 `[B, S]`, the LTS of `from_position_ids`.
+
+    Positions that do not decrease form a run. A document starts at every position of a run that equals its first one,
+    so that leading repeats are documents of one token each, and a later repeat belongs to the document it is in:
+
+    | position ids       | documents            |
+    |--------------------|----------------------|
+    | `0 1 2 0 1`        | `0 1 2`, `0 1`       |
+    | `0 0 1 2 0 1`      | `0`, `0 1 2`, `0 1`  |
+    | `0 1 1 2 2 3`      | one                  |
+    | `0 0 1 1 2 2`      | `0`, `0 1 1 2 2`     |
+
+    In the last row, positions that count pairs (Self-Extend) look like a document of one token before another one.
+    Transformers' FlashAttention path decides the same.
 
     Args:
-        position_ids: integers `[B or 1, S]` or `[S]`, below 2^30. A document starts wherever they do not increase.
+        position_ids: integers below 2^30, or floats, `[B or 1, S]` or `[S]`.
         is_token: bool `[B, S]`, False for padding. Padding starts no document, and belongs to the one before it.
+
+    Raises:
+        TypeError: when `position_ids` is not a tensor of numbers.
+        ValueError: when it is neither `[B, S]` nor `[S]`.
+
+    >>> document_ends(torch.tensor([0, 0, 1, 2, 0, 1])).tolist()
+    [[1, 4, 4, 4, 6, 6]]
     """
     position_ids = check_per_position("position_ids", position_ids)
-    if is_token is None:
-        return run_ends(position_ids <= previous(position_ids))
-    # Tokens come before all padding. Each position is compared with the last token before it; before the first token
-    # that is padding, so that a document starts there.
-    position_ids = torch.add(position_ids, is_token, alpha=-FAR)
-    tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
-    last_token = torch.searchsorted(tokens, tokens).expand_as(position_ids)
-    return run_ends(position_ids <= previous(position_ids.gather(1, last_token)))
+    of_token = position_ids
+    if is_token is not None:
+        # Tokens come before all padding, which takes the position of the last token before it. Before the first token
+        # it keeps its own, so that a document starts at that token.
+        if position_ids.is_floating_point():
+            position_ids = torch.where(is_token, position_ids, torch.inf)
+        else:
+            position_ids = torch.add(position_ids, is_token, alpha=-FAR)
+        tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
+        of_token = position_ids.gather(1, torch.searchsorted(tokens, tokens).expand_as(position_ids))
+    runs = run_numbers(torch.lt, of_token, previous(of_token))
+    first_of_run = of_token.gather(1, torch.searchsorted(runs, runs))
+    # Padding has its own position on the left side, which no token has.
+    return run_ends(run_numbers(torch.eq, position_ids, first_of_run))
 
 
 def document_starts(document_ends: Tensor) -> Tensor:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-MAX_INTERVALS = 16
-"""The largest number of hidden intervals per key that the format holds (C = 32)."""
-
+from flashmask_kernels.api import MAX_INTERVALS
 
 Offset: TypeAlias = "int | Tensor"
 
-
 NO_END = torch.iinfo(torch.int32).max
-
 
 FAR = 2**30  # farther than any two positions are apart, and safe to add to one
 
@@ -34,14 +30,29 @@ def check_bounds(
     kv_len: int | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raise a `TypeError` or `ValueError` that says what is wrong if `bounds` do not fit an attention call.
+    """Check that `bounds` have the form of bounds, and that they fit an attention call.
 
     Args:
-        bounds: what the user gave.
+        bounds: what the user gave: int32 `[B or 1, H or 1, C, S_k]`, C = 1 or an even number up to
+            `2 * MAX_INTERVALS`.
         name: the argument to name in the message.
         batch, heads, kv_len, device: of the call; each is checked where given. `heads` are the query heads.
+
+    Raises:
+        TypeError: when `bounds` are not an int32 tensor.
+        ValueError: when their shape is not that of bounds, or shape or device do not fit the call.
     """
-    check_form(bounds, name)
+    if dtype_or_type(bounds) != torch.int32:
+        raise TypeError(
+            f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {dtype_or_type(bounds)}; a tensor is "
+            "converted with .to(torch.int32)"
+        )
+    planes = bounds.shape[2] if bounds.ndim == 4 else 0
+    if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
+        raise ValueError(
+            f"`{name}` must have shape [B or 1, H or 1, C, S_k] with C = 1 or an even number up to "
+            f"{2 * MAX_INTERVALS}, got {list(bounds.shape)}"
+        )
     for dimension, (what, expected) in enumerate((("batch", batch), ("number of query heads", heads))):
         if expected is not None and bounds.shape[dimension] not in (1, expected):
             raise ValueError(
@@ -102,9 +113,15 @@ def previous(values: Tensor) -> Tensor:
     return torch.cat([values[:, :1], values], dim=1)[:, :-1]
 
 
-def run_ends(starts: Tensor) -> Tensor:
-    """Past-the-last position of each position's run, int32 `[B, S]`, from bool `[B, S]`: whether a run starts here."""
-    runs = starts.cumsum(-1, dtype=torch.int32).contiguous()
+def run_numbers(starts: Callable[..., Tensor], values: Tensor, others: Tensor) -> Tensor:
+    """Number of each position's run, int32 `[B, S]`, where a run starts wherever the comparison `starts` is true."""
+    # The comparison writes integers: sums of bool are sums of a copy.
+    flags = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    return starts(values, others, out=flags).cumsum(-1, dtype=torch.int32)
+
+
+def run_ends(runs: Tensor) -> Tensor:
+    """Past-the-last position of each position's run, int32 `[B, S]`, from `run_numbers`."""
     return torch.searchsorted(runs, runs, right=True, out_int32=True)
 
 
@@ -177,43 +194,39 @@ def dtype_or_type(value: object) -> torch.dtype | str:
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_int_tensor(name: str, value: Tensor, dims: tuple[int, ...], shape: str, allow_bool: bool = False) -> None:
+def check_int_tensor(
+    name: str,
+    value: Tensor,
+    dims: tuple[int, ...],
+    shape: str,
+    allow_bool: bool = False,
+    allow_float: bool = False,
+) -> None:
     dtype = dtype_or_type(value)
     if (
         isinstance(dtype, str)
-        or dtype.is_floating_point
+        or (dtype.is_floating_point and not allow_float)
         or dtype.is_complex
         or (dtype == torch.bool and not allow_bool)
     ):
-        raise TypeError(f"`{name}` must be an integer tensor {shape}, got {dtype}")
+        kind = "an integer or float tensor" if allow_float else "an integer tensor"
+        raise TypeError(f"`{name}` must be {kind} {shape}, got {dtype}")
     if value.ndim not in dims:
         raise ValueError(f"`{name}` must be {shape}, got shape {list(value.shape)}")
 
 
 def check_per_position(name: str, value: Tensor) -> Tensor:
-    check_int_tensor(name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask")
+    check_int_tensor(
+        name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask", allow_float=name == "position_ids"
+    )
     return value if value.ndim == 2 else value[None]
-
-
-def check_form(bounds: Tensor, name: str = "bounds") -> None:
-    if dtype_or_type(bounds) != torch.int32:
-        raise TypeError(
-            f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {dtype_or_type(bounds)}; a tensor is "
-            "converted with .to(torch.int32)"
-        )
-    planes = bounds.shape[2] if bounds.ndim == 4 else 0
-    if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
-        raise ValueError(
-            f"`{name}` must have shape [B or 1, H or 1, C, S_k] with C = 1 or an even number up to "
-            f"{2 * MAX_INTERVALS}, got {list(bounds.shape)}"
-        )
 
 
 def check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:
     if not bounds:
         raise ValueError(f"{operation}() needs at least one mask")
     for mask in bounds:
-        check_form(mask)
+        check_bounds(mask)
     if any(mask.shape[3] != bounds[0].shape[3] for mask in bounds):
         raise ValueError(f"{operation}() needs masks of one key length, got {[mask.shape[3] for mask in bounds]}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .form import NO_END, check_form, check_intervals, from_blocks, host_lists
+from .form import NO_END, check_bounds, check_intervals, from_blocks, host_lists
 
 
 def from_prefix_tree(
@@ -75,7 +75,7 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
     Raises:
         ValueError: when a tree has more than `MAX_INTERVALS - 1` branches.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     if bounds.shape[1] != 1 or bounds.shape[2] != 1:
         raise ValueError(f"`bounds` must be those of a prefix tree, [B, 1, 1, S], got {list(bounds.shape)}")
     if bounds.numel() == 0:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmask_kernels.reference import visible_mask
+
 from .algebra import disjoint
-from .form import check_form, hidden_intervals
+from .form import check_bounds, hidden_intervals
 
 
 def to_dense(bounds: Tensor, q_len: int | None = None) -> Tensor:
@@ -14,21 +16,8 @@ def to_dense(bounds: Tensor, q_len: int | None = None) -> Tensor:
 
     `q_len` (S_q) defaults to S_k.
     """
-    check_form(bounds)
-    kv_len = bounds.shape[3]
-    q_len = kv_len if q_len is None else q_len
-    row = torch.arange(q_len, device=bounds.device)[:, None]
-    column = torch.arange(kv_len, device=bounds.device)
-    planes = bounds.unsqueeze(3).unbind(2)
-    if len(planes) == 1:
-        hidden = (row >= planes[0]) | (row < column - (kv_len - q_len))
-    elif len(planes) == 2:
-        hidden = (row >= planes[0]) | (row < planes[1])
-    else:
-        hidden = torch.zeros((), dtype=torch.bool, device=bounds.device)
-        for start, end in zip(planes[0::2], planes[1::2]):
-            hidden = hidden | ((row >= start) & (row < end))
-    return ~hidden
+    check_bounds(bounds)
+    return visible_mask(bounds, bounds.shape[3] if q_len is None else q_len)
 
 
 def to_startend_row_indices(bounds: Tensor) -> tuple[Tensor, bool]:
@@ -37,7 +26,7 @@ def to_startend_row_indices(bounds: Tensor) -> tuple[Tensor, bool]:
     Raises:
         ValueError: when `bounds` has more than two intervals, which that form cannot hold.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     if bounds.shape[2] > 4:
         raise ValueError(
             f"`startend_row_indices` holds two hidden intervals per key, these bounds have {bounds.shape[2] // 2}; "
@@ -48,7 +37,7 @@ def to_startend_row_indices(bounds: Tensor) -> tuple[Tensor, bool]:
 
 def visible_pairs(bounds: Tensor, q_len: int | None = None) -> Tensor:
     """Number of visible (query, key) pairs, int64 `[B or 1, H or 1]`. `q_len` defaults to S_k."""
-    check_form(bounds)
+    check_bounds(bounds)
     kv_len = bounds.shape[3]
     q_len = kv_len if q_len is None else q_len
     start, end = disjoint(*(edge.clamp(0, q_len) for edge in hidden_intervals(bounds, q_len)))
@@ -62,7 +51,7 @@ def tile_occupancy(bounds: Tensor, q_len: int | None = None, *, tile_size: int) 
     The last tiles may be smaller and count by their own size. O(S_k) memory besides the result, one pass over the keys
     for each row of tiles. `q_len` defaults to S_k.
     """
-    check_form(bounds)
+    check_bounds(bounds)
     if tile_size < 1:
         raise ValueError(f"`tile_size` must be at least 1, got {tile_size}")
     batch, heads, _, kv_len = bounds.shape
