@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from itertools import accumulate
@@ -15,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils, modeling_flash_attention_utils
 
+import hf_flashmask.bounds as bounds_module
 from hf_flashmask.bounds import (
     MAX_INTERVALS,
     algebra,
@@ -681,6 +685,23 @@ def test_constructors_read_nothing_back_to_the_host():
         results = traceable(*(mode.from_tensor(value) for value in inputs))
     assert [tuple(result.shape) for result in results] == [tuple(result.shape) for result in expected]
     assert {result.dtype for result in results} == {torch.int32}
+
+
+# Documentation
+
+
+@pytest.mark.parametrize("module", ["", ".algebra", ".constructors", ".documents", ".form", ".trees", ".views"])
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(importlib.import_module(f"hf_flashmask.bounds{module}"))
+    assert results.failed == 0
+    assert results.attempted or module == ".form"
+
+
+def test_every_public_function_says_what_it_returns():
+    for name in bounds_module.__all__:
+        function = getattr(bounds_module, name)
+        if inspect.isfunction(function) and name != "check_bounds":
+            assert "Returns:" in function.__doc__, name
 
 
 # Errors
