@@ -192,7 +192,7 @@ def _suggest_simplify(operation: str, bounds: Tensor, q_len: int | None) -> None
     if fewest < planes:
         warnings.warn(
             f"{operation}() of these masks has C = {planes} planes, simplify(bounds, q_len) says the same with C = "
-            f"{fewest}. Attention takes longer with more planes",
+            f"{fewest}. Attention takes longer with more planes: simplify the mask that you compose, if you do not yet",
             stacklevel=3,
         )
 

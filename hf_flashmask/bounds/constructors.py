@@ -352,7 +352,7 @@ def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = T
     ute = torch.searchsorted(queries, keys)
     lts = torch.searchsorted(queries, keys, right=True)
     if is_causal:
-        # Bucket and position in one number; the first row of a bucket stands for it, so that no hash overflows.
+        # Bucket and position in one number. The first row of a bucket stands for the bucket, so that no hash overflows.
         span = q_len + kv_len
         position = torch.searchsorted(queries, queries) * span + query_order + kv_len
         ute = torch.searchsorted(position, ute * span + key_order + q_len)
@@ -541,9 +541,9 @@ def from_startend_row_indices(
 
 
 def _checked_window(window: int, is_causal: bool) -> int:
-    smallest = 1 if is_causal else 0
+    smallest, kind = (1, "causal") if is_causal else (0, "bidirectional")
     if window < smallest:
-        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+        raise ValueError(f"`window` must be at least {smallest} in a {kind} mask, got {window}")
     return min(window, FAR)
 
 

@@ -213,7 +213,7 @@ def from_cu_seqlens(
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)
     document_end = torch.searchsorted(keys, key, right=True)  # int64: an index of int32 would be converted to it
-    # Keys past the last document end where the first one starts: nothing sees them.
+    # Keys past the last document get the end 0, where the first document starts: nothing sees them.
     lts = torch.cat([rows, rows[:1]])[document_end]
     if is_causal and cu_seqlens_k is None and kv_len == q_len:
         return stack_planes(lts, None, q_len)

@@ -52,7 +52,7 @@ def from_prefix_tree(
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
-    # After the last token comes padding, in place of the nodes that other rows have more.
+    # Padding follows the last token, and stands for the nodes that only other rows have.
     lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
     token_ends = pad_sequence(
         [torch.tensor(list(accumulate(row)), dtype=torch.int32) for row in length_rows],
@@ -105,8 +105,8 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         max_branches = int((run.gather(1, last_row) - run).max()) + 1
     check_intervals("limit_depth", max_branches + 1)
 
-    # In every run of the subtree the rows before `end_depth` see the key. What is hidden after the last one joins what
-    # lies below the subtree, so that neighbouring keys say it in the same plane.
+    # In every run of the subtree the rows before `end_depth` see the key. The hidden rows after the last of these are
+    # joined with the rows below the subtree, so that neighbouring keys have them in the same plane.
     branches = []
     lower_start = torch.minimum(subtree_end, run_end)
     start, end = row, torch.minimum(run_end, subtree_end)
