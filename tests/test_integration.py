@@ -638,9 +638,9 @@ def test_masks_that_are_no_bounds_are_refused(mask: Tensor, error: type[Exceptio
         (torch.ones(2, 3, 7, 7, dtype=torch.bool), ValueError, r"dense mask of shape \[2, 3, 7, 7\].*H = 4"),
         (torch.ones(2, 1, 7, 7, dtype=torch.bool, device="meta"), ValueError, r"is on meta.*\.to\(\)"),
         (torch.randn(2, 1, 7, 7), NotImplementedError, r"cannot add a bias.*sdpa"),
-        (bounds.causal(7).long(), TypeError, r"int32.*got torch.int64; .*\.to\(torch.int32\)"),
+        (bounds.causal(7).long(), TypeError, r"is torch.int64.*bounds.*are int32.*\.to\(torch.int32\)"),
         *(
-            (bounds.causal(7).to(torch.uint32).repeat(1, heads, 1, 1), TypeError, "int32.*got torch.uint32")
+            (bounds.causal(7).to(torch.uint32).repeat(1, heads, 1, 1), TypeError, "is torch.uint32.*bounds.*are int32")
             for heads in (1, 4)
         ),
         (torch.empty(1, 1, 0, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number.*\[1, 1, 0, 7\]"),

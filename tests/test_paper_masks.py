@@ -302,7 +302,7 @@ two_blocks = torch.ones(2, 2, dtype=torch.bool)
         (
             lambda: global_and_sliding_window(2, 0, 5),
             ValueError,
-            "`window` must be at least 1 when is_causal=True, got 0",
+            "`window` must be at least 1 in a causal mask, got 0",
         ),
         (lambda: global_and_sliding_window(2, -1, 5, is_causal=False), ValueError, "`window` must be at least 0"),
         (lambda: global_and_sliding_window(-1, 2, 5), ValueError, "`num_global` must not be negative, got -1"),

@@ -13,15 +13,26 @@ The first three are FlashMask's (arXiv 2410.01359). The causal triangle of C = 1
 key `j` is hidden from the rows `i < j - (S_k - S_q)`. An interval with `start >= end` is empty, intervals may
 overlap, and values below 0 or above S_q act as if clamped. A row that sees no key is legal.
 
-Unless its docstring says otherwise, a function here needs O(S_k) memory, works with a handful of tensor
-operations, never reads a value back to the host, and can be traced by `torch.compile(fullgraph=True)`.
+n is at most `MAX_INTERVALS`. Unless its docstring says otherwise, a function here needs O(S_k) memory and a handful of
+tensor operations, reads no value back to the host, and can be traced by `torch.compile(fullgraph=True)`.
 
 Shared arguments of the constructors:
 
 * `q_len`, `kv_len`: numbers of query rows and of keys, S_q and S_k.
 * `q_offset`, `kv_offset`: position of the first query and of the first key in the sequence, as `int` or as 0-d
   tensor (static caches). `q_offset=None` means that the queries are the last `q_len` positions.
-* `is_causal`: whether a query is also kept from every key after its own position.
+* `is_causal`: whether every key after a query's own position is hidden from that query as well.
+* `device`: of the bounds; default: of the tensors among the arguments, else torch's default device.
+
+>>> import torch
+>>> documents = from_position_ids(torch.tensor([0, 1, 2, 0, 1]))
+>>> mask = intersect(documents, sliding_window(2, 5))
+>>> to_dense(mask)[0, 0].int()
+tensor([[1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1]], dtype=torch.int32)
 """
 
 from .algebra import hide_keys, intersect, simplify, union

@@ -34,7 +34,11 @@ def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
         bounds: one or more masks of the same S_k; shapes broadcast over batch and heads.
         q_len: S_q, needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
 
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
     Raises:
+        TypeError, ValueError: when an argument does not have the form of bounds.
         ValueError: for no mask, or masks of several key lengths.
         TooManyIntervalsError: when the result needs more than `MAX_INTERVALS` hidden intervals.
 
@@ -73,7 +77,11 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
         bounds: one or more masks of the same S_k; shapes broadcast over batch and heads.
         q_len: S_q, needed to place the causal triangle of C = 1 beside other forms when S_q differs from S_k.
 
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
     Raises:
+        TypeError, ValueError: when an argument does not have the form of bounds.
         ValueError: for no mask, or masks of several key lengths.
         TooManyIntervalsError: when the result needs more than `MAX_INTERVALS` hidden intervals.
 
@@ -105,7 +113,23 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
 
 
 def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
-    """Hide the keys where bool `hidden` `[B or 1, S_k]` is True from every query. C stays as it is."""
+    """Hide some keys from every query. C stays as it is.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        hidden: bool `[B or 1, S_k]`, True for the keys to hide.
+
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+        ValueError: when `hidden` has another type or does not fit `bounds`.
+
+    >>> from hf_flashmask.bounds import causal
+    >>> hide_keys(causal(3), torch.tensor([[True, False, False]])).tolist()
+    [[[[0, 3, 3]]]]
+    """
     check_bounds(bounds)
     if hidden.dtype != torch.bool or hidden.ndim != 2 or hidden.shape[1] != bounds.shape[3]:
         raise ValueError(
@@ -123,10 +147,24 @@ def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
 
 
 def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """The fewest planes that say the same. Synchronises once.
+    """The fewest planes that say the same. Waits once for the device.
 
-    Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, empty ones dropped; C = 1 when every
-    column is the causal triangle and one lower bound. `q_len` defaults to S_k.
+    Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, and empty ones dropped. C = 1 when
+    every column is the causal triangle and one lower bound.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        q_len: S_q, by default S_k.
+
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+
+    >>> from hf_flashmask.bounds import bidirectional, causal
+    >>> simplify(intersect(bidirectional(3), causal(3))).shape
+    torch.Size([1, 1, 1, 3])
     """
     check_bounds(bounds)
     q_len = bounds.shape[3] if q_len is None else q_len
@@ -153,7 +191,7 @@ def _suggest_simplify(operation: str, bounds: Tensor, q_len: int | None) -> None
     if fewest < planes:
         warnings.warn(
             f"{operation}() of these masks has C = {planes} planes, simplify(bounds, q_len) says the same with C = "
-            f"{fewest}. Attention takes longer with more planes",
+            f"{fewest}. Attention takes longer with more planes: simplify the mask that you compose, if you do not yet",
             stacklevel=3,
         )
 

@@ -41,7 +41,14 @@ def causal(
 ) -> Tensor:
     """Every query sees the keys up to its own position.
 
-    `[1, 1, C, S_k]`, C = 1 when aligned at the bottom right, else 2.
+    Returns:
+        int32 `[1, 1, C, S_k]`, C = 1 when aligned at the bottom right, else 2.
+
+    Raises:
+        ValueError: when a length is negative.
+
+    >>> causal(2, 4).tolist()
+    [[[[2, 2, 2, 2]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     check_lengths(q_len, kv_len)
@@ -52,7 +59,14 @@ def causal(
 
 
 def bidirectional(q_len: int, kv_len: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
-    """Every query sees every key. `[1, 1, 2, S_k]`."""
+    """Every query sees every key.
+
+    Returns:
+        int32 `[1, 1, 2, S_k]`.
+
+    Raises:
+        ValueError: when a length is negative.
+    """
     kv_len = q_len if kv_len is None else kv_len
     lts = causal(q_len, kv_len, device=device)
     return torch.cat([lts, torch.zeros_like(lts)], dim=2)
@@ -70,9 +84,18 @@ def sliding_window(
 ) -> Tensor:
     """A band around the diagonal, as Transformers counts it.
 
-    Causal: a query sees `window` keys, its own included (`q - window < k <= q`). Bidirectional: it sees the keys at
-    most `window` away on either side (`|q - k| <= window`). `[1, 1, C, S_k]`, C = 1 when causal and aligned at the
-    bottom right, else 2.
+    Args:
+        window: causal, a query sees `window` keys, its own included (`q - window < k <= q`). Bidirectional, it sees the
+            keys at most `window` away on either side (`|q - k| <= window`).
+
+    Returns:
+        int32 `[1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        ValueError: when `window` is less than 1 (causal) or 0 (bidirectional), or a length is negative.
+
+    >>> sliding_window(2, 5).tolist()
+    [[[[2, 3, 4, 5, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     window = _checked_window(window, is_causal)
@@ -95,9 +118,21 @@ def chunked(
 ) -> Tensor:
     """A query sees the keys of its own chunk of `chunk_size` positions (Llama 4).
 
-    `left_padding` `[B]` shifts the chunk borders of each batch row: the first chunk begins after that many positions.
-    `[B, S_k]` shifts them for each key: packed documents have chunks of their own from their first position on.
-    `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+    Args:
+        chunk_size: 1 or more.
+        left_padding: integers `[B]` shift the chunk borders of each batch row: the first chunk begins after that many
+            positions. `[B, S_k]` shift them for each key: packed documents have chunks of their own from their first
+            position on.
+
+    Returns:
+        int32 `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        TypeError: when `left_padding` is not an integer tensor.
+        ValueError: when it has another shape, `chunk_size` is less than 1, or a length is negative.
+
+    >>> chunked(2, 5).tolist()
+    [[[[2, 2, 4, 4, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     if chunk_size < 1:
@@ -127,9 +162,20 @@ def prefix_lm(
     kv_offset: Offset = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Causal, but the first `prefix_lengths` positions are seen by every query. `[B or 1, 1, 2, S_k]`.
+    """Causal, but every query sees the first `prefix_lengths` positions.
 
-    `prefix_lengths` is an `int`, or an integer tensor `[B]` with one length for each batch row.
+    Args:
+        prefix_lengths: an `int`, or integers `[B]` with one length for each batch row.
+
+    Returns:
+        int32 `[B or 1, 1, 2, S_k]`.
+
+    Raises:
+        TypeError: when `prefix_lengths` is a tensor of other values.
+        ValueError: when it has another shape, or a length is negative.
+
+    >>> prefix_lm(2, 4).tolist()
+    [[[[4, 4, 4, 4], [0, 0, 2, 3]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     if isinstance(prefix_lengths, Tensor):
@@ -152,10 +198,21 @@ def from_padding_mask(
     q_offset: Offset | None = None,
     kv_offset: Offset = 0,
 ) -> Tensor:
-    """Keys where `padding_mask` `[B, S_k]` (bool or integer, on either side) is 0 are hidden from every query.
+    """Keys where a 2-D mask is 0 are hidden from every query. Rows of padding are not hidden, as in Transformers.
 
-    `q_len` defaults to S_k. Rows of padding are not hidden, as in Transformers. `[B, 1, C, S_k]`, C = 1 when causal
-    and aligned at the bottom right, else 2.
+    Args:
+        padding_mask: bool or integers `[B, S_k]` or `[S_k]`, 0 for padding, on either side.
+        q_len: S_q, by default S_k.
+
+    Returns:
+        int32 `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        TypeError: when `padding_mask` is not a tensor of bool or integers.
+        ValueError: when it has another shape.
+
+    >>> from_padding_mask(torch.tensor([[0, 1, 1]]), is_causal=True).tolist()
+    [[[[0, 3, 3]]]]
     """
     padding_mask = check_per_position("padding_mask", padding_mask)
     kv_len = padding_mask.shape[-1]
@@ -185,7 +242,14 @@ def causal_with_blocks(
         window: outside its block a query sees only the last `window` keys, its own included (Gemma 3's local layers).
 
     Returns:
-        `[B, 1, 2, S_k]`.
+        int32 `[B, 1, 2, S_k]`.
+
+    Raises:
+        TypeError: when `block_ids` is not an integer tensor.
+        ValueError: when it is neither `[B, S]` nor `[S]`, or `window` is less than 1.
+
+    >>> causal_with_blocks(torch.tensor([-1, 0, 0, -1])).tolist()
+    [[[[4, 4, 4, 4], [0, 1, 1, 3]]]]
     """
     window = None if window is None else _checked_window(window, is_causal=True)
     block_ids = check_per_position("block_ids", block_ids)
@@ -213,11 +277,23 @@ def global_and_sliding_window(
     kv_offset: Offset = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A sliding window, and global tokens: the first `num_global` positions, which every query sees and which see all.
+    """A sliding window, and global tokens that every query sees and that see every key.
 
-    The window counts as in `sliding_window`. Causal, these are attention sinks (StreamingLLM, arXiv 2309.17453);
-    bidirectional, the masks of Longformer (arXiv 2004.05150) and of the FlashMask paper. `[1, 1, C, S_k]`: C = 4 when
-    bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
+    Causal, these are attention sinks (StreamingLLM, arXiv 2309.17453). Bidirectional, they are the masks of Longformer
+    (arXiv 2004.05150) and of the FlashMask paper.
+
+    Args:
+        num_global: the first `num_global` positions are global tokens.
+        window: counts as in `sliding_window`.
+
+    Returns:
+        int32 `[1, 1, C, S_k]`: C = 4 when bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        ValueError: when `num_global` is negative, `window` is too small, or a length is negative.
+
+    >>> global_and_sliding_window(1, 2, 5).tolist()
+    [[[[5, 3, 4, 5, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     window = _checked_window(window, is_causal)
@@ -240,11 +316,11 @@ def global_and_sliding_window(
 
 
 def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = True) -> Tensor:
-    """A query sees the keys with its own hash, among queries and keys that have been sorted by their hashes.
+    """A query sees the keys with its own hash, among queries and keys that are sorted by their hashes.
 
-    Sorted, the queries of one bucket are neighbours, and a causal mask between original positions stays one interval
-    of rows for each key: the hash-sparse mask of the FlashMask paper and of arXiv 2306.01160. The order, for queries
-    and for keys, is that of `hashes.argsort(dim=-1, stable=True)`: gather query, key and value by it before attention.
+    After sorting, the queries of one bucket are neighbours, and a causal mask between original positions stays one
+    interval of rows for each key. This is the hash-sparse mask of the FlashMask paper and of arXiv 2306.01160. Queries
+    and keys are in the order `hashes.argsort(dim=-1, stable=True)`: gather query, key and value by it before attention.
 
     Args:
         query_hashes: integers `[B or 1, H or 1, S_q]` in the order of the sequence, of its last S_q positions. Tokens
@@ -252,7 +328,15 @@ def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = T
         key_hashes: integers `[B or 1, H or 1, S_k]`, likewise.
 
     Returns:
-        `[B, H, 2, S_k]` for the sorted rows and columns.
+        int32 `[B, H, 2, S_k]` for the sorted rows and columns.
+
+    Raises:
+        TypeError: when the hashes are not integer tensors.
+        ValueError: when their shapes are others, or do not broadcast over batch and heads.
+
+    >>> hashes = torch.tensor([[[7, 3, 7]]])  # sorted: position 1, then positions 0 and 2
+    >>> hash_sparse(hashes, hashes).tolist()
+    [[[[1, 3, 3], [0, 1, 2]]]]
     """
     check_int_tensor("query_hashes", query_hashes, (3,), "[B or 1, H or 1, S_q]")
     check_int_tensor("key_hashes", key_hashes, (3,), "[B or 1, H or 1, S_k]")
@@ -268,7 +352,7 @@ def hash_sparse(query_hashes: Tensor, key_hashes: Tensor, *, is_causal: bool = T
     ute = torch.searchsorted(queries, keys)
     lts = torch.searchsorted(queries, keys, right=True)
     if is_causal:
-        # Bucket and position in one number; the first row of a bucket stands for it, so that no hash overflows.
+        # Bucket and position in one number. The first row of a bucket stands for the bucket, so that no hash overflows.
         span = q_len + kv_len
         position = torch.searchsorted(queries, queries) * span + query_order + kv_len
         ute = torch.searchsorted(position, ute * span + key_order + q_len)
@@ -284,21 +368,26 @@ def from_block_mask(
     kv_len: int | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which block of tokens sees which: blocks are documents, turns, images, or so many tokens each.
+    """Which block of tokens sees which. Blocks are documents, turns, images, or a fixed number of tokens each.
 
     Args:
         mask: bool `[n, n]` or `[B or 1, H or 1, n, n]`: `mask[a, b]` says whether the queries of block a see the keys
-            of block b.
+            of block b. The arguments are read on the host.
         lengths: for each of the n blocks its number of tokens, 0 or more. A list of such lists makes a batch.
         kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
         device: of the bounds; default: of `mask`.
 
     Returns:
-        `[B, H or 1, C, S_k]`, the fewest planes that say the same. The arguments are read on the host; O(S_k + n^2)
-        memory.
+        int32 `[B, H or 1, C, S_k]`, the fewest planes that say the same. O(S_k + n^2) memory.
 
     Raises:
+        TypeError: when `mask` is not a bool tensor.
+        ValueError: when `mask` and `lengths` do not match, a length is negative, or `kv_len` is too small.
         TooManyIntervalsError: when the keys of a block need more than `MAX_INTERVALS` hidden intervals.
+
+    >>> sees = torch.tensor([[True, False, False], [False, True, False], [True, True, True]])
+    >>> from_block_mask(sees, [2, 2, 1]).tolist()  # two documents, and a question about both
+    [[[[2, 2, 5, 5, 5], [4, 4, 0, 0, 0], [5, 0, 0, 0, 0], [0, 1, 2, 3, 4]]]]
     """
     if dtype_or_type(mask) != torch.bool:
         raise TypeError(f"`mask` must be a bool tensor with True = visible, got {dtype_or_type(mask)}")
@@ -340,14 +429,22 @@ def from_block_mask(
 
 
 def from_dense(mask: Tensor) -> Tensor:
-    """Read a dense mask off as the fewest planes that say the same. Exact; synchronises; O(S_q x S_k) memory.
+    """A dense mask as the fewest planes that say the same. Exact; waits for the device; O(S_q x S_k) memory.
 
     Args:
         mask: bool `[S_q, S_k]` or `[B or 1, H or 1, S_q, S_k]`, True = visible.
 
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
     Raises:
+        TypeError: when `mask` is not a bool tensor.
+        ValueError: when it has another shape.
         TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
             first.
+
+    >>> from_dense(torch.ones(3, 3, dtype=torch.bool).tril()).tolist()
+    [[[[3, 3, 3]]]]
     """
     if dtype_or_type(mask) != torch.bool:
         raise TypeError(
@@ -362,10 +459,13 @@ def from_dense(mask: Tensor) -> Tensor:
 
 
 def from_tiles(tiles: Iterable[Tensor]) -> Tensor:
-    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; synchronises once.
+    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; waits once for the device.
 
     Args:
         tiles: one or more bool tensors `[B or 1, H or 1, S_q, columns]`, from the first column to the last.
+
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`, S_k being the number of all columns.
 
     Raises:
         TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
@@ -403,14 +503,22 @@ def from_startend_row_indices(
     """Bounds from the `startend_row_indices` of FlashMask's paper and of PaddlePaddle.
 
     Args:
-        startend_row_indices: int32 `[B, H_m, S_k, C]`, with C = 1 (LTS) or 2 (LTS, LTE) when causal, and C = 2
+        startend_row_indices: integers `[B, H_m, S_k, C]`, with C = 1 (LTS) or 2 (LTS, LTE) when causal, and C = 2
             (LTS, UTE) or 4 (LTS, LTE, UTS, UTE) when not. The causal form with two channels becomes C = 4.
+        is_causal: whether the indices are to be read as causal.
         q_len: S_q when it differs from S_k; only the causal triangle of that form depends on it.
         num_heads: number of query heads; needed when H_m is the number of key heads, each standing for
             `num_heads / H_m` neighbouring query heads.
 
     Returns:
-        `[B, 1 or num_heads, C, S_k]`.
+        int32 `[B, 1 or num_heads, C, S_k]`.
+
+    Raises:
+        TypeError: when `startend_row_indices` is not an integer tensor.
+        ValueError: when its shape or its number of channels is another, or `num_heads` is not a multiple of H_m.
+
+    >>> from_startend_row_indices(torch.tensor([[[[2], [3], [3]]]]), is_causal=True).tolist()
+    [[[[2, 3, 3]]]]
     """
     check_int_tensor("startend_row_indices", startend_row_indices, (4,), "[B, H_m, S_k, C]")
     batch, heads, kv_len, channels = startend_row_indices.shape
@@ -433,9 +541,9 @@ def from_startend_row_indices(
 
 
 def _checked_window(window: int, is_causal: bool) -> int:
-    smallest = 1 if is_causal else 0
+    smallest, kind = (1, "causal") if is_causal else (0, "bidirectional")
     if window < smallest:
-        raise ValueError(f"`window` must be at least {smallest} when is_causal={is_causal}, got {window}")
+        raise ValueError(f"`window` must be at least {smallest} in a {kind} mask, got {window}")
     return min(window, FAR)
 
 

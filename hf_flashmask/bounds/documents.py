@@ -31,15 +31,22 @@ def from_document_ids(
 ) -> Tensor:
     """Packed documents from one id for each position: a query sees the keys of its own document.
 
-    A document is a run of *adjacent* equal ids; the same id further on is another document (`from_dense` takes what
-    is not made of runs). Positions with a negative id are padding, hidden from every query.
+    A document is a run of *adjacent* equal ids. The same id further on is another document (`from_dense` takes masks
+    that are not made of runs). Positions with a negative id are padding, hidden from every query.
 
     Args:
         document_ids: integers `[B, S]` or `[S]`, for the positions 0 to S - 1 of the sequence. Keys past them (the
             unused slots of a static cache) are hidden. `q_len` and `kv_len` default to S, `q_offset` to S - q_len.
 
     Returns:
-        `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+        int32 `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
+
+    Raises:
+        TypeError: when `document_ids` is not an integer tensor.
+        ValueError: when it is neither `[B, S]` nor `[S]`.
+
+    >>> from_document_ids(torch.tensor([0, 0, 0, 1, 1, -1])).tolist()
+    [[[[3, 3, 3, 5, 5, 0]]]]
     """
     document_ids = check_per_position("document_ids", document_ids)
     ends = run_ends(run_numbers(torch.ne, document_ids, previous(document_ids)))
@@ -82,7 +89,7 @@ def from_position_ids(
 
 
 def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
-    """Past-the-last position of each position's document: int32 `[B, S]`, the LTS of `from_position_ids`.
+    """Past-the-last position of each position's document, the LTS of `from_position_ids`.
 
     Positions that do not decrease form a run. A document starts at every position of a run that equals its first one,
     so that leading repeats are documents of one token each, and a later repeat belongs to the document it is in:
@@ -100,6 +107,9 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
     Args:
         position_ids: integers below 2^30, or floats, `[B or 1, S]` or `[S]`.
         is_token: bool `[B, S]`, False for padding. Padding starts no document, and belongs to the one before it.
+
+    Returns:
+        int32 `[B, S]`.
 
     Raises:
         TypeError: when `position_ids` is not a tensor of numbers.
@@ -126,18 +136,31 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
 
 
 def document_starts(document_ends: Tensor) -> Tensor:
-    """Where the document of each position starts: int32 `[B, S]`, from `document_ends`."""
+    """First position of each position's document.
+
+    Args:
+        document_ends: int32 `[B, S]` from `bounds.document_ends`.
+
+    Returns:
+        int32 `[B, S]`.
+
+    >>> document_starts(torch.tensor([[3, 3, 3, 5, 5]]))
+    tensor([[0, 0, 0, 3, 3]], dtype=torch.int32)
+    """
     return torch.searchsorted(document_ends, document_ends, out_int32=True)
 
 
 def from_document_ends(document_ends: Tensor, *, is_causal: bool = True) -> Tensor:
-    """Packed documents from what `bounds.document_ends` found.
+    """Packed documents from the result of `bounds.document_ends`, S_q = S_k = S.
 
     Args:
-        document_ends: int32 `[B or 1, S]`, S_q = S_k = S.
+        document_ends: int32 `[B or 1, S]`.
 
     Returns:
-        `[B or 1, 1, C, S]`, C = 1 when causal, else 2.
+        int32 `[B or 1, 1, C, S]`, C = 1 when causal, else 2.
+
+    >>> from_document_ends(torch.tensor([[3, 3, 3, 5, 5]], dtype=torch.int32), is_causal=False).tolist()
+    [[[[3, 3, 3, 5, 5], [0, 0, 0, 3, 3]]]]
     """
     if is_causal:
         return document_ends[:, None, None].contiguous()
@@ -159,12 +182,19 @@ def from_cu_seqlens(
             `cu_seqlens_q[d] <= i < cu_seqlens_q[d + 1]`. Empty documents are legal. Keys past the last document are
             hidden, and rows past it see nothing.
         q_len: number of rows, a Python int so that nothing is read from the device.
-        cu_seqlens_k: the same for the keys when they differ (cross-attention); document `d` of the queries then sees
-            document `d` of the keys, its causal triangle aligned at the bottom right.
+        cu_seqlens_k: the cumulative lengths of the keys when they differ (cross-attention). Document `d` of the queries
+            then sees document `d` of the keys, with a causal triangle aligned at the bottom right.
         kv_len: number of keys, `q_len` by default.
 
     Returns:
-        `[1, 1, C, S_k]`, C = 1 when causal with the same lengths for queries and keys, else 2.
+        int32 `[1, 1, C, S_k]`, C = 1 when causal with the same lengths for queries and keys, else 2.
+
+    Raises:
+        TypeError: when the cumulative lengths are not integer tensors.
+        ValueError: when they are not `[n + 1]` with one n for queries and keys, or a length is negative.
+
+    >>> from_cu_seqlens(torch.tensor([0, 3, 5]), 5).tolist()
+    [[[[3, 3, 3, 5, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
     check_lengths(q_len, kv_len)
@@ -182,7 +212,7 @@ def from_cu_seqlens(
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)
     document_end = torch.searchsorted(keys, key, right=True)  # int64: an index of int32 would be converted to it
-    # Keys past the last document end where the first one starts: nothing sees them.
+    # Keys past the last document get the end 0, where the first document starts: nothing sees them.
     lts = torch.cat([rows, rows[:1]])[document_end]
     if is_causal and cu_seqlens_k is None and kv_len == q_len:
         return stack_planes(lts, None, q_len)

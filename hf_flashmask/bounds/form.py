@@ -74,7 +74,7 @@ def rows_of_keys(
     device: torch.device | str | None,
     below: int = 0,
 ) -> Tensor:
-    """The row `below` that at which each key's own position lies, int32 `[S_k]`; rows before it come before the key."""
+    """The row of each key's own position, plus `below`: int32 `[S_k]`. May lie outside of `[0, q_len)`."""
     check_lengths(q_len, kv_len)
     if device is None:
         device = next((offset.device for offset in (q_offset, kv_offset) if isinstance(offset, Tensor)), None)
@@ -126,13 +126,13 @@ def run_ends(runs: Tensor) -> Tensor:
 
 
 def at_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_offset: Offset) -> Tensor:
-    """The edge of each key's run, `[B, S_k]`, from that of each position; `nowhere` for keys in none."""
+    """The edge of each key's run, `[B, S_k]`, from the edge of each position's run; `nowhere` for keys in no run."""
     if outside is not None:
         edge = edge.masked_fill(outside, nowhere)
     positions = edge.shape[-1]
     if kv_len == positions and not isinstance(kv_offset, Tensor) and kv_offset == 0:
         return edge
-    # One more position stands for all those that the ids do not reach.
+    # One more position stands for all positions past the ids.
     edge = torch.nn.functional.pad(edge, (0, 1), value=nowhere)
     key = torch.arange(kv_len, device=edge.device) + kv_offset
     return edge[:, torch.where((key < 0) | (key > positions), positions, key)]
@@ -247,7 +247,7 @@ def from_blocks(planes: Tensor, ends: Tensor, kv_len: int, device: torch.device 
         ends: past-the-last key of each block, int32 `[B or 1, n]`, contiguous.
     """
     if planes.is_cpu and torch.device(device or "cpu").type == "cuda":
-        planes, ends = planes.pin_memory(), ends.pin_memory()  # copies of other memory wait for the device
+        planes, ends = planes.pin_memory(), ends.pin_memory()  # copies from unpinned memory wait for the device
     planes, ends = planes.to(device, non_blocking=True), ends.to(device, non_blocking=True)
     key = torch.arange(kv_len, dtype=torch.int32, device=planes.device).expand(len(ends), -1)
     block = torch.searchsorted(ends, key.contiguous(), right=True)

@@ -21,20 +21,25 @@ def from_prefix_tree(
 ) -> Tensor:
     """A forest of shared prefixes in depth-first order: a token sees its node up to itself, and all nodes above.
 
-    One row of bounds says it: causal, and LTS = end of the subtree. A list of roots is packed documents, a root with
-    two leaves a preference pair, a root with many leaves a group of answers.
+    One plane is enough: causal, and LTS = end of the subtree. A list of roots is packed documents, a root with two
+    leaves a preference pair, a root with many leaves a group of answers.
 
     Args:
         parents: for each node the index of its parent, or -1 for a root, in depth-first order. A list of such lists,
-            with one of lengths for each, makes a batch.
+            with one of lengths for each, makes a batch. The arguments are read on the host.
         lengths: for each node its number of tokens, 0 or more.
         kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
+        device: of the bounds; default: the CPU.
 
     Returns:
-        `[B, 1, 1, S_k]`. The arguments are read on the host.
+        int32 `[B, 1, 1, S_k]`.
 
     Raises:
-        ValueError: when the nodes are not in depth-first order; the message names the node.
+        ValueError: when the nodes are not in depth-first order (the message names the node), a length is negative,
+            `parents` and `lengths` do not match, or `kv_len` is too small.
+
+    >>> from_prefix_tree(parents=[-1, 0, 0], lengths=[2, 2, 1]).tolist()
+    [[[[5, 5, 4, 4, 5]]]]
     """
     parent_rows = host_lists(parents)
     length_rows = host_lists(lengths)
@@ -47,7 +52,7 @@ def from_prefix_tree(
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
-    # After the last token comes padding, in place of the nodes that other rows have more.
+    # Padding follows the last token, and stands for the nodes that only other rows have.
     lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
     token_ends = pad_sequence(
         [torch.tensor(list(accumulate(row)), dtype=torch.int32) for row in length_rows],
@@ -70,10 +75,16 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         max_branches: the largest number of leaves in one tree, when it is known. Otherwise it is read from the device.
 
     Returns:
-        `[B, 1, C, S]`, C = 4 for trees without branches, else 2 (max_branches + 1): each branch has an end of its own.
+        int32 `[B, 1, C, S]`, C = 4 for trees without branches, else 2 (max_branches + 1): each branch has its own end.
 
     Raises:
-        ValueError: when a tree has more than `MAX_INTERVALS - 1` branches.
+        TypeError, ValueError: when `bounds` do not have the form of bounds, or are not those of a prefix tree.
+        TooManyIntervalsError: when a tree has more than `MAX_INTERVALS - 1` branches.
+
+    >>> tree = from_prefix_tree([-1, 0, 0], [2, 2, 2])
+    >>> depth = torch.tensor([[0, 1, 2, 3, 2, 3]])
+    >>> limit_depth(tree, depth, depth + 2).shape
+    torch.Size([1, 1, 6, 6])
     """
     check_bounds(bounds)
     if bounds.shape[1] != 1 or bounds.shape[2] != 1:
@@ -94,8 +105,8 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         max_branches = int((run.gather(1, last_row) - run).max()) + 1
     check_intervals("limit_depth", max_branches + 1)
 
-    # In every run of the subtree the rows before `end_depth` see the key. What is hidden after the last one joins what
-    # lies below the subtree, so that neighbouring keys say it in the same plane.
+    # In every run of the subtree the rows before `end_depth` see the key. The hidden rows after the last of these are
+    # joined with the rows below the subtree, so that neighbouring keys have them in the same plane.
     branches = []
     lower_start = torch.minimum(subtree_end, run_end)
     start, end = row, torch.minimum(run_end, subtree_end)

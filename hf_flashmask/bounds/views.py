@@ -12,19 +12,39 @@ from .form import check_bounds, hidden_intervals
 
 
 def to_dense(bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """The mask as bool `[B or 1, H or 1, S_q, S_k]`, True = visible. The definition of bounds; O(S_q x S_k) memory.
+    """The mask as a bool tensor, True = visible: what bounds mean. O(S_q x S_k) memory.
 
-    `q_len` (S_q) defaults to S_k.
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        q_len: S_q, by default S_k.
+
+    Returns:
+        bool `[B or 1, H or 1, S_q, S_k]`.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+
+    >>> to_dense(torch.tensor([[[[2, 3, 3]]]], dtype=torch.int32)).int()
+    tensor([[[[1, 0, 0],
+              [1, 1, 0],
+              [0, 1, 1]]]], dtype=torch.int32)
     """
     check_bounds(bounds)
     return visible_mask(bounds, bounds.shape[3] if q_len is None else q_len)
 
 
 def to_startend_row_indices(bounds: Tensor) -> tuple[Tensor, bool]:
-    """The paper's and PaddlePaddle's form: int32 `[B, H, S_k, C]`, and whether it is to be read as causal.
+    """Bounds in the form of the paper and of PaddlePaddle.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`, C = 1, 2 or 4.
+
+    Returns:
+        int32 `[B or 1, H or 1, S_k, C]`, and whether it is to be read as causal.
 
     Raises:
-        ValueError: when `bounds` has more than two intervals, which that form cannot hold.
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+        ValueError: when `bounds` have more than two intervals, which that form cannot hold.
     """
     check_bounds(bounds)
     if bounds.shape[2] > 4:
@@ -36,7 +56,22 @@ def to_startend_row_indices(bounds: Tensor) -> tuple[Tensor, bool]:
 
 
 def visible_pairs(bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """Number of visible (query, key) pairs, int64 `[B or 1, H or 1]`. `q_len` defaults to S_k."""
+    """Number of visible (query, key) pairs.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        q_len: S_q, by default S_k.
+
+    Returns:
+        int64 `[B or 1, H or 1]`.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+
+    >>> from hf_flashmask.bounds import causal
+    >>> visible_pairs(causal(4))
+    tensor([[10]])
+    """
     check_bounds(bounds)
     kv_len = bounds.shape[3]
     q_len = kv_len if q_len is None else q_len
@@ -47,9 +82,24 @@ def visible_pairs(bounds: Tensor, q_len: int | None = None) -> Tensor:
 def tile_occupancy(bounds: Tensor, q_len: int | None = None, *, tile_size: int) -> Tensor:
     """Fraction of visible pairs in each tile of `tile_size` rows by `tile_size` columns.
 
-    Float64 `[B or 1, H or 1, ceil(S_q / tile_size), ceil(S_k / tile_size)]`: 0 = hidden tile, 1 = full, between = cut.
-    The last tiles may be smaller and count by their own size. O(S_k) memory besides the result, one pass over the keys
-    for each row of tiles. `q_len` defaults to S_k.
+    O(S_k) memory besides the result, one pass over the keys for each row of tiles.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        q_len: S_q, by default S_k.
+        tile_size: the last tiles may be smaller and count by their own size.
+
+    Returns:
+        float64 `[B or 1, H or 1, ceil(S_q / tile_size), ceil(S_k / tile_size)]`: 0 = hidden tile, 1 = full, between =
+        cut.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds, or `tile_size` is less than 1.
+
+    >>> from hf_flashmask.bounds import causal
+    >>> tile_occupancy(causal(4), tile_size=2)
+    tensor([[[[0.7500, 0.0000],
+              [1.0000, 0.7500]]]], dtype=torch.float64)
     """
     check_bounds(bounds)
     if tile_size < 1:

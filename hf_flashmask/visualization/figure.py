@@ -12,7 +12,7 @@ from .cells import cells, planes_that_suffice, select
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = ("#eceff1", "#08519c")  # hidden, visible; cut tiles between them. Apart in lightness, so for every eye.
+_COLORS = ("#eceff1", "#08519c")  # hidden, visible; cut tiles in between. They differ in lightness, for every eye.
 _LARGEST_GRID = 40
 
 
