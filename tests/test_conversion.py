@@ -24,6 +24,7 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
+from hf_flashmask.integration import conversion
 from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
 from hf_flashmask.integration.mask import (
     _WITHOUT_DOCUMENTS,
@@ -659,3 +660,121 @@ def test_what_a_prefix_tree_cannot_hold_is_named() -> None:
             in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, overlay), tree)
         with pytest.raises(NotImplementedError, match=rf"{factory}.*windows and chunks only"):
             in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, overlay), tree)
+
+
+# Another version of Transformers
+
+
+OTHERWISE = {
+    "and_masks": ("result & ", "result | "),
+    "or_masks": (
+        "result | mask(batch_idx, head_idx, q_idx, kv_idx)",
+        "mask(batch_idx, head_idx, q_idx, kv_idx) & True",
+    ),
+    "sliding_window_overlay": ("kv_idx > q_idx", "kv_idx >= q_idx"),
+    "sliding_window_bidirectional_overlay": ("<= sliding_window", "< sliding_window"),
+    "chunked_overlay": ("q_idx - left_padding[batch_idx]", "q_idx - left_padding[batch_idx] * 0"),
+    "blockwise_overlay": (" & (q_group >= 0)", ""),
+    "packed_sequence_mask_function": (
+        "packed_sequence_mask[batch_idx, q_idx] ==",
+        "packed_sequence_mask[batch_idx, q_idx] >=",
+    ),
+    "remap_positions_for_packed_sequence": ("position_ids[batch_idx, kv_idx])", "position_ids[batch_idx, kv_idx] - 1)"),
+}
+
+
+def count_otherwise(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another version of `transformers.masking_utils` might have under this name."""
+    before, after = OTHERWISE[factory]
+    source = inspect.getsource(getattr(masking_utils, factory))
+    assert before in source
+    namespace = dict(vars(masking_utils))
+    exec(source.replace(before, after), namespace)
+    monkeypatch.setattr(masking_utils, factory, namespace[factory])
+
+
+def function_with(factory: str) -> Callable:
+    """A mask with something of the factory's, in a row with the documents `[0, 5)`, `[5, 9)` and `[9, 14)`."""
+    ids = torch.tensor([[0] * 5 + [1] * 4 + [2] * 5]).expand(BATCH, -1)
+    position_ids = torch.arange(LENGTH) - torch.tensor([0, 5, 9])[ids]
+    functions = {
+        "and_masks": lambda: masking_utils.and_masks(
+            masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function
+        ),
+        "or_masks": lambda: masking_utils.or_masks(
+            masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function
+        ),
+        "sliding_window_overlay": lambda: masking_utils.sliding_window_causal_mask_function(4),
+        "sliding_window_bidirectional_overlay": lambda: masking_utils.sliding_window_bidirectional_mask_function(4),
+        "chunked_overlay": lambda: masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 1, 2])),
+        "blockwise_overlay": lambda: masking_utils.or_masks(
+            masking_utils.causal_mask_function, masking_utils.blockwise_overlay(ids - 1)
+        ),
+        "packed_sequence_mask_function": lambda: masking_utils.and_masks(
+            masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(ids)
+        ),
+        "remap_positions_for_packed_sequence": lambda: masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(ids),
+            masking_utils.remap_positions_for_packed_sequence(
+                masking_utils.chunked_causal_mask_function(2, torch.zeros(BATCH, dtype=torch.long)), position_ids
+            ),
+        ),
+    }
+    return functions[factory]()
+
+
+@pytest.mark.parametrize("factory", [name for name in OTHERWISE if hasattr(masking_utils, name)])
+def test_a_factory_that_counts_otherwise_is_evaluated(
+    factory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = dense(function_with(factory), LENGTH, LENGTH)
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    conversion.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    count_otherwise(factory, monkeypatch)
+    assert not torch.equal(dense(function_with(factory), LENGTH, LENGTH), usual)
+    for _ in range(2):
+        assert_same(function_with(factory), LENGTH, LENGTH)
+    warning = f"masking_utils.{factory}` of transformers {transformers.__version__} makes other masks than"
+    assert caplog.text.count(warning) == 1
+
+
+def test_the_factories_of_this_version_are_read(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    conversion.check_factories()
+    assert not caplog.text
+    evaluated = []
+    monkeypatch.setattr(conversion, "_evaluate", lambda *args: evaluated.append(args) or iter(()))
+    for factory in OTHERWISE:
+        if hasattr(masking_utils, factory):
+            from_mask_function(function_with(factory), batch_size=BATCH, q_len=LENGTH, kv_len=LENGTH)
+    assert not evaluated
+
+
+def test_prefix_trees_refuse_a_window_that_counts_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    count_otherwise("sliding_window_overlay", monkeypatch)
+    tree = Tree(bounds.causal(6), torch.arange(6)[None])
+    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*prefix trees hold windows and chunks only"):
+        in_tree(masking_utils.sliding_window_causal_mask_function(3), tree)
+
+
+def test_what_counts_otherwise_is_searched_for_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    count_otherwise("sliding_window_overlay", monkeypatch)
+    torch._dynamo.reset()
+
+    def make(tokens: Tensor) -> Tensor:
+        function = masking_utils.sliding_window_causal_mask_function(4)
+        length = tokens.shape[1]
+        return from_mask_function(
+            function, batch_size=1, q_len=length, kv_len=length, device=tokens.device, has_user_functions=False
+        )
+
+    made = torch.compile(make, fullgraph=True, backend="eager")(torch.zeros(1, LENGTH))
+    expected = dense(masking_utils.sliding_window_causal_mask_function(4), LENGTH, LENGTH)
+    assert torch.equal(bounds.to_dense(made, LENGTH).expand_as(expected), expected)

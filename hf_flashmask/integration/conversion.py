@@ -2,7 +2,8 @@
 
 Transformers describes a mask as a function of `(batch_idx, head_idx, q_idx, kv_idx)` that its factories in
 `transformers.masking_utils` compose: causal, sliding windows, chunks, blocks, packed documents, joined by AND and OR.
-The composition is read off those closures and rebuilt with `hf_flashmask.bounds`: AND intersects, OR unites.
+The composition is read off those closures and rebuilt with `hf_flashmask.bounds`: AND intersects, OR unites. What is
+read is compared once with the function itself: another version of Transformers may count otherwise.
 A composition with a function that is not known, a model's or a user's own, is evaluated in tiles of columns as
 Transformers evaluates it, and read off as intervals. In prefix trees windows and chunks are counted along the branches.
 
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.overrides import TorchFunctionMode
@@ -335,11 +338,11 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
 
 
 def _factory(mask_function: Callable) -> str | None:
-    """The function of `transformers.masking_utils` that made this closure."""
+    """The function of `transformers.masking_utils` that made this closure, if its closures are read correctly."""
     if getattr(mask_function, "__module__", None) != masking_utils.__name__:
         return None
     factory, _, _ = mask_function.__qualname__.partition(".<locals>.")
-    return factory
+    return factory if _is_read_correctly(factory, mask_function.__code__) else None
 
 
 def _closure(mask_function: Callable) -> dict[str, Any]:
@@ -376,6 +379,86 @@ def _not_understood(mask_function: Callable, reason: str) -> str:
 def _name(mask_function: Callable) -> str:
     name = getattr(mask_function, "__qualname__", repr(mask_function))
     return f"`{name}` of `{getattr(mask_function, '__module__', 'an unknown module')}`"
+
+
+# What is read off a closure, compared with the function
+
+
+def check_factories() -> None:
+    """Compare all that Transformers has. What it gets or is given later is compared at its first use."""
+    for factory in _examples():
+        if hasattr(masking_utils, factory):
+            _factory(_example(factory))
+
+
+_is_correct: dict[CodeType, bool] = {}
+"""Code of the functions that a factory makes -> whether they show what is read off them. Each is compared once."""
+
+
+def _is_read_correctly(factory: str, code: CodeType) -> bool:
+    known = _is_correct.get(code)
+    if known is not None:
+        return known
+    if is_tracing(torch.empty(0)):  # nothing can be compared here
+        return False
+    if factory not in _examples():
+        _is_correct[code] = False
+        return False
+    example = _example(factory)
+    _is_correct[code] = True  # for the comparison, which reads it
+    _is_correct[code] = example.__code__ is code and _shows_what_is_read(factory, example)
+    if not _is_correct[code]:
+        logger.warning_once(
+            f"`transformers.masking_utils.{factory}` of transformers {transformers.__version__} makes other masks than "
+            "in the versions that hf_flashmask was tested with. Masks with it are evaluated element by element: they "
+            "are right, but take O(S_q x S_k) time. Please report it with this version number."
+        )
+    return _is_correct[code]
+
+
+def _shows_what_is_read(factory: str, example: Callable) -> bool:
+    """Compare a few rows and keys, on the CPU."""
+    place: tuple[int, int, int, int] = (6, 7, 2, 1)
+    if factory == "remap_positions_for_packed_sequence":  # it is read inside of a row of documents only
+        example = masking_utils.and_masks(masking_utils.packed_sequence_mask_function(_example_ids()), example)
+        place = (8, 8, 0, 0)
+    call = _Call(2, *place, "cpu", has_user_functions=False, document_ends=None)
+    expected = torch.cat(list(_evaluate(example, call)), dim=3)
+    causal = torch.cat(list(_evaluate(masking_utils.causal_mask_function, call)), dim=3)
+    try:
+        read = [_convert(example, call, None, is_causal) for is_causal in (False, True)]
+    except (_UnknownFunctionError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # the closure holds something else
+    shown = [bounds.to_dense(part, call.q_len).expand_as(expected) for part in read]
+    return torch.equal(shown[0], expected) and torch.equal(shown[1], expected & causal)
+
+
+def _example(factory: str) -> Callable:
+    return cast(Callable, getattr(masking_utils, factory)(*_examples()[factory]))
+
+
+def _examples() -> dict[str, tuple]:
+    """Factories whose closures are read -> arguments to call them with."""
+    causal, everything = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+    ids = _example_ids()
+    is_in_block = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]], device="cpu")
+    return {
+        "and_masks": (everything, causal, everything),
+        "or_masks": (causal, everything, causal),
+        "sliding_window_overlay": (3,),
+        "sliding_window_bidirectional_overlay": (2,),
+        "chunked_overlay": (3, torch.tensor([0, 2], device="cpu")),
+        "blockwise_overlay": (ids * is_in_block + is_in_block - 1,),  # tokens of -1 are in no block
+        "packed_sequence_mask_function": (ids,),
+        "remap_positions_for_packed_sequence": (
+            masking_utils.chunked_overlay(2, torch.zeros(2, dtype=torch.long, device="cpu")),
+            torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0, 1]], device="cpu"),
+        ),
+    }
+
+
+def _example_ids() -> Tensor:
+    return torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 2, 2]], device="cpu")
 
 
 # Evaluation

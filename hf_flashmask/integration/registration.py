@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_tracing
 from flashmask_kernels.ops import share_in_graph
 
 from .attention import flashmask_attention_forward
+from .conversion import check_factories
 from .mask import (
     _are_of_tokens,
     _find_documents,
@@ -60,6 +61,7 @@ def register() -> None:
             wrapper = functools.wraps(original)(wrap(original, owner.__name__))
             setattr(wrapper, _OURS, True)
             _replace(owner, name, original, wrapper)
+    check_factories()
 
 
 def _replace(owner: Any, name: str, original: Callable, wrapper: Callable) -> None:
