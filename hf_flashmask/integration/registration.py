@@ -112,11 +112,13 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
         config: Any,
         inputs_embeds: Tensor,
         attention_mask: Any,
-        past_key_values: Any,
-        position_ids: Tensor | None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
         *args: Any,
+        cache: Any = None,  # the name of `past_key_values` since Transformers 5.24
         **kwargs: Any,
     ) -> tuple:
+        past_key_values = cache if past_key_values is None else past_key_values
         if config._attn_implementation != NAME:
             return original(config, inputs_embeds, attention_mask, past_key_values, position_ids, *args, **kwargs)
         if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
