@@ -42,6 +42,7 @@ VERSIONS = {
     "transformers-5.10": Version(("transformers==5.10.4", "tokenizers==0.22.2", *_BEFORE_HUB_2)),
     "transformers-5.17": Version(("transformers==5.17.0", *_BEFORE_HUB_2)),
     "transformers-5.23": Version(("transformers==5.23.0; python_version >= '3.11'",)),
+    "transformers-5.24": Version(("transformers==5.24.0; python_version >= '3.11'",)),
     "torch-2.9": Version(
         ("torch==2.9.0", "triton==3.5.0", "transformers==5.4.0", "tokenizers==0.22.2", *_BEFORE_HUB_2), True
     ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_versions
 import torch
 import transformers
 from tiny_models import build, config_of, eager_twin, random_documents
@@ -24,7 +25,7 @@ from transformers.utils import generic
 
 import hf_flashmask
 from hf_flashmask import integration
-from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask, predicate
+from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask, predicate, versions
 
 # Every way to name the implementation
 
@@ -398,6 +399,32 @@ def test_environment_report() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for expected in (hf_flashmask.__version__, torch.__version__, transformers.__version__, "is registered", "gpu"):
         assert expected in printed
+
+
+def test_versions_newer_than_the_tested_ones_are_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    integration.name.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    oldest, newest = versions.TESTED["transformers"]
+    for version in (f"{oldest}.0", f"{newest}.0", f"{newest}.7", "5.9.3"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        hf_flashmask.register()
+    assert not caplog.text
+    major, minor = newest.split(".")
+    monkeypatch.setattr(transformers, "__version__", f"{major}.{int(minor) + 1}.0.dev0")
+    monkeypatch.setattr(torch, "__version__", "3.0.1+cpu")
+    hf_flashmask.register()
+    hf_flashmask.register()
+    expected = rf"transformers \S+ \(tested: {oldest} to {newest}\) and torch 3.0.1\+cpu \(tested: 2.9 to "
+    assert len(re.findall(f"hf_flashmask was not tested with {expected}", caplog.text)) == 1
+
+
+@pytest.mark.parametrize("package", versions.TESTED)
+def test_the_tested_versions_are_those_that_the_tests_are_run_with(package: str) -> None:
+    text = " ".join(requirement for version in run_versions.VERSIONS.values() for requirement in version.requirements)
+    found = sorted(tuple(map(int, release)) for release in re.findall(rf"\b{package}==(\d+)\.(\d+)", text))
+    assert tuple(".".join(map(str, release)) for release in (found[0], found[-1])) == versions.TESTED[package]
 
 
 def test_package_names() -> None:

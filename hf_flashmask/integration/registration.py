@@ -34,6 +34,7 @@ from .memo import _masks_of_users
 from .name import NAME, is_misspelled, logger
 from .predicate import wrap_is_flash, wrap_max_seqlen
 from .support import _check_padding_mask, _check_support, _keeps_eager, _refuse_bounds_shared_by_layer_types
+from .versions import warn_of_untested
 
 
 def register() -> None:
@@ -62,6 +63,7 @@ def register() -> None:
             setattr(wrapper, _OURS, True)
             _replace(owner, name, original, wrapper)
     check_factories()
+    warn_of_untested()
 
 
 def _replace(owner: Any, name: str, original: Callable, wrapper: Callable) -> None:
