@@ -210,6 +210,38 @@ def test_a_registered_name_that_resembles_ours_is_none_of_our_business(monkeypat
     assert model.get_correct_attn_implementation("flashmask_of_mine") == "flashmask_of_mine"
 
 
+# What SDPA does not return either
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
+def test_output_attentions_returns_what_sdpa_returns(name: str) -> None:
+    tokens = random_documents([6])[0]
+    outputs = [build(name, implementation)(tokens, output_attentions=True) for implementation in ("sdpa", "flashmask")]
+    assert outputs[0].attentions == outputs[1].attentions
+    lengths = [
+        len(build(name, implementation)(tokens, output_attentions=True, return_dict=False))
+        for implementation in ("sdpa", "flashmask")
+    ]
+    assert lengths[0] == lengths[1]
+
+
+def test_output_attentions_of_cross_attention_and_generation_are_those_of_sdpa() -> None:
+    sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _BART.items()}
+    config = transformers.BartConfig(vocab_size=97, d_model=32, **sizes)
+    tokens, found = random_documents([6])[0], []
+    for implementation in ("sdpa", "flashmask"):
+        model = transformers.BartForConditionalGeneration._from_config(config, attn_implementation=implementation)
+        outputs = model.eval()(tokens, decoder_input_ids=tokens, output_attentions=True)
+        generated = build("llama", implementation).generate(
+            tokens, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True
+        )
+        found.append((outputs.encoder_attentions, outputs.cross_attentions, generated.attentions))
+    assert found[0] == found[1]
+
+
+_BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 32}
+
+
 # Pickled models
 
 

@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# What a model is called with
+
 
 def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
     if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
@@ -22,18 +24,18 @@ def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None
 
 
 KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Layer types that see less than everything -> the setting that says how many keys."""
+"""Layer types that do not see all keys -> the setting with the number of keys that they see."""
 
 
 def _has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
-    """Whether some layers do not see all of so long a row."""
+    """Whether some layers do not see all keys of a row of this length."""
     layer_types = set(getattr(config, "layer_types", None) or KEY_RANGE_OF_LAYER_TYPE)
     limits = [getattr(config, limit, None) for name, limit in KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
     return any(limit is not None and limit < bounds.shape[-1] for limit in limits)
 
 
 def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
-    """Whether one tensor of final bounds, for full and windowed layers alike, would silently widen the windows."""
+    """Whether one tensor of final bounds for full and windowed layers would silently widen the windows."""
     return len(set(getattr(config, "layer_types", None) or ())) > 1 and _has_key_ranges(config, bounds)
 
 
@@ -47,7 +49,7 @@ def _refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, 
 
 
 def _check_support(model: PreTrainedModel) -> None:
-    """Refuse a model that would compute something else with flashmask, before it is built."""
+    """Refuse, before it is built, a model that would compute something else with flashmask."""
     reason = _reason_against_config(model) or _reason_against_class(type(model))  # type: ignore[arg-type]
     if reason is not None:
         others = '"sdpa" or "eager"' if model._supports_sdpa else '"eager"'
@@ -65,7 +67,7 @@ def _keeps_eager(model: PreTrainedModel) -> bool:
 
 
 _PARTS_THAT_KEEP_EAGER = {"phi4_multimodal_audio", "phi4_multimodal_vision"}
-"""A bias, and layers that call themselves causal and are not: the language model does not depend on either."""
+"""One adds a bias, the layers of the other are wrongly declared causal. The language model can do without them."""
 
 
 # What a configuration says
@@ -93,7 +95,7 @@ _SWITCHES_OF_A_BIAS = ("use_relative_position_bias", "use_shared_relative_positi
 _BIASED_POSITIONS = {
     (embeddings, sound) for embeddings in ("relative", "relative_key") for sound in ("input_values", "input_features")
 }
-"""Position embeddings of Conformers, and what they read: the text part of SeamlessM4T has the same configuration."""
+"""Position embeddings and inputs of Conformers. The text part of SeamlessM4T has the same configuration."""
 
 
 _REFUSED_MODEL_TYPES = {
@@ -129,7 +131,7 @@ def _reason_against_class(model_class: type) -> str | None:
     """Judge the class by the first modeling file among those of its bases that has layers of attention."""
     sources = {base: _source_of_module(base) for base in model_class.__mro__ if _is_of_a_model(base)}
     for base, source in sources.items():
-        if source is None:  # a class from a notebook: its bases are still looked at
+        if source is None:  # a class from a notebook is judged by its bases
             continue
         if re.search(r"ATTENTION_CLASSES\[\s*(config\.)?_?attn_implementation\s*\]", source):
             return "it picks its attention layer from a fixed list of implementations"
@@ -137,7 +139,7 @@ def _reason_against_class(model_class: type) -> str | None:
             if "ALL_ATTENTION_FUNCTIONS" not in source:
                 return "it computes attention itself, not through the attention interface"
             if not _supports_more_than_eager(_family_of(base)):
-                # Such models may compute with masks of their own (BigBird-Pegasus, Splinter), and refuse sdpa as well.
+                # They may use dense masks of their own (BigBird-Pegasus, Splinter). They refuse sdpa as well.
                 return "Transformers supports only eager attention for it"
             return None
     if any(sources.values()) or getattr(model_class, "_supports_attention_backend", False):
@@ -165,5 +167,5 @@ def _supports_more_than_eager(model_class: type) -> bool:
 
 
 def _family_of(model_class: type) -> type:
-    """The class next to `PreTrainedModel` among the bases: that of all models in a modeling file."""
+    """The direct subclass of `PreTrainedModel` among the bases, from which all models of a modeling file inherit."""
     return next(base for base in model_class.__mro__ if PreTrainedModel in base.__bases__)
