@@ -34,9 +34,18 @@ _IS_FLASH = {
     "utils.generic.get_max_seqlen": False,
     # It refuses a row of several proteins. Bounds hold them.
     "models.esmc": False,
-    # They pass the 2-D mask of an encoder to the layers. Without FlashAttention it has an axis of heads.
+    # They pass the 2-D mask of an encoder to the layers. Without FlashAttention it is one that layers can broadcast.
     "models.gpt_bigcode": False,
     "models.kosmos2_5": False,
+    "models.sew": False,  # until Transformers 5.10
+    # Until Transformers 5.10, they pad values that are narrower than keys. The kernels take them as they are.
+    "models.deepseek_v2": False,
+    "models.deepseek_v3": False,
+    "models.glm4_moe_lite": False,
+    "models.glm_moe_dsa": False,
+    "models.longcat_flash": False,
+    "models.mistral4": False,
+    "models.youtu": False,
     # The layers are called once for all images, or pieces of sound, with `cu_seq_lens_q`, instead of once for each.
     "models.cohere_compass": True,
     "models.cosmos3_edge": True,
@@ -85,13 +94,14 @@ _IS_FLASH = {
     "models.sam3_lite_text": True,
     "models.sam3_tracker": True,
     "models.sam3_tracker_video": True,
-    # They are not reached: these models are refused, and continuous batching is.
+    # They do not get to ask about flashmask: the models are refused, continuous batching is, a kernel has another name.
     "models.bark": True,
     "models.falcon": True,
     "models.gpt_neo": True,
     "models.gptj": True,
     "generation.continuous_batching.cache": True,
     "generation.continuous_batching.initialization": True,
+    "integrations.hub_kernels": True,
 }
 """Caller -> the answer. Callers without an entry are told False of the name, and True of a configuration."""
 
