@@ -346,6 +346,17 @@ def test_libraries_that_ask_by_name_do_not_load_flash_attention() -> None:
     assert not is_flash_attention_requested(requested_attention_implementation=model.config._attn_implementation)
 
 
+def test_continuous_batching_is_refused_before_it_starts() -> None:
+    """It has a paged cache. With FlashAttention installed, it would switch to that, and say so."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    manager = continuous_api.ContinuousBatchingManager
+    if not hasattr(manager, "switch_to_cb_friendly_attn"):  # older versions ask nobody: the layers refuse the cache
+        return
+    with pytest.raises(ValueError, match="flashmask is not supported for continuous batching"):
+        manager.switch_to_cb_friendly_attn(None, build("llama"), auto_switch_to_flash=False)
+
+
 def test_compiled_decoding_stays_one_graph() -> None:
     model = build("llama")
     options = transformers.CompileConfig(fullgraph=True)
