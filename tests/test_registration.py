@@ -277,6 +277,11 @@ def test_so_does_a_part_of_a_model(part: str) -> None:
     model.set_attn_implementation("sdpa")
     assert b"hf_flashmask" not in pickle.dumps(model)
     assert b"hf_flashmask" not in pickle.dumps(build("llama", "sdpa"))
+    model = build("llama")
+    model.set_attn_implementation("sdpa")
+    assert b"hf_flashmask" not in pickle.dumps(model)
+    model.set_attn_implementation("flashmask")
+    assert b"hf_flashmask" in pickle.dumps(model.model)
 
 
 # Who asks whether FlashAttention is requested

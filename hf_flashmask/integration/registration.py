@@ -82,25 +82,33 @@ def _wrap_dispatch(original: Callable, _: str) -> Callable:
     """
 
     def get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
-        self.__dict__.pop(_IMPORT, None)
         if is_misspelled(requested_attention):
             raise ValueError(
                 f'attn_implementation={requested_attention!r} is not known. Did you mean attn_implementation="{NAME}"?'
             )
-        if requested_attention != NAME:
-            return original(self, requested_attention, *args, **kwargs)
-        _check_support(self)
-        if _keeps_eager(self):
-            logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
-            return "eager"
-        self.__dict__[_IMPORT] = register
-        return original(self, requested_attention, *args, **kwargs)
+        if requested_attention == NAME:
+            _check_support(self)
+            if _keeps_eager(self):
+                logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
+                return "eager"
+        implementation = original(self, requested_attention, *args, **kwargs)
+        _import_when_unpickled(self, implementation)
+        return implementation
 
     return get_correct
 
 
-_IMPORT = "_registered_by"
-"""Attribute of a model that holds `register`: to unpickle the model, Python imports this module, which registers."""
+def _import_when_unpickled(model: PreTrainedModel, implementation: str) -> None:
+    """Let pickles of a model refer to `register`. To load them, Python imports this module, which registers."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is model.config:
+            if implementation == NAME:
+                part.__dict__[_REGISTERED_BY] = register
+            else:
+                part.__dict__.pop(_REGISTERED_BY, None)
+
+
+_REGISTERED_BY = "_registered_by"
 
 
 def _wrap_preprocess(original: Callable, _: str) -> Callable:
