@@ -1,12 +1,12 @@
 # make demo    train on packed documents and compare with padding    make test      the tests that need no GPU
 # make lint    ruff and mypy                                         make check     lint and test
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
-# make sweep   compare every family of models with eager attention, write docs/models.md: fifteen minutes
+# make sweep   compare every family of models with eager attention and write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
 # make fuzz    10,000 random calls of attention on the GPU against dense attention
-# make sanitize  compute-sanitizer, or SANITIZER, on the kernels that the GPU has
-# make versions  run the core of the tests with the versions that are supported, or VERSIONS=oldest ... of them
-# PYTHON picks the interpreter of the environment, VENV its place.
+# make sanitize  run the kernels for this GPU under compute-sanitizer, or under SANITIZER
+# make versions  run the core of the tests with other supported versions: all of them, or VERSIONS="oldest newest"
+# PYTHON is the interpreter that creates the environment, VENV the folder of the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,11 +19,11 @@ READY = $(VENV)/.ready
 
 .PHONY: demo test test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
 
-# Waiting threads must not spin: on a busy machine they would take the cores from working threads, and the demo 5 times as long.
+# Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
 demo: $(READY)
 	OMP_WAIT_POLICY=passive $(RUN) examples/sft_packed.py
 
-# Some tests compile for a minute or two: a worker without tests takes those that wait behind them.
+# Some tests compile for a minute or two. With worksteal, an idle worker takes tests from the queue of a busy one.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu"
 
@@ -33,7 +33,7 @@ test-gpu: $(READY)
 fuzz: $(READY)
 	$(RUN) tests/fuzz_attention.py
 
-# racecheck does not follow how the warps of the sm_90 kernels wait for each other; sanitize_attention.py says what does.
+# racecheck does not understand the barriers between the warps of the sm_90 kernels; see sanitize_attention.py.
 sanitize: $(READY)
 	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
 	  "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \

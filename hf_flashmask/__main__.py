@@ -10,12 +10,14 @@ import torch
 
 from . import __version__
 from .integration import NAME
+from .integration.versions import TESTED, describe_tested
 
 
 def report() -> str:
     """The environment as lines of text, to be pasted into an issue."""
     rows = [("hf_flashmask", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [("torch", torch.__version__)]  # says which CUDA it was built for, wheels from PyPI do not
+    # torch says which CUDA it was built for, the version of wheels from PyPI does not
+    rows += [("torch", f"{torch.__version__} (tested: {describe_tested('torch')})")]
     rows += [(package, _version_of(package)) for package in ("transformers", "triton", "accelerate")]
     rows += [("implementation", f'attn_implementation="{NAME}" is registered')]
     rows += [("cpu", "tiled PyTorch: exact, skips hidden tiles")]
@@ -28,9 +30,10 @@ def report() -> str:
 
 def _version_of(package: str) -> str:
     try:
-        return version(package)
+        installed = version(package)
     except PackageNotFoundError:
         return "not installed"
+    return f"{installed} (tested: {describe_tested(package)})" if package in TESTED else installed
 
 
 def _gpu(index: int) -> str:

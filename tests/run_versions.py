@@ -1,12 +1,13 @@
-"""Runs the core of the tests with other versions of Transformers, torch and Triton than the pinned ones.
+"""Run the core of the tests with other versions of Transformers, torch and Triton than the pinned ones.
 
-`make versions`, or `python tests/run_versions.py oldest torch-2.15` with versions of your choice. Each gets an
-environment on top of this one, so that only what differs is installed: in the folder `versions` of this environment, or
-in `--folder`. A version of torch for GPUs takes about 7 GB there.
+`make versions` runs all of them, `python tests/run_versions.py oldest torch-2.15` those that are named. Each has its
+own environment on top of this one, which holds only the packages that differ. These environments are created in the
+folder `versions` of this environment, or in `--folder`. One with torch for GPUs takes about 7 GB.
 
-The core is what depends on Transformers: conversion, integration, models, training, TRL. Where torch and Triton differ
-it is also what depends on them alone: bounds and kernels, these in Triton's interpreter. Left out is what the project
-made with the pinned versions: the package, the examples, the table of models, the budgets of compiled kernels.
+The core is the tests that depend on Transformers: conversion, integration, models, training, TRL. With another torch
+and Triton, it includes the tests that depend on these alone: bounds, and kernels in Triton's interpreter. It leaves out
+the tests of what was made with the pinned versions: the package, the examples, the table of models, the budgets of
+compiled kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NEEDS_TRL = {"tree_attention", "trl"}
 
 
 class Version(NamedTuple):
-    """What is installed, and whether torch and Triton are not those of this environment."""
+    """The packages to install, and whether torch and Triton are among them."""
 
     requirements: tuple[str, ...]
     has_other_torch: bool = False
@@ -42,6 +43,7 @@ VERSIONS = {
     "transformers-5.10": Version(("transformers==5.10.4", "tokenizers==0.22.2", *_BEFORE_HUB_2)),
     "transformers-5.17": Version(("transformers==5.17.0", *_BEFORE_HUB_2)),
     "transformers-5.23": Version(("transformers==5.23.0; python_version >= '3.11'",)),
+    "transformers-5.24": Version(("transformers==5.24.0; python_version >= '3.11'",)),
     "torch-2.9": Version(
         ("torch==2.9.0", "triton==3.5.0", "transformers==5.4.0", "tokenizers==0.22.2", *_BEFORE_HUB_2), True
     ),
@@ -53,13 +55,13 @@ ALIASES = {"oldest": "transformers-5.4", "newest": "torch-2.15"}
 def list_core(has_other_torch: bool) -> list[str]:
     """The test files that are run."""
     left_out = NOT_OF_THE_CORE | (set() if has_other_torch else WITHOUT_TRANSFORMERS)
-    if importlib.util.find_spec("trl") is None:  # there is none for Python 3.10
+    if importlib.util.find_spec("trl") is None:  # TRL needs Python 3.11
         left_out = left_out | NEEDS_TRL
     return [str(path) for path in sorted(TESTS.glob("test_*.py")) if path.stem.removeprefix("test_") not in left_out]
 
 
 def make_environment(folder: Path, requirements: tuple[str, ...]) -> Path:
-    """The interpreter of an environment that holds the requirements and, behind them, all of this environment."""
+    """The interpreter of an environment that holds the requirements, and finds everything else in this environment."""
     if not (folder / "pyvenv.cfg").exists():
         venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
@@ -67,7 +69,7 @@ def make_environment(folder: Path, requirements: tuple[str, ...]) -> Path:
     below = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (site_packages / "environment_below.pth").write_text(below)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check"]
-    # Naming hf-flashmask and peft makes pip choose versions that go together with everything they need.
+    # With hf-flashmask and peft among the requirements, pip chooses versions that are compatible with them.
     subprocess.run([*pip, "install", "hf-flashmask[train]", "peft", *requirements], check=True)
     return python
 
@@ -82,7 +84,7 @@ class Result(NamedTuple):
 
 
 def run(version: Version, folder: Path, workers: str) -> Result:
-    """Makes the environment, and runs its tests; pytest prints what fails."""
+    """Create the environment and run the tests in it; pytest prints the failures."""
     start = time.perf_counter()
     python = make_environment(folder, version.requirements)
     code = "import torch, transformers, triton; print(transformers.__version__, torch.__version__, triton.__version__)"

@@ -24,11 +24,12 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
-from hf_flashmask.integration import Mask, flashmask_mask
+from hf_flashmask.integration import Mask, conversion, flashmask_mask
 from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
 HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
+CACHE = "cache" if "cache" in inspect.signature(masking_utils.create_causal_mask).parameters else "past_key_values"
 needs_blocks = pytest.mark.skipif(not HAS_BLOCKS, reason="this version of Transformers has no blocks")
 if SINCE_5_13:
     from transformers.models.nemotron_asr_streaming import modeling_nemotron_asr_streaming
@@ -391,7 +392,7 @@ def test_creators_and_caches(creator: str, kind: str, data: st.DataObject) -> No
             config=config,
             inputs_embeds=torch.zeros(BATCH, q_len, 4),
             attention_mask=None if padding == "none" else mask_2d,
-            past_key_values=cache_with(kind, past, config),
+            **{CACHE: cache_with(kind, past, config)},
             **overlays,
         )
     if creator == "hybrid":
@@ -436,7 +437,7 @@ def test_documents_beside_padding(creator: str, padding_position: int, use_cache
         config=config,
         inputs_embeds=torch.zeros(len(PADDED_ROWS), LENGTH, 4),
         attention_mask=mask_2d,
-        past_key_values=DynamicCache(config=config) if use_cache else None,
+        **{CACHE: DynamicCache(config=config) if use_cache else None},
         position_ids=position_ids,
     )
     visible = bounds.to_dense(mask.bounds)[:, 0]
@@ -536,7 +537,7 @@ def test_overlays_in_packed_rows(name: str, first_position: int, data: st.DataOb
             config=config[implementation],
             inputs_embeds=torch.zeros(*token_types.shape, 4),
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             position_ids=position_ids,
         )
 
@@ -569,7 +570,7 @@ def test_compiled_creators(creator: str) -> None:
             config=config,
             inputs_embeds=embeddings,
             attention_mask=mask_2d,
-            past_key_values=None,
+            **{CACHE: None},
             **({"position_ids": position_ids} if takes_positions else {}),
         )
         return masks if creator == "hybrid" else {creator: masks}
@@ -650,3 +651,118 @@ def test_what_a_prefix_tree_cannot_hold_is_named() -> None:
             in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, overlay), tree)
         with pytest.raises(NotImplementedError, match=rf"{factory}.*windows and chunks only"):
             in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, overlay), tree)
+
+
+# Another version of Transformers
+
+
+OTHERWISE = {
+    "and_masks": ("result & ", "result | "),
+    "or_masks": ("result | mask", "result & mask"),
+    "sliding_window_overlay": ("kv_idx > q_idx", "kv_idx >= q_idx"),
+    "sliding_window_bidirectional_overlay": ("<= sliding_window", "< sliding_window"),
+    "chunked_overlay": ("q_idx - left_padding[batch_idx]", "q_idx - left_padding[batch_idx] * 0"),
+    "blockwise_overlay": (" & (q_group >= 0)", ""),
+    "packed_sequence_mask_function": (
+        "packed_sequence_mask[batch_idx, q_idx] ==",
+        "packed_sequence_mask[batch_idx, q_idx] >=",
+    ),
+    "remap_positions_for_packed_sequence": ("position_ids[batch_idx, kv_idx])", "position_ids[batch_idx, kv_idx] - 1)"),
+}
+
+
+def count_otherwise(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another version of `transformers.masking_utils` might have under this name."""
+    before, after = OTHERWISE[factory]
+    source = inspect.getsource(getattr(masking_utils, factory))
+    assert before in source
+    namespace = dict(vars(masking_utils))
+    exec(source.replace(before, after), namespace)
+    monkeypatch.setattr(masking_utils, factory, namespace[factory])
+
+
+def function_with(factory: str) -> Callable:
+    """A mask with something of the factory's, in a row with the documents `[0, 5)`, `[5, 9)` and `[9, 14)`."""
+    ids = torch.tensor([[0] * 5 + [1] * 4 + [2] * 5]).expand(BATCH, -1)
+    position_ids = torch.arange(LENGTH) - torch.tensor([0, 5, 9])[ids]
+    functions = {
+        "and_masks": lambda: masking_utils.and_masks(
+            masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function
+        ),
+        "or_masks": lambda: masking_utils.or_masks(
+            masking_utils.bidirectional_mask_function, masking_utils.causal_mask_function
+        ),
+        "sliding_window_overlay": lambda: masking_utils.sliding_window_causal_mask_function(4),
+        "sliding_window_bidirectional_overlay": lambda: masking_utils.sliding_window_bidirectional_mask_function(4),
+        "chunked_overlay": lambda: masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 1, 2])),
+        "blockwise_overlay": lambda: masking_utils.or_masks(
+            masking_utils.causal_mask_function, masking_utils.blockwise_overlay(ids - 1)
+        ),
+        "packed_sequence_mask_function": lambda: masking_utils.and_masks(
+            masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(ids)
+        ),
+        "remap_positions_for_packed_sequence": lambda: masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(ids),
+            masking_utils.remap_positions_for_packed_sequence(
+                masking_utils.chunked_causal_mask_function(2, torch.zeros(BATCH, dtype=torch.long)), position_ids
+            ),
+        ),
+    }
+    return functions[factory]()
+
+
+@pytest.mark.parametrize("factory", [name for name in OTHERWISE if hasattr(masking_utils, name)])
+def test_a_factory_that_counts_otherwise_is_evaluated(
+    factory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = dense(function_with(factory), LENGTH, LENGTH)
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    conversion.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    count_otherwise(factory, monkeypatch)
+    assert not torch.equal(dense(function_with(factory), LENGTH, LENGTH), usual)
+    for _ in range(2):
+        assert_same(function_with(factory), LENGTH, LENGTH)
+    warning = f"masking_utils.{factory}` of transformers {transformers.__version__} makes other masks than"
+    assert caplog.text.count(warning) == 1
+
+
+def test_the_factories_of_this_version_are_read(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversion.logger.warning_once.cache_clear()
+    transformers.logging.enable_propagation()
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    conversion.check_factories()
+    assert not caplog.text
+    evaluated = []
+    monkeypatch.setattr(conversion, "_evaluate", lambda *args: evaluated.append(args) or iter(()))
+    for factory in OTHERWISE:
+        if hasattr(masking_utils, factory):
+            from_mask_function(function_with(factory), batch_size=BATCH, q_len=LENGTH, kv_len=LENGTH)
+    assert not evaluated
+
+
+def test_prefix_trees_refuse_a_window_that_counts_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    count_otherwise("sliding_window_overlay", monkeypatch)
+    tree = Tree(bounds.causal(6), torch.arange(6)[None])
+    with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*prefix trees hold windows and chunks only"):
+        in_tree(masking_utils.sliding_window_causal_mask_function(3), tree)
+
+
+def test_what_counts_otherwise_is_searched_for_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_is_correct", {})
+    count_otherwise("sliding_window_overlay", monkeypatch)
+    torch._dynamo.reset()
+
+    def make(tokens: Tensor) -> Tensor:
+        function = masking_utils.sliding_window_causal_mask_function(4)
+        length = tokens.shape[1]
+        return from_mask_function(
+            function, batch_size=1, q_len=length, kv_len=length, device=tokens.device, has_user_functions=False
+        )
+
+    made = torch.compile(make, fullgraph=True, backend="eager")(torch.zeros(1, LENGTH))
+    expected = dense(masking_utils.sliding_window_causal_mask_function(4), LENGTH, LENGTH)
+    assert torch.equal(bounds.to_dense(made, LENGTH).expand_as(expected), expected)

@@ -1,15 +1,10 @@
-"""Registration, the attention function by itself, and what is refused."""
+"""The attention function by itself, what it refuses, and what masks cost."""
 
 from __future__ import annotations
 
 import gc
-import importlib
-import json
-import subprocess
 import sys
-import types
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,190 +13,13 @@ import transformers
 from tiny_models import build, config_of, cumulative_lengths, eager_twin, packed, random_documents
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, masking_utils
+from transformers import masking_utils
 
-import hf_flashmask
 from flashmask_kernels import dispatch, reference_attention, schedules
 from flashmask_kernels.configs import Config, Configs
 from flashmask_kernels.dropout import draw_seed, kept_elements
 from hf_flashmask import bounds, integration
 from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
-
-# Every way to name the implementation
-
-
-def implementation_in_use(model: nn.Module) -> str:
-    """Asked of the layer that computes attention, not of what was requested."""
-    seen = []
-    layers = (module for module in model.modules() if type(module).__name__.endswith("Attention"))
-    layer = next(layer for layer in layers if hasattr(layer, "config"))
-    original = AttentionInterface._global_mapping[integration.NAME]
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append("flashmask")
-        return original(*args, **kwargs)
-
-    AttentionInterface.register(integration.NAME, spy)
-    try:
-        model(torch.ones(1, 5, dtype=torch.long))
-    finally:
-        AttentionInterface.register(integration.NAME, original)
-    return seen[0] if seen else layer.config._attn_implementation
-
-
-# Those with lists of compatible flash implementations would be swapped silently for one of them.
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "bert", "gpt2", "llama4"])
-def test_from_config_and_set_attn_implementation(name: str) -> None:
-    assert implementation_in_use(build(name)) == "flashmask"
-    model = build(name, "eager")
-    assert implementation_in_use(model) == "eager"
-    model.set_attn_implementation("flashmask")
-    assert implementation_in_use(model) == "flashmask"
-    model.set_attn_implementation("sdpa" if name != "gpt_oss" else "eager")
-    assert implementation_in_use(model) != "flashmask"
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-def test_from_pretrained(name: str, tmp_path: Path) -> None:
-    build(name).save_pretrained(tmp_path)
-    assert "flashmask" not in (tmp_path / "config.json").read_text()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flashmask")
-    assert model.config._attn_implementation == "flashmask"
-    assert implementation_in_use(model) == "flashmask"
-    tokens = random_documents([11])[0]
-    torch.testing.assert_close(model(tokens).logits, eager_twin(model)(tokens).logits, rtol=1e-4, atol=1e-5)
-
-
-def llava_config() -> transformers.LlavaConfig:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
-    )
-    return transformers.LlavaConfig(vision_config=vision, text_config=config_of("llama"), image_token_id=3)
-
-
-def test_parts_of_a_composite_model() -> None:
-    parts = {"text_config": "flashmask", "vision_config": "eager"}
-    model = transformers.LlavaForConditionalGeneration._from_config(llava_config(), attn_implementation=parts)
-    assert model.config.text_config._attn_implementation == "flashmask"
-    assert model.config.vision_config._attn_implementation == "eager"
-    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "flashmask"})
-    assert model.config.text_config._attn_implementation == "sdpa"
-    assert model.config.vision_config._attn_implementation == "flashmask"
-    model.set_attn_implementation("flashmask")
-    inputs = {"input_ids": torch.tensor([[1, 3, 3, 3, 3, 9, 4]]), "pixel_values": torch.randn(1, 3, 8, 8)}
-    logits = model.eval()(**inputs).logits
-    torch.testing.assert_close(logits, eager_twin(model)(**inputs).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_notebook_class_is_judged_by_its_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "notebook_cell", types.ModuleType("notebook_cell"))
-    subclass = type("Mine", (transformers.LlamaForCausalLM,), {"__module__": "notebook_cell"})
-    model = subclass._from_config(config_of("llama"), attn_implementation="flashmask")
-    assert implementation_in_use(model) == "flashmask"
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (transformers.FalconConfig(), "fixed list"),
-        (transformers.GPTJConfig(), "fixed list"),
-        (transformers.GPTNeoConfig(), "fixed list"),
-        (transformers.GitConfig(), "fixed list"),
-        (transformers.BloomConfig(), "computes attention itself"),
-        (transformers.MptConfig(), "computes attention itself"),
-    ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
-)
-def test_models_that_would_be_silently_wrong_are_refused(config: transformers.PreTrainedConfig, reason: str) -> None:
-    with pytest.raises(ValueError, match=f'does not work with attn_implementation="flashmask".*{reason}.*eager'):
-        AutoModelForCausalLM.from_config(config, attn_implementation="flashmask")
-
-
-def test_bark_is_refused() -> None:
-    with pytest.raises(ValueError, match="fixed list"):
-        transformers.BarkCausalModel._from_config(
-            transformers.models.bark.configuration_bark.BarkSemanticConfig(), attn_implementation="flashmask"
-        )
-
-
-# Nothing else changes
-
-
-OTHER_IMPLEMENTATIONS = """
-import json, sys, torch, transformers
-from transformers import LlamaConfig, LlamaForCausalLM, GptOssConfig, GptOssForCausalLM, Llama4TextConfig
-from transformers import masking_utils
-
-def outcome(function):
-    try:
-        return function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-def results():
-    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=2)
-    found = {}
-    tokens = torch.arange(12)[None]
-    for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_9", "flashmask2", "my_flash", "nonsense"):
-        def load(model_class, config):
-            torch.manual_seed(0)
-            model = model_class._from_config(config, attn_implementation=name).eval()
-            position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-            ones = torch.ones_like(tokens)
-            calls = [{}, {"position_ids": position_ids, "use_cache": False}, {"attention_mask": ones}]
-            return [model.config._attn_implementation, [model(tokens, **call).logits.tolist() for call in calls]]
-        found[name] = outcome(lambda: load(LlamaForCausalLM, LlamaConfig(**sizes)))
-        found[name + " gpt_oss"] = outcome(
-            lambda: load(GptOssForCausalLM, GptOssConfig(**sizes, head_dim=8, num_local_experts=2, sliding_window=4))
-        )
-        config = Llama4TextConfig(**sizes, attention_chunk_size=4)
-        config._attn_implementation = name
-        found[name + " chunked"] = outcome(
-            lambda: str(masking_utils.create_chunked_causal_mask(
-                config=config, inputs_embeds=torch.zeros(1, 8, 4), attention_mask=None, past_key_values=None
-            ))
-        )
-    return found
-
-results()  # some of it depends on what was loaded before
-before = results()
-import hf_flashmask
-after = results()
-assert before == after, [name for name in before if before[name] != after[name]]
-print(json.dumps({name: value if isinstance(value, str) else "loaded" for name, value in after.items()}))
-"""
-
-
-def test_other_implementations_are_untouched() -> None:
-    """Bitwise the same logits and word for word the same errors before and after the import, in one process."""
-    done = subprocess.run([sys.executable, "-c", OTHER_IMPLEMENTATIONS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert outcomes["eager"] == outcomes["sdpa"] == "loaded"
-    assert "flashmask2" in outcomes["flashmask2"]
-    assert "Error" in outcomes["my_flash"]
-    assert "Flash attention cannot handle chunked attention" in outcomes["flash_attention_2 chunked"]
-
-
-def test_registering_again_changes_nothing() -> None:
-    hooks = {(owner, name): getattr(owner, name) for owner, name, _ in integration.registration._WRAPPERS}
-    hf_flashmask.register()
-    importlib.reload(hf_flashmask)
-    for (owner, name), hook in hooks.items():
-        assert getattr(owner, name) is hook
-        assert not hasattr(hook.__wrapped__, integration.registration._OURS)
-    assert AttentionInterface()["flashmask"] is flashmask_attention_forward
-    assert AttentionMaskInterface()["flashmask"] is flashmask_mask
-
-
-@pytest.mark.parametrize("index", range(len(integration.registration._WRAPPERS)))
-def test_a_transformers_without_the_hooks_is_named(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, _ = integration.registration._WRAPPERS[index]
-    monkeypatch.delattr(owner, name)
-    with pytest.raises(ImportError, match=rf"transformers >= 5.4; version {transformers.__version__} has no .*{name}"):
-        hf_flashmask.register()
-
 
 # The mask function
 
@@ -693,18 +511,6 @@ def test_bounds_are_not_taken_for_the_weights_of_tokens_in_router_losses() -> No
     with pytest.raises(NotImplementedError, match="auxiliary loss"):
         model(**call, attention_mask=bounds.causal(8))
     assert model(**call).aux_loss > 0
-
-
-def test_environment_report() -> None:
-    command = [sys.executable, "-m", "hf_flashmask"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for expected in (hf_flashmask.__version__, torch.__version__, transformers.__version__, "is registered", "gpu"):
-        assert expected in printed
-
-
-def test_package_names() -> None:
-    assert isinstance(hf_flashmask.bounds, types.ModuleType)
-    assert hf_flashmask.__version__.count(".") == 2
 
 
 # What masks cost

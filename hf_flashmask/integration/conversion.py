@@ -2,22 +2,26 @@
 
 Transformers describes a mask as a function of `(batch_idx, head_idx, q_idx, kv_idx)` that its factories in
 `transformers.masking_utils` compose: causal, sliding windows, chunks, blocks, packed documents, joined by AND and OR.
-The composition is read off those closures and rebuilt with `hf_flashmask.bounds`: AND intersects, OR unites.
-A composition with a function that is not known, a model's or a user's own, is evaluated in tiles of columns as
-Transformers evaluates it, and read off as intervals. In prefix trees windows and chunks are counted along the branches.
+The composition is read off those closures and rebuilt with `hf_flashmask.bounds`: AND intersects, OR unites. Because
+another version of Transformers may count differently, what is read off is compared once with the function itself.
+A composition that contains an unknown function, from a model or a user, is evaluated in tiles of columns, in the same
+way as Transformers evaluates it, and the intervals are read off the tiles. In prefix trees, windows and chunks are
+counted along the branches.
 
-Inside `torch.compile` closures cannot be read. There the rows that a key is visible to are searched for with the
-function itself, which is exact because every mask that Transformers composes on its own shows a key to one
-interval of rows around the key's own position. Overlays are converted outside of the compiled graph.
+Inside `torch.compile` closures cannot be read. There the function itself is used to search for the rows that see a key.
+This is exact because every mask that Transformers composes on its own shows a key to one interval of rows around the
+position of the key. Overlays are converted outside of the compiled graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple, cast
 
 import torch
+import transformers
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.overrides import TorchFunctionMode
@@ -34,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)  # torch 2.9 cannot compile the properties of a named tuple
 class _Call:
-    """The rows and keys of one attention call, as Transformers passes them to a mask function."""
+    """The arguments that describe the rows and keys of one attention call to a mask function."""
 
     batch: int
     q_len: int
@@ -43,18 +47,18 @@ class _Call:
     kv_offset: int
     device: torch.device | str
     has_user_functions: bool
-    document_ends: Tensor | None
-    counted_from: Tensor | None
-    is_token: Tensor | None
+    document_ends: Tensor | None = None
+    counted_from: Tensor | None = None
+    is_token: Tensor | None = None
 
     @property
     def place(self) -> dict[str, Any]:
-        """The arguments that the constructors of `hf_flashmask.bounds` share."""
+        """The arguments that all constructors of `hf_flashmask.bounds` take."""
         return {"q_len": self.q_len, "kv_len": self.kv_len, "q_offset": self.q_offset, "kv_offset": self.kv_offset}
 
 
 class _Documents(NamedTuple):
-    """Packed documents: first row and past-the-last row of each token's own, and the position there, `[B, S]` each."""
+    """Packed documents, `[B, S]` each: where the document of every token starts and ends, and its position there."""
 
     starts: Tensor
     ends: Tensor
@@ -86,7 +90,7 @@ class Tree(NamedTuple):
 
 
 class _UnknownFunctionError(Exception):
-    """A part of a mask function that has to be evaluated."""
+    """Raised for a part of a mask function that has to be evaluated."""
 
     def __init__(self, function: Callable) -> None:
         super().__init__(function)
@@ -94,7 +98,7 @@ class _UnknownFunctionError(Exception):
 
 
 class _Leaf(NamedTuple):
-    """A mask function that is no AND, and the positions that it counts in where Transformers found documents."""
+    """A mask function other than AND, and the positions it counts with if Transformers found packed documents."""
 
     function: Callable
     position_ids: Tensor | None
@@ -116,8 +120,8 @@ def from_mask_function(
 ) -> Tensor:
     """Bounds `[B or 1, 1, C, S_k]` that show exactly what `mask_function` shows, to each document by itself.
 
-    Masks of Transformers' own functions are made in O(S_k). Only blocks, and functions that are not known, read a value
-    back to the host; the latter take O(S_q x S_k) time, in O(S_q) memory.
+    Masks composed of Transformers' own functions take O(S_k) time. Only blocks and unknown functions read a value back
+    to the host. Unknown functions take O(S_q x S_k) time and O(S_q) memory.
 
     Args:
         mask_function: any function of `(batch_idx, head_idx, q_idx, kv_idx)`. As in Transformers, the head is always 0.
@@ -132,9 +136,9 @@ def from_mask_function(
         q_len, kv_len: S_q and S_k.
         q_offset, kv_offset: the indices of the first query and the first key. `q_offset` may be a 0-d tensor.
         device: where the bounds are made.
-        has_user_functions: whether somebody else's functions may be part of the composition (Transformers'
-            `use_vmap`). Without them its document ids are known to increase, which is else checked on the host, and
-            all of it is known to broadcast.
+        has_user_functions: whether the composition may contain functions from outside of Transformers (its
+            `use_vmap`). Without them, all functions broadcast, and document ids increase; with them, the order of the
+            ids is checked on the host.
 
     Raises:
         NotImplementedError: when a key needs more hidden intervals than bounds hold; the message names the function and
@@ -160,11 +164,11 @@ def from_mask_function(
 
 
 _AS_GOOD_AS_HIDDEN = -1e4
-"""What users and models add to scores instead of -inf, in any dtype, is this or less."""
+"""Users and models that do not add -inf to the scores to hide a key add this or less, in any dtype."""
 
 
 def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
-    """Bounds of a dense mask that a user or a model made. Reads it on the host, and warns once that it is wasteful.
+    """Bounds of a dense mask from a user or a model. Reads it on the host, and warns once that this is wasteful.
 
     Args:
         mask: `[B or 1, H or 1, S_q or 1, S_k]`, bool with True = visible, or what is added to the scores: 0, or -1e4
@@ -173,7 +177,7 @@ def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
 
     Raises:
         NotImplementedError: when the mask is a bias, needs too many intervals, or is inside of `torch.compile`.
-        ValueError: when its shape is another.
+        ValueError: when its shape is not the one above.
     """
     if mask.ndim != 4 or mask.shape[2] not in (1, q_len):
         raise ValueError(
@@ -210,11 +214,11 @@ def _same_for_every_row(visible: Tensor, q_len: int) -> Tensor:
 
 
 def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
-    """Bounds that show each token of a prefix tree what `mask_function` shows it in the sequence above it.
+    """Bounds of a prefix tree: a token sees what `mask_function` shows it in the sequence from the root to the token.
 
     Raises:
-        NotImplementedError: when the function is not causal, or holds more than windows and chunks; the message names
-            it.
+        NotImplementedError: when the function is not causal, or contains something besides windows and chunks; the
+            message names it.
         ValueError: when a window cuts a tree with more branches than bounds have intervals for.
     """
     leaves = [leaf.function for leaf in _leaves_of_and(mask_function, None)]
@@ -240,7 +244,7 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
 
 
 def _read(mask_function: Callable, call: _Call) -> Tensor:
-    """By structure where that is known, else by evaluation, which may need fewer intervals."""
+    """By structure if that is known, otherwise by evaluation, which may need fewer intervals."""
     ends = call.document_ends
     try:
         if ends is not None and mask_function is masking_utils.causal_mask_function:
@@ -255,7 +259,7 @@ def _read(mask_function: Callable, call: _Call) -> Tensor:
         named = mask_function
     tiles = _evaluate(mask_function, call)
     if call.q_len == 1:
-        # One row is hidden or not: nothing is read from the device in a step with a cache.
+        # A single row is hidden or not. A step with a cache reads nothing from the device.
         return _same_for_every_row(torch.cat(list(tiles), dim=3), 1)
     try:
         return bounds.from_tiles(tiles)
@@ -273,9 +277,9 @@ _read_outside_of_the_graph = torch.compiler.disable(
 
 
 def _convert(mask_function: Callable, call: _Call, position_ids: Tensor | None, is_causal: bool) -> Tensor:
-    """`mask_function`, and the causal triangle if `is_causal`.
+    """Bounds of `mask_function`, intersected with the causal triangle if `is_causal`.
 
-    The triangle is given to every constructor instead of being intersected at the end: causal bounds need one plane.
+    Every constructor applies the triangle itself, because causal bounds need only one plane.
     """
     leaves = list(_leaves_of_and(mask_function, position_ids))
     is_causal = is_causal or any(leaf.function is masking_utils.causal_mask_function for leaf in leaves)
@@ -308,9 +312,9 @@ def _leaves_of_and(mask_function: Callable, position_ids: Tensor | None) -> Iter
 def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
     """Bounds of one leaf.
 
-    Positions count from the start of each document where documents are packed, but a document's positions go up one by
-    one: distances, and with them windows, are the same in rows. Only chunks depend on where the counting starts. Blocks
-    are looked up by row: Transformers looks them up by position, which finds those of the first document for all.
+    In packed rows, positions start again with every document, and increase by one within it. Distances between
+    positions are therefore distances between rows, and windows can be made of rows. Only chunks depend on the start.
+    Blocks are looked up by row: Transformers looks them up by position, which finds the first document's for all.
     """
     factory = _factory(leaf.function)
     arguments = _closure(leaf.function)
@@ -318,7 +322,7 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
         parts = [_convert(part, call, leaf.position_ids, is_causal) for part in arguments["mask_functions"]]
         return bounds.union(*parts, q_len=call.q_len)
     if factory == "sliding_window_overlay" and is_causal and arguments["sliding_window"] < 1:
-        # Nothing is visible. Qwen2-MoE makes such a mask when it has no windows, and uses it in no layer.
+        # Nothing is visible. Qwen2-MoE makes such a mask if it has no windows, but no layer uses it.
         return torch.zeros_like(bounds.causal(**call.place, device=call.device))
     if factory == "sliding_window_overlay" and arguments["sliding_window"] >= 1:
         window = bounds.sliding_window(arguments["sliding_window"], **call.place, device=call.device)
@@ -332,7 +336,7 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
             raise _UnknownFunctionError(leaf.function)
         return bounds.from_document_ids(document_ids, is_causal=is_causal, **call.place)
     if factory == "chunked_overlay":
-        # The chunks of packed documents start where their document starts: left padding is outside of it.
+        # In packed rows chunks start with the document. Left padding is not part of it.
         first = arguments["left_padding"]
         if leaf.position_ids is not None:
             first = torch.arange(call.kv_len, device=call.device) - leaf.position_ids
@@ -354,11 +358,11 @@ def _convert_leaf(leaf: _Leaf, call: _Call, is_causal: bool) -> Tensor:
 
 
 def _factory(mask_function: Callable) -> str | None:
-    """The function of `transformers.masking_utils` that made this closure."""
+    """The function of `transformers.masking_utils` that made this closure, if its closures are read correctly."""
     if getattr(mask_function, "__module__", None) != masking_utils.__name__:
         return None
     factory, _, _ = mask_function.__qualname__.partition(".<locals>.")
-    return factory
+    return factory if _is_read_correctly(factory, mask_function.__code__) else None
 
 
 def _closure(mask_function: Callable) -> dict[str, Any]:
@@ -367,9 +371,9 @@ def _closure(mask_function: Callable) -> dict[str, Any]:
 
 
 def _are_runs(ids: Tensor, call: _Call) -> bool:
-    """Whether the tokens of a document with the same id are adjacent. Reads one bool from the device.
+    """Whether tokens with the same id in a document are adjacent. Reads one bool from the device.
 
-    That costs more than evaluating the single row of a step with a cache, and is then False.
+    In a step with a cache, evaluating its single row is cheaper than this, so the answer is False.
     """
     if call.q_len == 1:
         return False
@@ -397,15 +401,95 @@ def _name(mask_function: Callable) -> str:
     return f"`{name}` of `{getattr(mask_function, '__module__', 'an unknown module')}`"
 
 
+# What is read off a closure, compared with the function
+
+
+def check_factories() -> None:
+    """Compare all that Transformers has. What it gets or is given later is compared at its first use."""
+    for factory in _examples():
+        if hasattr(masking_utils, factory):
+            _factory(_example(factory))
+
+
+_is_correct: dict[CodeType, bool] = {}
+"""Code of the functions that a factory makes -> whether they show what is read off them. Each is compared once."""
+
+
+def _is_read_correctly(factory: str, code: CodeType) -> bool:
+    known = _is_correct.get(code)
+    if known is not None:
+        return known
+    if is_tracing(torch.empty(0)):  # nothing can be compared here
+        return False
+    if factory not in _examples():
+        _is_correct[code] = False
+        return False
+    example = _example(factory)
+    _is_correct[code] = True  # for the comparison, which reads it
+    _is_correct[code] = example.__code__ is code and _shows_what_is_read(factory, example)
+    if not _is_correct[code]:
+        logger.warning_once(
+            f"`transformers.masking_utils.{factory}` of transformers {transformers.__version__} makes other masks than "
+            "in the versions that hf_flashmask was tested with. Masks with it are evaluated element by element: they "
+            "are right, but take O(S_q x S_k) time. Please report it with this version number."
+        )
+    return _is_correct[code]
+
+
+def _shows_what_is_read(factory: str, example: Callable) -> bool:
+    """Compare a few rows and keys, on the CPU."""
+    place: tuple[int, int, int, int] = (6, 7, 2, 1)
+    if factory == "remap_positions_for_packed_sequence":  # it is read inside of a row of documents only
+        example = masking_utils.and_masks(masking_utils.packed_sequence_mask_function(_example_ids()), example)
+        place = (8, 8, 0, 0)
+    call = _Call(2, *place, "cpu", has_user_functions=False)
+    expected = torch.cat(list(_evaluate(example, call)), dim=3)
+    causal = torch.cat(list(_evaluate(masking_utils.causal_mask_function, call)), dim=3)
+    try:
+        read = [_convert(example, call, None, is_causal) for is_causal in (False, True)]
+    except (_UnknownFunctionError, LookupError, RuntimeError, TypeError, ValueError):
+        return False  # the closure holds something else
+    shown = [bounds.to_dense(part, call.q_len).expand_as(expected) for part in read]
+    return torch.equal(shown[0], expected) and torch.equal(shown[1], expected & causal)
+
+
+def _example(factory: str) -> Callable:
+    return cast(Callable, getattr(masking_utils, factory)(*_examples()[factory]))
+
+
+def _examples() -> dict[str, tuple]:
+    """Factories whose closures are read -> arguments to call them with."""
+    causal, everything = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+    ids = _example_ids()
+    is_in_block = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]], device="cpu")
+    return {
+        "and_masks": (everything, causal, everything),
+        "or_masks": (causal, everything, causal),
+        "sliding_window_overlay": (3,),
+        "sliding_window_bidirectional_overlay": (2,),
+        "chunked_overlay": (3, torch.tensor([0, 2], device="cpu")),
+        "blockwise_overlay": (ids * is_in_block + is_in_block - 1,),  # tokens of -1 are in no block
+        "packed_sequence_mask_function": (ids,),
+        "remap_positions_for_packed_sequence": (
+            masking_utils.chunked_overlay(2, torch.zeros(2, dtype=torch.long, device="cpu")),
+            torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0, 1]], device="cpu"),
+        ),
+    }
+
+
+def _example_ids() -> Tensor:
+    return torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 2, 2]], device="cpu")
+
+
 # Evaluation
 
 
 _TILE = 2**22
-"""Number of pairs of rows and columns that are evaluated at once."""
+"""Number of pairs of a row and a column that are evaluated at once."""
 
 
 def _evaluate(mask_function: Callable, call: _Call) -> Iterator[Tensor]:
-    """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated as Transformers' `sdpa_mask` does it."""
+    """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated like Transformers' `sdpa_mask`."""
     if call.document_ends is not None:
         mask_function = _in_documents(mask_function, _Documents.of(call.document_ends, call.is_token), call.batch)
     rows = torch.arange(call.q_len, device=call.device) + call.q_offset
@@ -443,9 +527,9 @@ def _in_documents(mask_function: Callable, documents: _Documents, batch_size: in
 
 
 class _LookUpByRow(TorchFunctionMode):
-    """Where a function indexes a tensor that is as long as the row with a position in a document, it gets the row.
+    """Replaces positions in a document by rows when a function indexes a tensor that is as long as the row.
 
-    A result of a position and constants, such as `kv_idx - 1`, is again a position; one of two positions is not.
+    The result of a position and constants, such as `kv_idx - 1`, is a position. The result of two positions is not.
     """
 
     def __init__(self, length: int) -> None:
@@ -483,15 +567,16 @@ class _LookUpByRow(TorchFunctionMode):
 # Inside torch.compile
 
 
-_CANDIDATES, _ROUNDS = 16, 6  # they reach across 16^6 rows; a number that depends on S_q would compile again and again
+# Together they search 16^6 rows. Numbers that depend on S_q would compile again for every length.
+_CANDIDATES, _ROUNDS = 16, 6
 
 
 def _search(mask_function: Callable, call: _Call) -> Tensor:
-    """LTS and UTE of every key, searched for from its own row on: in each round in steps of a sixteenth."""
+    """LTS and UTE of every key, by a search from its own row; each round divides the size of the steps by 16."""
     documents = None if call.document_ends is None else _Documents.of(call.document_ends, call.is_token)
     batch = torch.arange(call.batch, device=call.device)[:, None, None]
     head = torch.zeros_like(batch)
-    # The function's indices of the keys and of the first and last row to look at, and what is a local row there.
+    # What the function gets for the keys and for the first and the last row of the search; plus `local` it is the row.
     if documents is None:
         key = torch.arange(call.kv_len, device=call.device)[None, None] + call.kv_offset
         lowest = torch.zeros_like(key) + call.q_offset

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 NAME = "flashmask"
@@ -9,3 +13,10 @@ NAME = "flashmask"
 
 
 logger = logging.get_logger(__name__)
+
+
+def is_misspelled(name: Any) -> bool:
+    """Whether this is no implementation, but resembles the name: "FlashMask", "flash_mask", "flashmask2"."""
+    if not isinstance(name, str) or name == NAME or "/" in name or name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        return False
+    return re.sub("[^a-z]", "", name.lower()).startswith(NAME)

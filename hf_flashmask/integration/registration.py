@@ -11,24 +11,25 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers.generation import utils as generation_utils
+from transformers.utils import generic
 
 from .attention import flashmask_attention_forward
+from .conversion import check_factories
 from .mask_function import flashmask_mask, prepare
 from .mrope import keep_documents
-from .name import NAME, logger
-from .support import (
-    _PARTS_THAT_KEEP_EAGER,
-    _family_of,
-    _reason_against,
-    _supports_more_than_eager,
-)
+from .name import NAME, is_misspelled, logger
+from .predicate import wrap_is_flash, wrap_max_seqlen
+from .support import check_support, keeps_eager
+from .versions import warn_of_untested
 
 
 def register() -> None:
     """Make `attn_implementation="flashmask"` known to Transformers. Importing hf_flashmask does it; again is harmless.
 
-    Besides the two public registries, three private functions are wrapped, because Transformers takes every name that
-    contains "flash" for FlashAttention. The wrappers pass everything on unless the name is exactly "flashmask".
+    Besides the two public registries, a few other functions are wrapped, because Transformers takes every name that
+    contains "flash" for FlashAttention. The wrappers pass everything on unless the name is "flashmask", or resembles it
+    and is no implementation.
 
     Raises:
         ImportError: when this Transformers does not have what is wrapped; the message names its version.
@@ -37,65 +38,68 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, flashmask_mask)
     for owner, name, wrap in _WRAPPERS:
         original = getattr(owner, name, None)
+        if original is None and name in _MISSING_IN_OLD_VERSIONS:
+            continue
         if not callable(original):
             raise ImportError(
                 f"hf_flashmask needs transformers >= 5.4; version {transformers.__version__} has no "
                 f"`{owner.__name__}.{name}`. Please report it with this version number."
             )
         if not hasattr(original, _OURS):
-            wrapper = functools.wraps(original)(wrap(original))
+            wrapper = functools.wraps(original)(wrap(original, owner.__name__))
             setattr(wrapper, _OURS, True)
-            setattr(owner, name, wrapper)
+            _replace(owner, name, original, wrapper)
+    check_factories()
+    warn_of_untested()
 
 
-def _wrap_check(original: Callable) -> Callable:
-    """FlashAttention's checks would import a package called flashmask, or swap the name for another implementation."""
-
-    def check_and_adjust(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
-        if attn_implementation == NAME:
-            return self.get_correct_attn_implementation(NAME)
-        return original(self, attn_implementation, *args, **kwargs)
-
-    return check_and_adjust
+def _replace(owner: Any, name: str, original: Callable, wrapper: Callable) -> None:
+    """Replace a function in its owner; where it is defined there, also in the modules that have imported it."""
+    setattr(owner, name, wrapper)
+    if original.__module__ == owner.__name__:
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is original:
+                setattr(module, name, wrapper)
 
 
-def _wrap_dispatch(original: Callable) -> Callable:
-    """Transformers asks no model whether it supports a custom implementation."""
+def _wrap_dispatch(original: Callable, _: str) -> Callable:
+    """For `PreTrainedModel.get_correct_attn_implementation`, which all models and parts of models come through.
+
+    It knows which models support Transformers' own implementations, and takes a custom one for every model.
+    """
 
     def get_correct(self: PreTrainedModel, requested_attention: Any, *args: Any, **kwargs: Any) -> str:
-        if requested_attention != NAME:
-            return original(self, requested_attention, *args, **kwargs)
-        reason = _reason_against(self)
-        if reason is not None:
-            others = '"sdpa" or "eager"' if self._supports_sdpa else '"eager"'
+        if is_misspelled(requested_attention):
             raise ValueError(
-                f'{type(self).__name__} does not work with attn_implementation="flashmask": {reason}. Use {others} for '
-                "it; in a composite model the other parts can still use flashmask, as in "
-                'attn_implementation={"": "eager", "text_config": "flashmask"}.'
+                f'attn_implementation={requested_attention!r} is not known. Did you mean attn_implementation="{NAME}"?'
             )
-        supports_less = _supports_more_than_eager(_family_of(type(self))) and not _supports_more_than_eager(type(self))
-        if supports_less or self.config.model_type in _PARTS_THAT_KEEP_EAGER:
-            # The audio encoder of Gemma 4, for example.
-            logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
-            return "eager"
-        keep_documents(self)
-        return original(self, requested_attention, *args, **kwargs)
+        if requested_attention == NAME:
+            check_support(self)
+            if keeps_eager(self):
+                logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
+                return "eager"
+            keep_documents(self)
+        implementation = original(self, requested_attention, *args, **kwargs)
+        _import_when_unpickled(self, implementation)
+        return implementation
 
     return get_correct
 
 
-def _wrap_is_flash(original: Callable) -> Callable:
-    """`masking_utils` refuses chunked masks (Llama 4) for FlashAttention; bounds hold them."""
+def _import_when_unpickled(model: PreTrainedModel, implementation: str) -> None:
+    """Let pickles of a model refer to `register`. To load them, Python imports this module, which registers."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config is model.config:
+            if implementation == NAME:
+                part.__dict__[_REGISTERED_BY] = register
+            else:
+                part.__dict__.pop(_REGISTERED_BY, None)
 
-    def is_flash_attention_requested(config: Any = None, *args: Any, **kwargs: Any) -> bool:
-        if config is not None and config._attn_implementation == NAME:
-            return False
-        return original(config, *args, **kwargs)
 
-    return is_flash_attention_requested
+_REGISTERED_BY = "_registered_by"
 
 
-def _wrap_preprocess(original: Callable) -> Callable:
+def _wrap_preprocess(original: Callable, _: str) -> Callable:
     """Every function of `masking_utils` that makes a mask calls it first: `mask_function.prepare` says what for."""
 
     def preprocess_mask_arguments(
@@ -123,8 +127,14 @@ _OURS = "_knows_flashmask"
 
 
 _WRAPPERS = (
-    (PreTrainedModel, "_check_and_adjust_attn_implementation", _wrap_check),
     (PreTrainedModel, "get_correct_attn_implementation", _wrap_dispatch),
-    (masking_utils, "is_flash_attention_requested", _wrap_is_flash),
     (masking_utils, "_preprocess_mask_arguments", _wrap_preprocess),
+    # Two modules have an answer of their own; the third line is for all others.
+    (masking_utils, "is_flash_attention_requested", wrap_is_flash),
+    (generation_utils, "is_flash_attention_requested", wrap_is_flash),
+    (generic, "is_flash_attention_requested", wrap_is_flash),
+    (generic, "get_max_seqlen", wrap_max_seqlen),
 )
+
+
+_MISSING_IN_OLD_VERSIONS = {"get_max_seqlen"}
