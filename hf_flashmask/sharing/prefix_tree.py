@@ -25,11 +25,12 @@ class PrefixTree:
 
     Attributes:
         input_ids: `[1, N]`, every shared token once.
-        position_ids: `[1, N]`, by default the number of tokens before it in its sequences.
-        bounds: int32 `[1, 1, 1, N]`, the mask.
-        depth: `[1, N]`, the number of tokens before it in its sequences: distances between tokens count in these.
+        position_ids: `[1, N]`, by default `depth`.
+        bounds: int32 `[1, 1, 1, N]`, the mask: causal, and LTS = end of the subtree; LTS = own row for tokens that
+            `attention_mask` hides between others.
+        depth: `[1, N]`, the number of tokens before it in its sequences, hidden ones included. Windows count in it.
         index: `[R, S]`, the place in the row of each token that was given, -1 for padding.
-        num_tokens: number of tokens that were given, padding not counted.
+        num_tokens: number of tokens that were given, padding and hidden ones not counted.
         max_branches: the largest number of leaves of one tree.
     """
 
@@ -74,9 +75,10 @@ def merge_prefixes(
 
     Args:
         input_ids: integers `[R, S]`.
-        attention_mask: `[R, S]`, 0 for padding, on either side. Default: no padding.
+        attention_mask: `[R, S]`, 0 for padding on either side, which is left out, and for tokens between others that
+            nobody sees (a hole), which stay where they are. Default: every token is seen.
         position_ids: integers `[R or 1, S]`. Tokens are merged when their positions agree too. Default: each row counts
-            its tokens from 0.
+            its columns from its first token.
         one_label_per_token: fork one token early, so that all sequences that share a token also share the next one, and
             each token predicts one label (a branch begins with a copy of its parent's last token).
         max_branches: keep trees apart that would have more leaves than this. Windows in trees need one interval of the
@@ -90,14 +92,18 @@ def merge_prefixes(
     """
     _check_batch(input_ids, attention_mask, position_ids)
     num_sequences = input_ids.shape[0]
-    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_token = is_visible if attention_mask is None else _from_first_to_last(is_visible)
     depth = is_token.cumsum(1) - 1
-    # Which tokens are the same: their ids and, where they matter, their positions.
-    identity = input_ids if position_ids is None else input_ids.long() * 2**32 + position_ids
+    # Which tokens are the same: their ids, whether they are visible and, where they matter, their positions.
+    identity = torch.where(is_visible, input_ids, ~input_ids)
+    if position_ids is not None:
+        identity = identity.long() * 2**32 + position_ids
     first_difference = _first_differences(_left_aligned(identity, is_token, depth))
-    figures = torch.cat([first_difference, is_token.sum(1)[:, None], _restarts(position_ids, is_token)[:, None]], 1)
+    counts = is_token.sum(1), is_visible.sum(1), _restarts(position_ids, is_visible)
     # The only read-back. Operations on small tensors cost less here than launches do.
-    shared, lengths, restarts = figures.cpu().split([num_sequences, 1, 1], dim=1)
+    figures = torch.cat([first_difference, torch.stack(counts, 1)], 1).cpu()
+    shared, lengths, num_visible, restarts = figures.split([num_sequences, 1, 1, 1], dim=1)
     if restarts.any():
         raise ValueError("`position_ids` must increase within a row: rows of packed documents cannot be merged")
     shared = torch.minimum(shared, torch.minimum(lengths, lengths.T))
@@ -120,15 +126,24 @@ def merge_prefixes(
         return row[None, :num_rows]
 
     row_depth = in_row(depth)
+    row_end = in_row(end_row.to(torch.int32))
+    if attention_mask is not None:
+        row_end = torch.where(in_row(is_visible), row_end, torch.arange(num_rows, device=row_end.device).int())
     return PrefixTree(
         input_ids=in_row(input_ids),
         position_ids=row_depth if position_ids is None else in_row(position_ids.expand_as(input_ids)),
-        bounds=in_row(end_row.to(torch.int32))[:, None, None].contiguous(),
+        bounds=row_end[:, None, None].contiguous(),
         depth=row_depth,
         index=first_row.masked_fill_(~is_token, -1),
-        num_tokens=int(lengths.sum()),
+        num_tokens=int(num_visible.sum()),
         max_branches=int(forest.branches.max()),
     )
+
+
+def _from_first_to_last(is_visible: Tensor) -> Tensor:
+    """The columns from the first to the last visible token of each row, bool `[R, S]`."""
+    begun, remaining = is_visible.cumsum(1), is_visible.flip(1).cumsum(1).flip(1)
+    return (begun > 0) & (remaining > 0)
 
 
 def _left_aligned(values: Tensor, is_token: Tensor, depth: Tensor) -> Tensor:
@@ -147,13 +162,13 @@ def _first_differences(tokens: Tensor) -> Tensor:
     return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
 
 
-def _restarts(position_ids: Tensor | None, is_token: Tensor) -> Tensor:
-    """How often the positions of each row's tokens do not increase, `[R]`."""
+def _restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
+    """How often the positions of each row's visible tokens do not increase, `[R]`."""
     if position_ids is None:
-        return is_token.new_zeros(is_token.shape[0], dtype=torch.int64)
-    position_ids = position_ids.long().expand_as(is_token)
-    highest = torch.where(is_token, position_ids, -1).cummax(1).values
-    return (is_token[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum(1)
+        return is_visible.new_zeros(is_visible.shape[0], dtype=torch.int64)
+    position_ids = position_ids.long().expand_as(is_visible)
+    highest = torch.where(is_visible, position_ids, -1).cummax(1).values
+    return (is_visible[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum(1)
 
 
 class _Forest(NamedTuple):
