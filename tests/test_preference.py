@@ -1,4 +1,4 @@
-"""Shared prompts in packed rows against every answer in a row of its own, padded, under Transformers' own attention."""
+"""Packed rows with shared prompts, against a padded row for each answer under Transformers' own attention."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def between(low: int, high: int) -> int:
 
 
 def random_answers(count: int) -> list[list[int]]:
-    """Answers of odd lengths; some begin as another one does, some are another one, or its beginning."""
+    """Answers of various lengths. Some begin like another one, some equal another one, or its beginning."""
     answers = [tokens(between(1, 9))]
     while len(answers) < count:
         other = answers[between(0, len(answers) - 1)]
@@ -80,7 +80,7 @@ def answers_of(example: Example) -> list[list[int]]:
     return example["answers"] if "answers" in example else [example["chosen"], example["rejected"]]
 
 
-# The truth: every answer in a padded row of its own
+# The truth: a padded row for each answer
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def all_log_probs_alone(twin: nn.Module, examples: Sequence[Example]) -> list[li
 
 
 def by_example(values: Tensor, labels: Any) -> list[list[Tensor]]:
-    """`[B, A]` -> for each example a list, read off `labels["example"]`; padding must be 0."""
+    """`[B, A]` -> a list for each example of `labels["example"]`; padding must be 0."""
     found: dict[int, list[Tensor]] = {}
     for value, example in zip(values.flatten(), labels["example"].flatten().tolist()):
         found.setdefault(example, []).append(value)
@@ -259,7 +259,7 @@ def test_log_probs_need_logits_of_the_answers_only() -> None:
     made = LLAMA(**batch, logits_to_keep=kept, use_cache=False).logits
     rows, length = kept.shape
     selected = full[torch.arange(rows)[:, None], kept]
-    crossed = full[:, kept]  # what models make of it that select the same positions in all rows, all before 5.21
+    crossed = full[:, kept]  # the result of models before 5.21, which select the same positions in all rows
     is_crossed = Version(transformers.__version__) < Version("5.21")
     torch.testing.assert_close(made, crossed if is_crossed else selected)
     assert length < full.shape[1] - 10
@@ -323,7 +323,7 @@ def test_group_losses_can_be_built() -> None:
 
 
 def test_the_layout_of_a_pair() -> None:
-    """The prompt without its last token once; each branch begins with a copy of it and predicts its own answer."""
+    """The row holds the prompt without its last token once. Each branch begins with a copy of that token."""
     batch = SharedPromptDataCollator(pad_to_multiple_of=4)([{"prompt": [5, 6, 7], "chosen": [8, 9], "rejected": [10]}])
     labels = batch["labels"]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 10, 0]]
@@ -366,7 +366,7 @@ def test_shared_tokens_occur_once() -> None:
     prompt, common = tokens(50), tokens(20)
     examples = [{"prompt": prompt, "answers": [[*common, 1], [*common, 2], [3], [3]]}]
     batch = SharedPromptDataCollator()(examples)
-    # 49 of the prompt, its last token twice, 19 + 2 of the common part, four ends of which two are the same
+    # 49 tokens of the prompt, its last token twice, 19 + 2 of the common part, four ends, two of them equal
     assert batch["input_ids"].shape == (1, 49 + 2 + 19 + 2 + 3)
     assert batch["labels"]["positions"].shape == (1, 20 + 2 + 1)
     assert batch["labels"]["answers"].shape == (1, 21 + 21 + 1 + 1)
@@ -403,7 +403,7 @@ def test_all_tensors_are_batch_first_and_survive_a_worker() -> None:
 
 
 def test_reference_log_probs_are_exact_and_go_with_their_answers() -> None:
-    """As integers they pass Trainer under DeepSpeed, which casts floating point inputs to the weights' dtype."""
+    """Under DeepSpeed, Trainer casts floating point inputs to the dtype of the weights, but not integers."""
     examples = random_groups(seed=14)
     for number, example in enumerate(examples):
         example["ref_logps"] = [-100 * number - answer - 0.123 for answer in range(len(example["answers"]))]
@@ -444,7 +444,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def branch(batch: dict[str, Any], answer: int) -> tuple[list[int], list[int]]:
-    """What an answer's last token sees, in order, and the tokens that its labels predict."""
+    """The tokens that an answer's last token sees, in order, and the tokens that its labels predict."""
     last = batch["labels"]["last"][0, answer]
     visible = bounds.to_dense(batch["attention_mask"])[0, 0, last]
     start, end = [0, *batch["labels"]["ends"][0].tolist()][answer : answer + 2]
@@ -473,7 +473,7 @@ def test_messages_go_through_the_chat_template(tokenizer: PreTrainedTokenizerFas
 
 @pytest.mark.parametrize("form", [list, json.dumps])
 def test_tools_of_the_chat_template(tokenizer: PreTrainedTokenizerFast, form: Callable[[Any], Any]) -> None:
-    """As JSON too, which TRL takes: a dataset cannot store functions of different signatures otherwise."""
+    """TRL takes JSON too, because a dataset cannot store functions with different signatures otherwise."""
     tool = {"type": "function", "function": {"name": "rows", "parameters": {"type": "object", "properties": {}}}}
     with_tools = copy.deepcopy(tokenizer)
     with_tools.chat_template = "{% for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template

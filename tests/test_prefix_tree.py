@@ -16,7 +16,7 @@ few_tokens = st.lists(st.lists(st.integers(1, 3), max_size=10), min_size=1, max_
 
 
 def check_tree(tree: PrefixTree, index: list[list[int]], sequences: list[list[int]]) -> None:
-    """Every sequence is in the row, and each of its tokens sees the ones before it and nothing else."""
+    """The row contains every sequence, and each token sees exactly the tokens before it in its sequence."""
     visible = bounds.to_dense(tree.bounds)[0, 0]
     for places, sequence in zip(index, sequences):
         assert tree.input_ids[0, places].tolist() == sequence

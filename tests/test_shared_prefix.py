@@ -1,4 +1,4 @@
-"""`share_prefixes` against the same padded batches without it, under Transformers' eager attention."""
+"""Models under `share_prefixes`, against the same padded batches under Transformers' eager attention."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_random_trees(name: str, side: str) -> None:
 @pytest.mark.parametrize("count", [2, 8, 16, 23])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral"])
 def test_answers_to_one_prompt(name: str, count: int) -> None:
-    """All branches are cut by the window (4); more than 15 of them need a second tree."""
+    """The window (4) cuts all branches; more than 15 of them need a second tree."""
     model = build(name)
     prompt = torch.randint(1, VOCABULARY, (11,)).tolist()
     answers = [torch.randint(1, VOCABULARY, (length,)).tolist() for length in torch.randint(1, 12, (count,))]
@@ -87,7 +87,7 @@ def test_prompts_padded_left_and_answers_right() -> None:
 
 
 def batch_with_holes() -> tuple[dict[str, Tensor], Tensor]:
-    """Padding between prompt and answer, a turn that is hidden, padding on the left; and what lies between paddings."""
+    """Padding between prompt and answer, hidden turns, padding on both sides; and where that on the sides is not."""
     prompt = [11, 12, 13, 14, 15, 16, 17, 18, 19]
     rows = [
         (0, [*prompt, 0, 0, 0, 21, 22, 23, 24], [9, 3, 4]),
@@ -108,7 +108,7 @@ def batch_with_holes() -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_holes_in_the_mask(name: str) -> None:
-    """Eager attention counts them in positions, windows and chunks. Also what is computed at them is the same."""
+    """Eager attention counts holes in positions, windows and chunks. Hidden states at holes are the same too."""
     model = build(name)
     batch, is_inside = batch_with_holes()
     shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, is_inside)
@@ -118,7 +118,7 @@ def test_holes_in_the_mask(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_holes_that_the_positions_leave_out(name: str) -> None:
-    """Windows count columns all the same."""
+    """Windows still count columns."""
     model = build(name)
     batch, is_inside = batch_with_holes()
     mask = batch["attention_mask"]
@@ -131,7 +131,7 @@ def test_holes_that_the_positions_leave_out(name: str) -> None:
     [("opt", True), ("biogpt", False), ("hunyuan_v1_dense", False), ("gpt_bigcode", False)],
 )
 def test_models_that_count_positions_in_their_own_way(name: str, is_shared_when_padded_left: bool) -> None:
-    """OPT, whose decoder is called past its model, counts what the mask shows; Hunyuan's positions are not relative."""
+    """OPT counts visible tokens, and its head calls the decoder directly. Hunyuan's positions are not relative."""
     model = build_family(name)
     batch, is_inside = batch_with_holes()
     shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, is_inside)
@@ -186,7 +186,7 @@ def test_sequence_classifier(side: str) -> None:
 
 
 class ValueHead(nn.Module):
-    """As TRL wraps a model."""
+    """A wrapper like TRL's."""
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()

@@ -24,14 +24,15 @@ def compute_log_probs(
 ) -> list[list[float]]:
     """The log-probability of every answer of a dataset under a model in evaluation mode, without gradients.
 
-    Computed once before training, those of the reference model spare a second model in memory and its forward passes:
+    Log-probabilities of the reference model, computed once before training, save its memory and its forward passes:
 
         dataset = dataset.add_column("ref_logps", compute_log_probs(model, dataset, data_collator))
 
-    With adapters, call it within `model.disable_adapter()`; when training under autocast, within the same.
+    With adapters, call it within `model.disable_adapter()`; when the training uses autocast, within the same autocast.
 
     Args:
-        dataset: examples of `data_collator`, which should be the one of the training: it decides what is truncated.
+        dataset: examples for `data_collator`.
+        data_collator: the collator of the training, because it decides what is truncated.
         batch_size: examples computed at a time.
 
     Returns:

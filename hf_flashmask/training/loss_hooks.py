@@ -23,12 +23,13 @@ Loss = Callable[..., Tensor]
 def set_loss(model: nn.Module, loss: Loss, **options: Any) -> None:
     """Make `model(**batch).loss` the given loss over the answers of a batch from `SharedPromptDataCollator`.
 
-    Causal language models give the loss their `answer_log_probs`, sequence classifiers with one label, the usual reward
-    models, their `answer_scores`: scores at the last token of every answer, although the `logits` that they return are
-    still one for each row. Windows and chunks of the model's layers are counted along the branches. Nothing else about
-    the model changes, checkpoints neither. Trainer averages losses of several batches when it accumulates gradients.
-    A second call replaces the loss, and `reset_loss(model)` gives the model its own one back. Call it before the model
-    is compiled; a model with adapters of PEFT may be passed as it is.
+    The loss of a causal language model gets its `answer_log_probs`. The loss of a sequence classifier with one label, a
+    reward model, gets its `answer_scores`, one at the last token of every answer; the model still returns one of its
+    `logits` for each row. Windows and chunks of the layers follow the branches. Nothing else about the model changes,
+    and its checkpoints stay the same. Trainer averages the losses of the batches that it accumulates gradients over.
+
+    A second call replaces the loss; `reset_loss(model)` restores the model's own. Call it before the model is compiled.
+    The model may have adapters of PEFT.
 
     Args:
         model: a causal language model, or a sequence classifier made of Transformers' own `score` head.
@@ -69,10 +70,10 @@ _REPLACED = ("_loss_function", "accepts_loss_kwargs")
 
 @dataclass
 class _LossOfAnswers:
-    """A `loss_function` of Transformers, which also gets what the model knows and was called with.
+    """A `loss_function` of Transformers.
 
     Attributes:
-        values_of: what the loss is given of the logits.
+        values_of: computes the argument of the loss from the logits.
         loss: with its options.
         replaced: the model's own attributes.
         hook: of `follow_branches`.

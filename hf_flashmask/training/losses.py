@@ -14,10 +14,10 @@ _LABELS_AT_ONCE = 1024  # rows of logits whose float32 log-softmax exists at the
 
 
 def token_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
-    """The log-probability of every token of the answers, given what is before it in its branch.
+    """The log-probability of every token of the answers, given the tokens before it in its branch.
 
-    Only positions that predict an answer are looked at, in float32, a part of them at a time: neither forward nor
-    backward keeps a log-softmax.
+    Only the positions that predict an answer are computed, in float32 and in parts: neither forward nor backward keeps
+    a log-softmax.
 
     Args:
         logits: `[B, N, V]` of whole rows, or `[B, L, V]` of the positions in the collator's `logits_to_keep`.
@@ -39,7 +39,7 @@ def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
         float32 `[B, A]`, 0 for padding.
     """
     ends = labels["ends"]
-    # In float64 differences of sums are as good as the sums of each answer, which no operation computes in parallel.
+    # Differences of cumulative sums in float64 are as exact as a sum for each answer, for which there is no operation.
     sums = nn.functional.pad(token_log_probs(logits, labels).double().cumsum(1), (1, 0)).gather(1, ends.clamp(min=0))
     log_probs = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
     return log_probs.float().masked_fill(ends < 0, 0.0)
@@ -49,7 +49,7 @@ def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
     """The score at each answer's last token.
 
     Args:
-        scores: `[B, N, 1]` or `[B, N]`, of whole rows: what the head of a reward model makes of every position.
+        scores: `[B, N, 1]` or `[B, N]`, of whole rows: the output of a reward model's head at every position.
 
     Returns:
         float32 `[B, A]`, 0 for padding.
@@ -66,8 +66,8 @@ def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
 
 
 def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
-    """`[B, L, V]`. L is less than N: nothing follows the last token of an answer, so it is not among the positions."""
-    if logits.ndim == 4:  # a model that selects the positions of every row in every row
+    """`[B, L, V]`. L is less than N: the last token of an answer predicts nothing."""
+    if logits.ndim == 4:  # a model that selects the positions of all rows in each row
         logits = logits.diagonal(dim1=0, dim2=1).movedim(-1, 0)
     if logits.ndim != 3 or logits.shape[0] != positions.shape[0] or logits.shape[1] < positions.shape[1]:
         raise ValueError(
@@ -85,7 +85,7 @@ def _log_probs_of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of answers `[B, A]` -> of the chosen ones `[B, P]`, of the rejected ones, and bool, which are no padding.
+    """Values of answers `[B, A]` -> values of the chosen and of the rejected ones, `[B, P]` each, and bool, is a pair.
 
     Raises:
         ValueError: when the examples were lists of answers.
@@ -130,7 +130,7 @@ def dpo_loss(
 
     Args:
         log_probs: `[B, A]`, from `answer_log_probs`.
-        beta: how strongly the model is held to the reference.
+        beta: how strongly the loss holds the model to the reference.
         label_smoothing: from 0 to less than 0.5.
         ref_log_probs: `[B, A]`, those of the reference model. Default: `ref_logps` of the examples.
 
@@ -155,9 +155,9 @@ def check_dpo_options(*, label_smoothing: float = 0.0, **options: Any) -> None:
 def reward_loss(scores: Tensor, labels: AnswerLabels, *, center_rewards_coefficient: float = 0.0) -> Tensor:
     """The Bradley-Terry loss of a reward model (arXiv 2203.02155, equation 1), averaged over the pairs of the batch.
 
-    The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The margin
-    (arXiv 2307.09288, equation 2) is that of the examples, or 0; the second term, with the coefficient c, keeps scores
-    near 0 (arXiv 2312.09244).
+    The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The examples may
+    have a margin (arXiv 2307.09288, equation 2), which is 0 otherwise. The second term keeps scores near 0, with the
+    coefficient c = `center_rewards_coefficient` (arXiv 2312.09244).
 
     Args:
         scores: `[B, A]`, from `answer_scores`.

@@ -13,39 +13,43 @@ from ..sharing.prefix_tree import from_sequences
 from .packing import PackingStrategy, pack_lengths
 from .preference_examples import TruncationMode, common_columns, tokenize, truncate
 from .preference_rows import ExampleTree, Row, labels_of, pad
+from .token_counts import count_tokens_in_trainer
 
 
 @dataclass
 class SharedPromptDataCollator:
-    """Packs prompts and their answers into rows in which every prompt occurs once.
+    """Pack prompts and their answers into rows that hold every prompt once.
 
-    Examples are `{"prompt", "chosen", "rejected"}` or `{"prompt", "answers": [...]}`, all of a batch of the same kind.
-    Their values are
+    Examples are `{"prompt", "chosen", "rejected"}` or `{"prompt", "answers": [...]}`; a batch has one kind. The values
+    of an example are
 
     * token ids,
     * strings. As in TRL 1.16, prompt and answer are tokenized together, and the answer ends with the EOS token;
-    * or lists of chat messages, which go through the tokenizer's chat template, with the example's `tools` and
-      `chat_template_kwargs` if it has them. As in TRL, an answer begins where its conversation stops to agree with the
-      prompt that ends in a generation prompt.
+    * or lists of chat messages, for the tokenizer's chat template, with the example's `tools` (a list or its JSON) and
+      `chat_template_kwargs` if it has them. As in TRL, an answer begins at the first token at which its conversation
+      differs from the prompt with a generation prompt.
 
-    They may also have `ref_logps`, a log-probability for each answer from `compute_log_probs`, and `margin`, a number
-    for each pair. Other columns are ignored. Set `TrainingArguments(remove_unused_columns=False)`: to Trainer, all
-    columns look unused.
+    Examples may also have `ref_logps`, a log-probability for each answer from `compute_log_probs`, and `margin`, a
+    number for each pair. Other columns are ignored. Set `TrainingArguments(remove_unused_columns=False)`, because
+    Trainer takes all columns for unused.
 
-    Each example is a prefix tree: its prompt, then a branch for each answer, which begins with a copy of the prompt's
-    last token, so that every position predicts one token. What answers have in common beyond the prompt is merged too.
+    Each example is a prefix tree: its prompt, and a branch for each answer. A branch begins with a copy of the prompt's
+    last token, so that every position predicts one token. Common beginnings of answers are merged too.
+
+    Trainer's `include_num_input_tokens_seen="non_padding"` counts the tokens of the examples, a prompt once for each
+    answer; "all" counts the positions of the rows, a prompt once.
 
     Args:
         tokenizer: for strings and chat messages; also tells which token pads.
         max_length: tokens of a row. The default is a single row for the whole batch, of any length.
-        max_sequence_length: tokens of a prompt with one of its answers; longer ones are truncated, each on its own, as
-            TRL does with its `max_length`. By default nothing is truncated.
-        truncation_mode: "keep_start" cuts off ends of answers, "keep_end" beginnings of prompts. Answers of different
-            lengths then keep different parts of the prompt, which cannot be shared.
-        max_branches: answers that share one copy of their prompt at most. Models with sliding windows or chunks need a
-            limit for groups of more than 15 answers: each branch takes one of the 16 intervals that bounds hold.
-        pad_to_multiple_of: rows are padded to a multiple of this many tokens.
-        strategy: which examples go into which row, see `hf_flashmask.training.pack_lengths`.
+        max_sequence_length: tokens of a prompt with one of its answers. Each longer sequence is truncated on its own,
+            as with TRL's `max_length`. By default nothing is truncated.
+        truncation_mode: "keep_start" cuts off ends of answers, "keep_end" beginnings of prompts. With "keep_end",
+            answers of different lengths keep different parts of the prompt, which cannot be shared.
+        max_branches: the largest number of answers that share one copy of their prompt. Models with sliding windows or
+            chunks need a limit for groups of more than 15 answers: each branch takes one of the 16 intervals of bounds.
+        pad_to_multiple_of: pad rows to a multiple of this many tokens.
+        strategy: how examples are distributed over rows, see `hf_flashmask.training.pack_lengths`.
 
     Returns:
         When called with a list of examples, a dict with
@@ -53,12 +57,12 @@ class SharedPromptDataCollator:
         * `input_ids`, int64 `[B, N]`, and `position_ids`, int64 `[B, N]`, which count along each branch;
         * `attention_mask`, bounds, int32 `[B, 1, 1, N]`;
         * `labels`, `AnswerLabels`, for the losses of this module;
-        * `logits_to_keep`, int64 `[B, L]`, the positions that predict answers: causal language models compute no other
-          logits. Absent when this Transformers cannot select positions by row.
+        * `logits_to_keep`, int64 `[B, L]`, the positions that predict answers: causal language models compute only
+          their logits. Absent when this version of Transformers cannot select positions by row.
 
     Raises:
-        ValueError: when an example cannot be used: an empty prompt or answer, a tree longer than `max_length`, a prompt
-            that leaves no token of an answer; the message names the example.
+        ValueError: for an empty prompt or answer, a tree longer than `max_length`, a prompt that leaves no token of an
+            answer; the message names the example.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -83,6 +87,7 @@ class SharedPromptDataCollator:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be None or at least {least}, got {value}")
+        count_tokens_in_trainer()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:

@@ -43,7 +43,7 @@ def answers_of(example: Mapping[str, Any]) -> Sequence[Any]:
 def tokenize(
     number: int, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[list[int]], int]:
-    """Token ids of the prompt with each answer, and how many of them are the prompt's in all of them."""
+    """Token ids of the prompt with each answer, and the number of leading tokens that belong to the prompt."""
     answers = answers_of(example)
     kinds = {_kind(value) for value in (example["prompt"], *answers)}
     if len(kinds) != 1 or not len(answers):
@@ -76,7 +76,7 @@ def tokenize(
 def truncate(
     number: int, sequences: list[list[int]], start: int, limit: int, mode: TruncationMode
 ) -> tuple[list[list[int]], list[int]]:
-    """At most `limit` tokens of each sequence, each cut on its own, and how many of them are the prompt's."""
+    """At most `limit` tokens of each sequence, and the number of leading tokens of each that belong to the prompt."""
     starts = [start] * len(sequences)
     if mode == "keep_end":
         starts = [max(start - max(len(sequence) - limit, 0), 0) for sequence in sequences]
@@ -89,7 +89,7 @@ def truncate(
                 f"the prompt of example {number} of the batch has {start} tokens, which leaves no token of an answer "
                 f"with `max_sequence_length` {limit}: remove such examples, as TRL does, or raise it"
             )
-    # A sequence that was cut into its answer has no prompt left that could predict its first token.
+    # Where nothing of the prompt is left, nothing predicts the first token of the answer.
     return sequences, [max(start, 1) for start in starts]
 
 
