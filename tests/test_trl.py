@@ -333,6 +333,17 @@ def test_trainer_with_reference_computed_before(train_twice: Callable[..., tuple
     assert_same_training(*runs)
 
 
+def test_margins_of_reward_models(train_twice: Callable[..., tuple[Run, Run]]) -> None:
+    """The trainer passes them to the model, which does not read them."""
+
+    def with_margins() -> Dataset:
+        pairs = preferences()
+        return pairs.add_column("margin", [0.1 * number for number in range(len(pairs))])
+
+    runs = train_twice(RewardTrainer, RewardConfig, with_margins, model_class=LlamaForSequenceClassification)
+    assert_same_training(*runs)
+
+
 def test_evaluation(train_twice: Callable[..., tuple[Run, Run]]) -> None:
     runs = train_twice(
         DPOTrainer, DPOConfig, preferences, eval_dataset=preferences(), eval_strategy="steps", eval_steps=1

@@ -101,6 +101,8 @@ class Traits(NamedTuple):
         arguments: names of the arguments of the forward method, in order.
         key_ranges: how many keys a query sees at most in layers that do not see all.
         relative_up_to: positions of rows up to this length matter only by their distances; 0 when they always matter.
+        packs_up_to: rows up to this length can be packed. From some column on, Llama 4 scales scores by the column of
+            the query, whatever its position.
         counts_visible_tokens: whether it counts positions by the 2-D mask, not by columns, when none are given.
         counts_by_token_ids: whether it counts positions by which token ids are padding, when none are given.
     """
@@ -108,18 +110,21 @@ class Traits(NamedTuple):
     arguments: tuple[str, ...]
     key_ranges: tuple[int, ...]
     relative_up_to: float
+    packs_up_to: float
     counts_visible_tokens: bool
     counts_by_token_ids: bool
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Traits:
-        config = backbone.config.get_text_config()
+        config: Any = backbone.config.get_text_config()
         limits = [getattr(config, limit, None) for limit in KEY_RANGE_OF_LAYER_TYPE.values()]
+        scales_by_column = getattr(config, "attn_temperature_tuning", False)
         sources = [source_of(layer) for layer in backbone.modules()]
         return cls(
             arguments=_arguments_of(backbone),
             key_ranges=tuple(limit for limit in limits if limit is not None),
             relative_up_to=_relative_up_to(backbone),
+            packs_up_to=config.floor_scale - 1 if scales_by_column else float("inf"),
             counts_visible_tokens=_counts_visible_tokens(source_of(backbone)),
             counts_by_token_ids=any("create_position_ids_from_input_ids(" in source for source in sources),
         )
@@ -141,14 +146,10 @@ def _relative_up_to(backbone: PreTrainedModel) -> float:
     if not rotary or names & {"dynamic", "longrope"} or any(map(_normalizes_after_rotation, backbone.modules())):
         return 0
     config: Any = backbone.config.get_text_config()
-    limits = [float("inf")]
-    # Scores that grow with the position of the query, from some position on: Llama 4; Ministral 3, Mistral 4.
-    if getattr(config, "attn_temperature_tuning", False):
-        limits.append(config.floor_scale - 1)
+    # Ministral 3 and Mistral 4 scale scores by the position of the query, from some position on.
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("llama_4_scaling_beta"):
-        limits.append(rope["original_max_position_embeddings"])
-    return min(limits)
+    is_scaled = bool(rope.get("llama_4_scaling_beta"))
+    return float(rope["original_max_position_embeddings"]) if is_scaled else float("inf")
 
 
 def _normalizes_after_rotation(layer: nn.Module) -> bool:

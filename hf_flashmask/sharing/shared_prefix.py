@@ -39,7 +39,8 @@ class share_prefixes:
     Hidden states, and with them logits, losses and gradients, are those of the padded batch to rounding; at padding on
     either side of a row they are 0. Tokens between others that the 2-D mask hides are computed like the rest, and
     counted by windows and positions as the model counts them. Calls with a cache, and so generation, are left alone, as
-    are single rows, 4-D masks and batches with nothing to save. Rows padded on the left share prefixes in models with
+    are single rows, 4-D masks, batches with nothing to save, and batches for Llama 4 that pack to rows from its
+    `floor_scale` on. Rows padded on the left share prefixes in models with
     rotary embeddings, which only see distances; in models with learned positions they need `position_ids` that agree.
 
     Copies of a model share as the model does. A model that is pickled (`torch.save`) does not share once it is loaded.
@@ -116,9 +117,11 @@ class share_prefixes:
             positions_of(arguments, traits, type(backbone).__name__),
             max_branches=MAX_INTERVALS - 1 if has_windows else None,
         )
+        num_rows = tree.input_ids.shape[1]
+        is_shared = num_rows < input_ids.numel() and max(num_rows, length) <= traits.packs_up_to
         self.given_tokens += tree.num_tokens
-        self.computed_tokens += tree.input_ids.shape[1]
-        if tree.input_ids.shape[1] == input_ids.numel():
+        self.computed_tokens += num_rows if is_shared else tree.num_tokens
+        if not is_shared:
             return None
         self._running.put(backbone, _PackedCall(tree.index, has_padding=tree.num_tokens < tree.index.numel()))
         arguments.update(

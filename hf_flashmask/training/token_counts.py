@@ -28,7 +28,7 @@ def count_tokens_in_trainer() -> None:
         return
 
     @functools.wraps(original)
-    def track(self: Any, inputs: Mapping[str, Any]) -> Any:
+    def track(self: Any, inputs: Any) -> Any:
         num_tokens = _num_tokens(inputs)
         return original(self, inputs if num_tokens is None else {**inputs, "attention_mask": num_tokens})
 
@@ -36,8 +36,10 @@ def count_tokens_in_trainer() -> None:
     Trainer._track_num_input_tokens = track  # type: ignore[method-assign]
 
 
-def _num_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+def _num_tokens(inputs: Any) -> Tensor | None:
     """The tokens that the examples of a batch had, a prompt once for each answer; None where there are no bounds."""
+    if not isinstance(inputs, Mapping):
+        return None
     bounds, labels = inputs.get("attention_mask"), inputs.get("labels")
     if isinstance(bounds, Mapping):
         bounds = next(iter(bounds.values()))
