@@ -1,4 +1,4 @@
-"""What the two examples on preference data have in common: texts, the unshared batches, the report and its pictures."""
+"""The common part of the two examples on preference data: texts, unshared batches, the report and its pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from transformers import (
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 from hf_flashmask.training import SharedPromptDataCollator
 
-# The largest difference between the two losses of a step that passes for rounding. Measured in float32 on a CPU, with
+# The largest difference between the two losses of a step that is rounding. Measured in float32 on a CPU, with
 # three seeds: 7e-7 for DPO, 2e-5 for the reward model; on an H200, with its larger model, 4e-4 for the reward model.
 TOLERANCE = 1e-3 if torch.cuda.is_available() else 2e-4
 
@@ -66,7 +66,7 @@ def parse_arguments(description: str | None, name: str) -> argparse.Namespace:
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[Dataset, Any]:
-    """As many pairs as the run needs, as token ids `prompt`, `chosen`, `rejected`, and their tokenizer."""
+    """The pairs that the run needs, as token ids `prompt`, `chosen`, `rejected`, and their tokenizer."""
     if args.dataset is not None:
         return load_dataset_of_pairs(args)
     texts = sorted({text for text in python_texts() if len(text) >= 40})
@@ -125,7 +125,7 @@ def load_dataset_of_pairs(args: argparse.Namespace) -> tuple[Dataset, Any]:
 
 
 def pad_pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The batch without sharing: a row for each answer, the chosen ones first, all of them ending in the last column.
+    """The batch without sharing: a row for each answer, the chosen ones first. All rows end in the last column.
 
     `labels` are the tokens of the answers, -100 elsewhere, as long as the longest answer.
     """

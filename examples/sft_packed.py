@@ -45,8 +45,8 @@ from transformers import (
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-# The largest difference between the two losses of a step that passes for rounding. Measured in float32: 4e-6 on a CPU,
-# 1e-4 with the larger model on an H200. In bfloat16 two trainings of one model part ways at this learning rate whatever
+# The largest difference between the two losses of a step that is rounding. Measured in float32: 4e-6 on a CPU,
+# 1e-4 with the larger model on an H200. In bfloat16 two trainings of one model diverge at this learning rate, whatever
 # computes the attention (sdpa and eager by 0.1 on an H200), so only the steps before that are compared.
 TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
 COMPARED_STEPS = {"float32": None, "bfloat16": 10}
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def python_texts() -> Iterator[str]:
-    """Documentation strings of the standard library, and the licences of all that is installed."""
+    """Documentation strings of the standard library, and licences of the installed packages."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(library).parts):
@@ -95,7 +95,7 @@ def python_texts() -> Iterator[str]:
 
 
 def load_texts(args: argparse.Namespace) -> Dataset:
-    """As many documents as the run needs, in a random order, in the column `text`."""
+    """The documents that the run needs, in a random order, in the column `text`."""
     if args.dataset is None:
         dataset = Dataset.from_dict({"text": sorted({text for text in python_texts() if len(text) >= 40})})
     elif Path(args.dataset).is_file():

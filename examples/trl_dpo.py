@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, unchanged, with every prompt computed once, against the same training without.
+"""TRL's unchanged DPOTrainer with shared prefixes, against the same training without sharing.
 
 Two runs see the same pairs in the same batches and the same order, from the same initial weights:
 
@@ -33,7 +33,7 @@ from hf_flashmask import share_prefixes
 from hf_flashmask.sharing.prefix_tree import merge_prefixes
 
 COLUMNS = ["prompt", "chosen", "rejected"]
-# The largest difference between the two losses of a step that passes for rounding.
+# The largest difference between the two losses of a step that is rounding.
 TOLERANCE = 1e-3
 
 
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="tokens that TRL leaves of a row (default: %(default)s)")
     add("--hidden-size", type=int, default=512 if has_gpu else 128, help="a multiple of 64 (default: %(default)s)")
     add("--layers", type=int, default=8 if has_gpu else 2, help="of the small Llama (default: %(default)s)")
-    # At 1e-3 the larger model of the GPU amplifies rounding: after 14 steps two runs of the same have parted.
+    # At 1e-3 the larger model of the GPU amplifies rounding: after 14 steps two equal runs differ.
     rate = 1e-4 if has_gpu else 1e-3
     add("--learning-rate", type=float, default=rate, help="decays linearly to 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of the pairs (default: %(default)s)")
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_pairs(args: argparse.Namespace) -> Dataset:
-    """As many pairs of texts as the run needs."""
+    """The pairs of texts that the run needs."""
     if args.dataset is None:
         dataset = Dataset.from_list(pairs_from_texts(args))
     elif Path(args.dataset).is_file():
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def accuracies(trainer: DPOTrainer) -> list[torch.Tensor]:
-    """Of every step: how often the chosen answer was raised more than the rejected one."""
+    """For each step, the fraction of pairs whose chosen answer was raised more than the rejected one."""
     log = trainer.state.log_history
     return [torch.tensor(entry["rewards/accuracies"]) for entry in log if "rewards/accuracies" in entry]
 

@@ -219,6 +219,14 @@ def test_a_warning_says_that_nothing_was_shared(caplog: pytest.LogCaptureFixture
         bypass(torch.tensor([[1, 2], [1, 2]]), use_cache=True)
     assert "share_prefixes shared nothing in 1 calls" in caplog.text
     caplog.clear()
+    shared = share_prefixes(bypass)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(101):
+            bypass(torch.tensor([[1, 2], [1, 2]]))
+        assert caplog.text.count("share_prefixes shared nothing in 100 calls") == 1
+        shared.remove()
+    assert len(caplog.records) == 1
+    caplog.clear()
     with caplog.at_level(logging.WARNING), share_prefixes(model):
         model(torch.tensor([[1, 2], [1, 2]]))
     assert not caplog.records
@@ -343,6 +351,12 @@ def test_dbrx_names_its_nested_settings() -> None:
 def test_phi_moe_is_random_whatever_its_settings() -> None:
     model = build_family("phimoe", router_jitter_noise=0.0, input_jitter_noise=0.0)
     refused(model.train(), NotImplementedError, "while Phi-MoE trains")
+
+
+def test_a_layer_in_training_mode_is_enough() -> None:
+    model = build("llama", attention_dropout=0.5)
+    model.model.layers[1].train()
+    refused(model, NotImplementedError, "set attention_dropout=0.0 in the config")
 
 
 def test_noisy_embeddings_are_refused() -> None:

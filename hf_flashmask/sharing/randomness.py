@@ -18,9 +18,7 @@ _ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
 
 def refuse_randomness(backbone: PreTrainedModel) -> None:
     """Raise when the backbone drops activations, or adds noise, naming all settings that have to be 0."""
-    if not backbone.training:
-        return
-    if backbone.config.get_text_config().model_type == "phimoe":
+    if backbone.training and backbone.config.get_text_config().model_type == "phimoe":
         raise NotImplementedError(
             "share_prefixes cannot share tokens while Phi-MoE trains: its routers draw random numbers for every token"
         )

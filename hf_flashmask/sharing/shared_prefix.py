@@ -29,6 +29,8 @@ __all__ = ["share_prefixes"]
 
 logger = logging.get_logger(__name__)
 
+_CALLS_BEFORE_A_WARNING = 100
+
 
 class share_prefixes:
     """Compute every common prefix of the rows of a batch once, from now on or inside a `with` block::
@@ -80,13 +82,17 @@ class share_prefixes:
 
     def remove(self) -> None:
         """Switch sharing off again, also for copies of the models."""
-        if self._handles and self._num_calls and not self.given_tokens:
+        if self._handles and self._num_calls < _CALLS_BEFORE_A_WARNING:
+            self._warn_when_nothing_was_shared()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _warn_when_nothing_was_shared(self) -> None:
+        if self._num_calls and not self.given_tokens:
             logger.warning(
                 f"share_prefixes shared nothing in {self._num_calls} calls without a cache (`given_tokens` is 0): they "
                 "had a single row or a 4-D mask, or computed hidden states without calling the backbone as a module"
             )
-        while self._handles:
-            self._handles.pop().remove()
 
     def __enter__(self) -> share_prefixes:
         return self
@@ -97,7 +103,10 @@ class share_prefixes:
         self.remove()
 
     def _count_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._num_calls += bool(self._handles) and not has_cache(kwargs)
+        if self._handles and not has_cache(kwargs):
+            self._num_calls += 1
+            if self._num_calls == _CALLS_BEFORE_A_WARNING:  # sharing may never be switched off
+                self._warn_when_nothing_was_shared()
 
     def _merge(
         self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], traits: Traits
