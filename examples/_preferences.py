@@ -66,7 +66,7 @@ def parse_arguments(description: str | None, name: str) -> argparse.Namespace:
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[Dataset, Any]:
-    """As many pairs as the run needs, as token ids `prompt`, `chosen`, `rejected`, and their tokenizer."""
+    """The pairs that the run needs, as token ids `prompt`, `chosen`, `rejected`, and their tokenizer."""
     if args.dataset is not None:
         return load_dataset_of_pairs(args)
     texts = sorted({text for text in python_texts() if len(text) >= 40})
@@ -125,7 +125,7 @@ def load_dataset_of_pairs(args: argparse.Namespace) -> tuple[Dataset, Any]:
 
 
 def pad_pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The batch without sharing: a row for each answer, the chosen ones first, all of them ending in the last column.
+    """The batch without sharing: a row for each answer, the chosen ones first. All rows end in the last column.
 
     `labels` are the tokens of the answers, -100 elsewhere, as long as the longest answer.
     """

@@ -1,4 +1,4 @@
-"""Train with DPO on packed rows in which every prompt occurs once, and check it against the same training unshared.
+"""Train with DPO on packed rows that hold every prompt once, and check it against the same training without sharing.
 
 Two runs see the same pairs in the same batches and the same order, from the same initial weights:
 
@@ -40,7 +40,7 @@ def loss_and_accuracy(log_probs: Tensor, labels: AnswerLabels, *, accuracy: list
 
 
 class UnsharedDPO(Trainer):
-    """DPO as one writes it for padded rows, the chosen answers before the rejected ones."""
+    """The usual DPO on padded rows, the chosen answers before the rejected ones."""
 
     accuracy: list[Tensor]
 

@@ -1,4 +1,4 @@
-"""Train a reward model on packed rows in which every prompt occurs once, and check it against training unshared.
+"""Train a reward model on packed rows that hold every prompt once, and check it against training without sharing.
 
 Two runs see the same pairs in the same batches and the same order, from the same initial weights:
 
@@ -32,7 +32,7 @@ def loss_and_accuracy(scores: Tensor, labels: AnswerLabels, *, accuracy: list[Te
 
 
 class UnsharedReward(Trainer):
-    """A reward model as one trains it on padded rows, the chosen answers before the rejected ones."""
+    """The usual training of a reward model on padded rows, the chosen answers before the rejected ones."""
 
     accuracy: list[Tensor]
 

@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def python_texts() -> Iterator[str]:
-    """Documentation strings of the standard library, and the licences of all that is installed."""
+    """Documentation strings of the standard library, and licences of the installed packages."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if {"site-packages", "test", "tests", "lib2to3"}.isdisjoint(path.relative_to(library).parts):
@@ -95,7 +95,7 @@ def python_texts() -> Iterator[str]:
 
 
 def load_texts(args: argparse.Namespace) -> Dataset:
-    """As many documents as the run needs, in a random order, in the column `text`."""
+    """The documents that the run needs, in a random order, in the column `text`."""
     if args.dataset is None:
         dataset = Dataset.from_dict({"text": sorted({text for text in python_texts() if len(text) >= 40})})
     elif Path(args.dataset).is_file():

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, unchanged, with every prompt computed once, against the same training without.
+"""TRL's unchanged DPOTrainer with shared prefixes, against the same training without sharing.
 
 Two runs see the same pairs in the same batches and the same order, from the same initial weights:
 
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_pairs(args: argparse.Namespace) -> Dataset:
-    """As many pairs of texts as the run needs."""
+    """The pairs of texts that the run needs."""
     if args.dataset is None:
         dataset = Dataset.from_list(pairs_from_texts(args))
     elif Path(args.dataset).is_file():
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def accuracies(trainer: DPOTrainer) -> list[torch.Tensor]:
-    """Of every step: how often the chosen answer was raised more than the rejected one."""
+    """For each step, the fraction of pairs whose chosen answer was raised more than the rejected one."""
     log = trainer.state.log_history
     return [torch.tensor(entry["rewards/accuracies"]) for entry in log if "rewards/accuracies" in entry]
 

@@ -9,6 +9,7 @@ from .training import (
     SharedPromptDataCollator,
     compute_log_probs,
     dpo_loss,
+    reset_loss,
     reward_loss,
     set_loss,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "prefix_tree",
     "register",
     "register_tree_attention",
+    "reset_loss",
     "reward_loss",
     "set_loss",
     "share_prefixes",

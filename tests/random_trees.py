@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def random_sequences(seed: int, count: int, vocabulary: int, max_new: int = 9, depth: int = 6) -> list[list[int]]:
-    """Sequences of token ids from 1 on, each a continuation of a prefix of an earlier one, at most `depth` deep."""
+    """Sequences of token ids from 1 on. Each continues a prefix of an earlier one, up to `depth` times."""
     choose = random.Random(seed)
 
     def new_tokens(at_least: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The packing collator: what is in a batch, and that models learn from it what they learn from each document alone."""
+"""The packing collator: the content of a batch, and the losses and gradients of models, against each document alone."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pack_lengths_refuses(arguments: tuple, message: str) -> None:
 
 
 class Corpus:
-    """Documents whose tokens all differ, so that every token of a batch says which one it is. Some have labels."""
+    """Documents whose tokens all differ: every token of a batch identifies itself. Some have labels."""
 
     def __init__(self, lengths: list[int], has_labels: bool = False) -> None:
         ids = iter(range(sum(lengths)))
@@ -336,7 +336,7 @@ def pad_right(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def train(model: PreTrainedModel, collator: Any, folder: Path) -> tuple[list[float], float]:
-    """The losses of five steps of two batches each, then that of an evaluation; Trainer as it comes."""
+    """The losses of five steps of two batches each, and of an evaluation, under an unmodified Trainer."""
     lengths = [1 + (7 * number) % 19 for number in range(40)]
     documents = [[1 + (number + 3 * step) % 96 for step in range(length)] for number, length in enumerate(lengths)]
     columns = {

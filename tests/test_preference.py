@@ -1,8 +1,9 @@
-"""Shared prompts in packed rows against every answer in a row of its own, padded, under Transformers' own attention."""
+"""Packed rows with shared prompts, against a padded row for each answer under Transformers' own attention."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ def between(low: int, high: int) -> int:
 
 
 def random_answers(count: int) -> list[list[int]]:
-    """Answers of odd lengths; some begin as another one does, some are another one, or its beginning."""
+    """Answers of various lengths. Some begin like another one, some equal another one, or its beginning."""
     answers = [tokens(between(1, 9))]
     while len(answers) < count:
         other = answers[between(0, len(answers) - 1)]
@@ -79,7 +80,7 @@ def answers_of(example: Example) -> list[list[int]]:
     return example["answers"] if "answers" in example else [example["chosen"], example["rejected"]]
 
 
-# The truth: every answer in a padded row of its own
+# The truth: a padded row for each answer
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ def all_log_probs_alone(twin: nn.Module, examples: Sequence[Example]) -> list[li
 
 
 def by_example(values: Tensor, labels: Any) -> list[list[Tensor]]:
-    """`[B, A]` -> for each example a list, read off `labels["example"]`; padding must be 0."""
+    """`[B, A]` -> a list for each example of `labels["example"]`; padding must be 0."""
     found: dict[int, list[Tensor]] = {}
     for value, example in zip(values.flatten(), labels["example"].flatten().tolist()):
         found.setdefault(example, []).append(value)
@@ -258,7 +259,7 @@ def test_log_probs_need_logits_of_the_answers_only() -> None:
     made = LLAMA(**batch, logits_to_keep=kept, use_cache=False).logits
     rows, length = kept.shape
     selected = full[torch.arange(rows)[:, None], kept]
-    crossed = full[:, kept]  # what models make of it that select the same positions in all rows, all before 5.21
+    crossed = full[:, kept]  # the result of models before 5.21, which select the same positions in all rows
     is_crossed = Version(transformers.__version__) < Version("5.21")
     torch.testing.assert_close(made, crossed if is_crossed else selected)
     assert length < full.shape[1] - 10
@@ -288,6 +289,17 @@ def test_log_probs_of_half_precision_logits_are_summed_in_float32() -> None:
     torch.testing.assert_close(actual.sum().double(), expected, rtol=1e-6, atol=0)
 
 
+def answers_in_rows(per_token: Tensor, labels: Any) -> tuple[list[Tensor], list[int]]:
+    """The values of every answer's tokens, and the example that it belongs to."""
+    found, owners = [], []
+    for values, ends, examples in zip(per_token, labels["ends"].tolist(), labels["example"].tolist()):
+        for start, end, owner in zip([0, *ends], ends, examples):
+            if owner >= 0:
+                found.append(values[start:end])
+                owners.append(owner)
+    return found, owners
+
+
 def test_group_losses_can_be_built() -> None:
     """GRPO's advantage-weighted log-probabilities over the answers of each prompt."""
     examples = random_groups(seed=11)
@@ -297,11 +309,11 @@ def test_group_losses_can_be_built() -> None:
     rewards = [[math.sin(len(answer)) for answer in example["answers"]] for example in examples]
     actual = expected = torch.zeros(())
     for number, (example, values) in enumerate(zip(examples, rewards)):
-        rows = per_token[labels["example"] == number]
+        rows = [values for values, owner in zip(*answers_in_rows(per_token, labels)) if owner == number]
         alone = log_probs_alone(LLAMA_TWIN, example["prompt"], example["answers"])
         for row, value, answer, log_prob in zip(rows, values, example["answers"], alone):
             advantage = value - sum(values) / len(values)
-            assert (row != 0).sum() == len(answer)
+            assert len(row) == len(answer)
             actual = actual + advantage * row.sum() / len(answer)
             expected = expected + advantage * log_prob / len(answer)
     torch.testing.assert_close(actual, expected, rtol=RELATIVE, atol=1e-4)
@@ -311,7 +323,7 @@ def test_group_losses_can_be_built() -> None:
 
 
 def test_the_layout_of_a_pair() -> None:
-    """The prompt without its last token once; each branch begins with a copy of it and predicts its own answer."""
+    """The row holds the prompt without its last token once. Each branch begins with a copy of that token."""
     batch = SharedPromptDataCollator(pad_to_multiple_of=4)([{"prompt": [5, 6, 7], "chosen": [8, 9], "rejected": [10]}])
     labels = batch["labels"]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 7, 10, 0]]
@@ -324,7 +336,8 @@ def test_the_layout_of_a_pair() -> None:
     assert not visible[:, 7].any()
     assert labels["positions"].tolist() == [[2, 3, 5]]
     assert labels["tokens"].tolist() == [[8, 9, 10]]
-    assert labels["answers"].tolist() == [[[0, 1], [2, -1]]]
+    assert labels["answers"].tolist() == [[0, 1, 2]]
+    assert labels["ends"].tolist() == [[2, 3]]
     assert labels["last"].tolist() == [[4, 6]]
     assert labels["example"].tolist() == [[0, 0]]
     assert labels["pairs"].tolist() == [[[0, 1]]]
@@ -353,10 +366,11 @@ def test_shared_tokens_occur_once() -> None:
     prompt, common = tokens(50), tokens(20)
     examples = [{"prompt": prompt, "answers": [[*common, 1], [*common, 2], [3], [3]]}]
     batch = SharedPromptDataCollator()(examples)
-    # 49 of the prompt, its last token twice, 19 + 2 of the common part, four ends of which two are the same
+    # 49 tokens of the prompt, its last token twice, 19 + 2 of the common part, four ends, two of them equal
     assert batch["input_ids"].shape == (1, 49 + 2 + 19 + 2 + 3)
     assert batch["labels"]["positions"].shape == (1, 20 + 2 + 1)
-    assert batch["labels"]["answers"].shape == (1, 4, 21)
+    assert batch["labels"]["answers"].shape == (1, 21 + 21 + 1 + 1)
+    assert batch["labels"]["ends"].tolist() == [[21, 42, 43, 44]]
 
 
 @pytest.mark.parametrize("strategy", ["first_fit_decreasing", "in_order"])
@@ -389,7 +403,7 @@ def test_all_tensors_are_batch_first_and_survive_a_worker() -> None:
 
 
 def test_reference_log_probs_are_exact_and_go_with_their_answers() -> None:
-    """As integers they pass Trainer under DeepSpeed, which casts floating point inputs to the weights' dtype."""
+    """Under DeepSpeed, Trainer casts floating point inputs to the dtype of the weights, but not integers."""
     examples = random_groups(seed=14)
     for number, example in enumerate(examples):
         example["ref_logps"] = [-100 * number - answer - 0.123 for answer in range(len(example["answers"]))]
@@ -430,11 +444,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def branch(batch: dict[str, Any], answer: int) -> tuple[list[int], list[int]]:
-    """What an answer's last token sees, in order, and the tokens that its labels predict."""
+    """The tokens that an answer's last token sees, in order, and the tokens that its labels predict."""
     last = batch["labels"]["last"][0, answer]
     visible = bounds.to_dense(batch["attention_mask"])[0, 0, last]
-    own = batch["labels"]["answers"][0, answer]
-    return batch["input_ids"][0, visible].tolist(), batch["labels"]["tokens"][0, own[own >= 0]].tolist()
+    start, end = [0, *batch["labels"]["ends"][0].tolist()][answer : answer + 2]
+    own = batch["labels"]["answers"][0, start:end]
+    return batch["input_ids"][0, visible].tolist(), batch["labels"]["tokens"][0, own].tolist()
 
 
 def test_strings_are_tokenized_as_trl_does(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -454,6 +469,23 @@ def test_messages_go_through_the_chat_template(tokenizer: PreTrainedTokenizerFas
     prompt = [1, 3, 4, 5, 0, 2]
     for number, answer in enumerate([[6, 7, 8, 9, 0], [12, 0], [8, 9, 0]]):
         assert branch(batch, number) == (prompt + answer, answer)
+
+
+@pytest.mark.parametrize("form", [list, json.dumps])
+def test_tools_of_the_chat_template(tokenizer: PreTrainedTokenizerFast, form: Callable[[Any], Any]) -> None:
+    """TRL takes JSON too, because a dataset cannot store functions with different signatures otherwise."""
+    tool = {"type": "function", "function": {"name": "rows", "parameters": {"type": "object", "properties": {}}}}
+    with_tools = copy.deepcopy(tokenizer)
+    with_tools.chat_template = "{% for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
+    example = {
+        "prompt": [{"role": "user", "content": "who"}],
+        "answers": [[{"role": "assistant", "content": "I"}]],
+        "tools": form([tool, tool]),
+    }
+    batch = SharedPromptDataCollator(with_tools)([example])
+    assert branch(batch, 0) == ([12, 12, 1, 3, 0, 2, 6, 0], [6, 0])
+    with pytest.raises(ValueError, match="`tools` of an example is a string, but no JSON"):
+        SharedPromptDataCollator(with_tools)([{**example, "tools": "rows"}])
 
 
 def test_an_answer_begins_where_the_template_departs_from_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -16,7 +16,7 @@ few_tokens = st.lists(st.lists(st.integers(1, 3), max_size=10), min_size=1, max_
 
 
 def check_tree(tree: PrefixTree, index: list[list[int]], sequences: list[list[int]]) -> None:
-    """Every sequence is in the row, and each of its tokens sees the ones before it and nothing else."""
+    """The row contains every sequence, and each token sees exactly the tokens before it in its sequence."""
     visible = bounds.to_dense(tree.bounds)[0, 0]
     for places, sequence in zip(index, sequences):
         assert tree.input_ids[0, places].tolist() == sequence
@@ -83,11 +83,18 @@ def test_tokens_at_different_positions_stay_apart(rows: list[list[int]], data: s
     assert tree.input_ids.shape[1] == distinct_prefixes(with_shift)
 
 
-def test_holes_in_the_mask_are_left_out() -> None:
-    input_ids = torch.tensor([[5, 0, 6, 7], [5, 6, 0, 8]])
-    tree = merge_prefixes(input_ids, (input_ids != 0).long())
-    assert tree.input_ids.tolist() == [[5, 6, 7, 8]]
-    assert tree.index.tolist() == [[0, -1, 1, 2], [0, 1, -1, 3]]
+def test_tokens_that_the_mask_hides_between_others_keep_their_place() -> None:
+    """Two rows that hide the same token share it; a token that is hidden in one row only is another one."""
+    input_ids = torch.tensor([[0, 5, 6, 7, 0], [0, 5, 6, 8, 0], [5, 6, 7, 0, 0]])
+    mask = torch.tensor([[0, 1, 0, 1, 0], [0, 1, 0, 1, 0], [1, 1, 1, 0, 0]])
+    tree = merge_prefixes(input_ids, mask)
+    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 6, 7]]
+    assert tree.index.tolist() == [[-1, 0, 1, 2, -1], [-1, 0, 1, 3, -1], [0, 4, 5, -1, -1]]
+    assert tree.depth.tolist() == [[0, 1, 2, 2, 1, 2]]
+    assert tree.num_tokens == 7
+    visible = bounds.to_dense(tree.bounds)[0, 0].int()
+    expected = {0: [0], 1: [0], 2: [0, 2], 3: [0, 3], 4: [0, 4], 5: [0, 4, 5]}
+    assert {row: keys.nonzero().flatten().tolist() for row, keys in enumerate(visible)} == expected
 
 
 def test_order_of_a_nested_tree() -> None:
@@ -101,7 +108,7 @@ def test_order_of_a_nested_tree() -> None:
 def test_many_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_sequences(3, 40, 5)
     whole = from_sequences(rows)
-    monkeypatch.setattr("hf_flashmask.prefix_tree._COMPARED_AT_ONCE", 100)
+    monkeypatch.setattr("hf_flashmask.sharing.prefix_tree._COMPARED_AT_ONCE", 100)
     assert torch.equal(from_sequences(rows).index, whole.index)
 
 

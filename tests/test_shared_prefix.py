@@ -1,15 +1,15 @@
-"""`share_prefixes` against the same padded batches without it, under Transformers' eager attention."""
+"""Models under `share_prefixes`, against the same padded batches under Transformers' eager attention."""
 
 from __future__ import annotations
 
 import copy
-import gc
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from random_trees import padded_batch, random_sequences
+from tiny_families import tiny_config
 from tiny_models import DECODERS, VOCABULARY, WINDOW, build, config_of, eager_twin
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def test_random_trees(name: str, side: str) -> None:
 @pytest.mark.parametrize("count", [2, 8, 16, 23])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral"])
 def test_answers_to_one_prompt(name: str, count: int) -> None:
-    """All branches are cut by the window (4); more than 15 of them need a second tree."""
+    """The window (4) cuts all branches; more than 15 of them need a second tree."""
     model = build(name)
     prompt = torch.randint(1, VOCABULARY, (11,)).tolist()
     answers = [torch.randint(1, VOCABULARY, (length,)).tolist() for length in torch.randint(1, 12, (count,))]
@@ -84,6 +84,94 @@ def test_prompts_padded_left_and_answers_right() -> None:
     }
     shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, batch["attention_mask"])
     assert shared.computed_tokens == 4 + 2 + 2 + 1 + 5 + 3
+
+
+def batch_with_holes() -> tuple[dict[str, Tensor], Tensor]:
+    """Padding between prompt and answer, hidden turns, padding on both sides; and where that on the sides is not."""
+    prompt = [11, 12, 13, 14, 15, 16, 17, 18, 19]
+    rows = [
+        (0, [*prompt, 0, 0, 0, 21, 22, 23, 24], [9, 3, 4]),
+        (0, [*prompt, 0, 0, 0, 21, 22, 31], [9, 3, 3]),
+        (1, [*prompt, 41, 42, 21, 22], [9, 2, 2]),
+        (3, [*prompt, 41, 42, 21, 51, 52], [9, 2, 3]),
+        (4, [*prompt, 21, 22, 23], [12]),
+    ]
+    input_ids = torch.zeros(len(rows), 18, dtype=torch.long)
+    mask, is_inside = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for number, (start, tokens, runs) in enumerate(rows):
+        place = slice(start, start + len(tokens))
+        input_ids[number, place], is_inside[number, place] = torch.tensor(tokens), 1
+        visible = [(index + 1) % 2 for index, length in enumerate(runs) for _ in range(length)]
+        mask[number, place] = torch.tensor(visible)
+    return {"input_ids": input_ids, "attention_mask": mask}, is_inside
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_holes_in_the_mask(name: str) -> None:
+    """Eager attention counts holes in positions, windows and chunks. Hidden states at holes are the same too."""
+    model = build(name)
+    batch, is_inside = batch_with_holes()
+    shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, is_inside)
+    assert shared.given_tokens == batch["attention_mask"].sum()
+    assert shared.computed_tokens < is_inside.sum()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_holes_that_the_positions_leave_out(name: str) -> None:
+    """Windows still count columns."""
+    model = build(name)
+    batch, is_inside = batch_with_holes()
+    mask = batch["attention_mask"]
+    batch["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    assert_same_logits_and_gradients(model, eager_twin(model), batch, is_inside)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_shared_when_padded_left"),
+    [("opt", True), ("biogpt", False), ("hunyuan_v1_dense", False), ("gpt_bigcode", False)],
+)
+def test_models_that_count_positions_in_their_own_way(name: str, is_shared_when_padded_left: bool) -> None:
+    """OPT counts visible tokens, and its head calls the decoder directly. Hunyuan's positions are not relative."""
+    model = build_family(name)
+    batch, is_inside = batch_with_holes()
+    shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, is_inside)
+    model.zero_grad()
+    input_ids, mask = padded_batch([[5, 6, 7, 8], [5, 6, 7, 9, 9]], "left")
+    batch = {"input_ids": input_ids, "attention_mask": mask}
+    shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, mask)
+    assert shared.computed_tokens == (6 if is_shared_when_padded_left else 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama4_text", {"floor_scale": 4, "attn_temperature_tuning": True, "attn_scale": 2.0}),
+        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}}),
+    ],
+)
+def test_scores_that_grow_with_positions(name: str, settings: dict[str, Any]) -> None:
+    """From position 4 on Ministral 3 scales scores, and Llama 4 from column 4 on, which packing would move."""
+    if "rope_parameters" in settings:
+        default = transformers.AutoConfig.for_model(name).rope_parameters
+        settings = {"rope_parameters": {**default, **settings["rope_parameters"]}}
+    model = build_family(name, **settings)
+    for rows in ([[5, 6, 7, 8, 1, 2, 3], [5, 6, 7, 8, 1]], [[5, 6, 7], [5, 6]]):
+        model.zero_grad()
+        input_ids, mask = padded_batch(rows, "left")
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, mask)
+        assert shared.computed_tokens == (12 if len(rows[0]) > 4 else 3)
+        assert shared.given_tokens == mask.sum()
+
+
+def build_family(name: str, **settings: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    config = tiny_config(type(transformers.AutoConfig.for_model(name)), **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="flashmask").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.12)
+    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -120,7 +208,7 @@ def test_sequence_classifier(side: str) -> None:
 
 
 class ValueHead(nn.Module):
-    """As TRL wraps a model."""
+    """A wrapper like TRL's."""
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
@@ -144,128 +232,3 @@ def test_wrapped_models(wrap: type[nn.Module]) -> None:
     batch = {"input_ids": input_ids, "attention_mask": mask}
     shared = assert_same_logits_and_gradients(wrapped, twin, batch, mask)
     assert 0 < shared.computed_tokens < shared.given_tokens
-
-
-def embedded_tokens(model: transformers.PreTrainedModel) -> list[int]:
-    """Numbers of tokens that reach the model's embedding from now on."""
-    counts: list[int] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: counts.append(args[0].numel()))
-    return counts
-
-
-def test_switched_on_and_off() -> None:
-    model = build("llama")
-    counts = embedded_tokens(model)
-    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
-    model(input_ids)
-    shared = share_prefixes(model, None)
-    model(input_ids)
-    duplicate = copy.deepcopy(model)
-    copied_counts = embedded_tokens(duplicate)
-    duplicate(input_ids)
-    shared.remove()
-    model(input_ids)
-    duplicate(input_ids)
-    assert copied_counts == [4, 6]
-    assert counts == [6, 4, 4, 6, 6]  # the copy has this hook as well
-    assert (shared.given_tokens, shared.computed_tokens) == (12, 8)
-
-
-def test_calls_with_nothing_to_share_are_passed_on() -> None:
-    model = build("llama")
-    counts = embedded_tokens(model)
-    with share_prefixes(model):
-        model(torch.tensor([[1, 2, 3], [4, 5, 6]]))  # nothing in common, no padding
-        model(torch.tensor([[1, 2, 3]]))
-        model(torch.tensor([[1, 2, 3], [1, 2, 3]]), use_cache=True)
-    assert counts == [6, 3, 6]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_is_untouched(side: str) -> None:
-    model = build("gemma2")
-    input_ids, mask = padded_batch([[1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2, 3]], side)
-    options = {"max_new_tokens": 7, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    expected = model.generate(input_ids, attention_mask=mask, **options)
-    with share_prefixes(model) as shared:
-        generated = model.generate(input_ids, attention_mask=mask, **options)
-    assert torch.equal(generated.sequences, expected.sequences)
-    assert all(torch.equal(one, other) for one, other in zip(generated.logits, expected.logits))
-    assert shared.given_tokens == 0
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_compiled_models(name: str) -> None:
-    """The compiler sees the packed row. It cannot narrow trees to windows, and leaves masks of them to Python."""
-    model = build(name)
-    input_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 8]])
-    expected = eager_twin(model)(input_ids, use_cache=False).logits
-    compiled = torch.compile(model, backend="eager")
-    with share_prefixes(compiled) as shared:
-        assert_same(compiled(input_ids, use_cache=False).logits, expected)
-        assert (shared.given_tokens, shared.computed_tokens) == (12, 8)
-
-
-def test_a_failing_call_leaves_nothing_behind() -> None:
-    model = build("llama")
-    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
-    expected = model(input_ids).logits
-    with share_prefixes(model) as shared:
-        handle = model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(input_ids)
-        handle.remove()
-        assert_same(model(input_ids).logits, expected)
-        gc.collect()
-        assert len(shared._running) == 0
-
-
-# What cannot be exact
-
-
-def refused(model: nn.Module, error: type[Exception], message: str, **call: Any) -> None:
-    with pytest.raises(error, match=message), share_prefixes(model):
-        model(**{"input_ids": torch.tensor([[1, 2, 3], [1, 2, 4]]), **call})
-
-
-def test_models_that_cannot_share() -> None:
-    refused(eager_twin(build("llama")), ValueError, 'LlamaModel uses "eager".*set_attn_implementation')
-    refused(build("bert"), ValueError, "causal model; in BertModel a token sees the ones after it")
-    refused(nn.Linear(2, 2), ValueError, "Transformers model, Linear holds none")
-    small = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
-    lfm = transformers.Lfm2Config(**small, **heads, layer_types=["conv", "full_attention"])
-    model = transformers.Lfm2ForCausalLM._from_config(lfm, attn_implementation="flashmask")
-    refused(model, NotImplementedError, "other than by attention: Lfm2Model has Conv1d, conv")
-    bart = transformers.BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0)
-    model = transformers.BartForConditionalGeneration._from_config(bart, attn_implementation="flashmask")
-    refused(model, ValueError, "BartModel")
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"output_hidden_states": True}, "`output_hidden_states=True`"),
-        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 32)}, "`inputs_embeds`"),
-        ({"token_type_ids": torch.zeros(2, 3, dtype=torch.long)}, "`token_type_ids` differs"),
-        ({"position_ids": torch.zeros(3, 2, 3, dtype=torch.long)}, r"got \[3, 2, 3\]"),
-    ],
-)
-def test_calls_that_cannot_be_shared(call: dict[str, Any], message: str) -> None:
-    refused(build("llama"), NotImplementedError, message, **call)
-
-
-def test_router_losses_are_refused() -> None:
-    refused(build("gpt_oss"), NotImplementedError, "`output_router_logits=True`", output_router_logits=True)
-
-
-def test_documents_in_rows_are_refused() -> None:
-    refused(build("llama"), ValueError, "packed documents", position_ids=torch.tensor([[0, 1, 0]]))
-
-
-@pytest.mark.parametrize(("name", "setting"), [("gpt2", "resid_pdrop"), ("llama", "attention_dropout")])
-def test_active_dropout_is_refused(name: str, setting: str) -> None:
-    model = build(name, **{setting: 0.5})
-    refused(model.train(), NotImplementedError, r"under dropout.*set the one of `.*` \(")
-    with share_prefixes(model.eval()):
-        model(torch.tensor([[1, 2, 3], [1, 2, 4]]))

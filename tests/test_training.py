@@ -15,7 +15,7 @@ STEPS, DOCUMENTS_PER_STEP = 20, 4
 
 
 class Documents(torch.utils.data.Dataset):
-    """Token ids that follow a rule, so that the loss has somewhere to go."""
+    """Token ids that follow a rule, which a model can learn."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -82,7 +82,7 @@ def test_losses_equal_eager_on_padded_rows(name: str, flash_attn_kwargs: bool, t
     assert losses[-1] < losses[0] - 0.5
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-4, atol=2e-4)
     for (parameter, trained), reference in zip(packed.named_parameters(), padded.parameters(), strict=True):
-        # Adam divides by the size of the gradient: where that is rounding noise, so is the step.
+        # Adam divides by the size of the gradient: where the gradient is rounding noise, the step is too.
         difference = (trained - reference).abs().mean()
         assert difference < 1e-3, parameter
 

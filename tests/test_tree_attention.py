@@ -1,4 +1,4 @@
-"""TRL's tree packing on our attention: every sample must come out as it does alone."""
+"""TRL's tree packing on FlashMask attention, against each sample alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = ["llama", "qwen3", "mistral", "gemma2", "gpt_oss"]  # the last three wi
 
 
 def random_rollouts(seed: int, groups: int = 2, branches: int = 5) -> list[list[int]]:
-    """Groups that share a prompt; their rollouts share some turns, some are equal, one is a prefix of another."""
+    """Groups of rollouts that share a prompt. Some share turns, some are equal, one is a prefix of another."""
     generator = random.Random(seed)
 
     def turn(longest: int) -> list[int]:
@@ -49,7 +49,7 @@ def random_rollouts(seed: int, groups: int = 2, branches: int = 5) -> list[list[
 
 
 def sample(input_ids: list[int], group: int = 0) -> dict[str, Any]:
-    """A rollout as the trainer's queue delivers it; all tokens but the first are trained."""
+    """A rollout in the form of the trainer's queue. All tokens but the first are trained."""
     trained = torch.ones(len(input_ids), dtype=torch.long)
     trained[0] = 0
     return {
@@ -70,7 +70,7 @@ def pack(rollouts: list[list[int]]) -> dict[str, Tensor]:
 
 
 def forward(model: PreTrainedModel, packed: dict[str, Tensor], **changes: Any) -> Tensor:
-    """Logits `[N, vocabulary]`, the model called as the trainer calls it."""
+    """Logits `[N, vocabulary]` of a call like the trainer's."""
     longest_segment, longest_path = packed["tree_max_seqlens"].tolist()
     arguments = {
         "input_ids": packed["input_ids"][None],
@@ -97,7 +97,7 @@ def relative_error(ours: Tensor, truth: Tensor) -> float:
 
 @pytest.fixture
 def trl_own_attention() -> ModuleType:
-    """TRL as it is before anybody calls us."""
+    """TRL before `register_tree_attention`."""
     importlib.reload(packing)
     packing.register_tree_attention()
     assert AttentionInterface()["tree_fa3"].__module__ == packing.__name__
@@ -181,7 +181,7 @@ def test_samples_without_a_common_prefix_are_packed_documents() -> None:
 
 @pytest.mark.parametrize("branches", [15, 16, 24])
 def test_windows_over_as_many_branches_as_bounds_hold_and_more(branches: int) -> None:
-    """A shared token leaves the window in every one of the branches: each needs an interval of its own."""
+    """A shared token leaves the window in each branch, and each branch needs an interval of its own."""
     model = tiny_models.build("mistral", attn_implementation="tree_fa3")
     twin = tiny_models.eager_twin(model)
     prompt = list(range(1, 8))
@@ -207,7 +207,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_compiles_in_one_piece(name: str) -> None:
-    """Windows as well, which then read nothing from the device."""
+    """Windows too: under the compiler they read nothing from the device."""
     torch._dynamo.reset()
     model = tiny_models.build(name, attn_implementation="tree_fa3")
     packed = pack(random_rollouts(seed=1))
@@ -244,7 +244,7 @@ def test_trees_written_into_the_same_tensors_are_noticed() -> None:
 
 
 def test_bounds_are_built_without_reading_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing can be read from the meta device."""
+    """The meta device fails at every read."""
     seen = []
     monkeypatch.setattr(tree_attention, "flashmask_attention_forward", lambda *args, **kwargs: seen.append(args[4]))
     packed = {name: tensor.to("meta") for name, tensor in pack(random_rollouts(seed=1)).items()}
@@ -257,7 +257,7 @@ def test_bounds_are_built_without_reading_from_the_device(monkeypatch: pytest.Mo
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
 def test_on_a_gpu(name: str) -> None:
-    """There the Triton kernels are compiled, not interpreted."""
+    """On a GPU the Triton kernels are compiled, not interpreted."""
     with torch.device("cuda"):
         test_every_sample_comes_out_as_it_does_alone(name)
         test_gradients_are_the_sum_over_samples_alone(name)
@@ -267,7 +267,7 @@ def test_on_a_gpu(name: str) -> None:
 
 
 class RecordedRollouts:
-    """A rollout worker whose rollouts are there from the start, and the inference server that takes no weights."""
+    """A rollout worker that has all rollouts from the start, and an inference server that takes no weights."""
 
     def __init__(self, samples: list[dict[str, Any]]) -> None:
         self.rollout_buffer: queue.Queue = queue.Queue()
@@ -294,7 +294,7 @@ class RecordedRollouts:
 def test_async_grpo_trainer_trains_as_on_samples_alone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TRL's trainer, unmodified but for the inference server and the peak speed of the GPU: there is neither."""
+    """TRL's trainer, unmodified except for the inference server and the GPU's peak speed, which do not exist here."""
     monkeypatch.setattr(async_grpo_trainer, "VLLMClient", lambda *args: None)
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *args: None)
     learning_rate, steps, batch = 0.1, 3, 8
@@ -354,7 +354,7 @@ def test_async_grpo_trainer_trains_as_on_samples_alone(
 
 
 def grpo_loss_alone(twin: PreTrainedModel, samples: list[dict[str, Any]], epsilon: float = 0.2) -> Tensor:
-    """The trainer's loss, one sample after the other."""
+    """The trainer's loss, computed sample by sample."""
     total, tokens = torch.zeros(()), 0
     for each in samples:
         row = each["input_ids"][None]

@@ -1,4 +1,4 @@
-"""Unmodified TRL trainers under `share_prefixes`, against the same training with eager attention and nothing shared."""
+"""Unmodified TRL trainers under `share_prefixes`, against eager attention without sharing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def preferences() -> Dataset:
 
 
 def conversations() -> Dataset:
-    """A question, answered and asked again, and two last answers."""
+    """A question, its answer, another question, and two answers to that."""
     generator = random.Random(3)
 
     def turn(role: str) -> dict[str, str]:
@@ -157,7 +157,7 @@ class Run(NamedTuple):
 
 @contextmanager
 def counted_tokens(*trained: nn.Module | None) -> Iterator[Counter[str]]:
-    """The tokens of all batches outside of generation: with padding, different prefixes in a batch, and computed."""
+    """Numbers of tokens outside of generation: with padding, of different prefixes in each batch, and computed."""
     tokens: Counter[str] = Counter()
     is_inside = False
 
@@ -191,7 +191,7 @@ def counted_tokens(*trained: nn.Module | None) -> Iterator[Counter[str]]:
 def train_twice(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Run, Run]]:
-    """Trains with flashmask and shared prefixes, and again with eager attention and nothing shared."""
+    """Train with flashmask and shared prefixes, and again with eager attention and without sharing."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def train(
@@ -256,7 +256,7 @@ def train_twice(
 
 
 def assert_same_training(shared: Run, unshared: Run) -> None:
-    """Losses, gradient norms, what the trainer logs of its log-probabilities, and the weights in the end."""
+    """Losses, gradient norms, the logged figures of log-probabilities, and the final weights."""
     assert len(shared.log) == len(unshared.log) >= STEPS
     for ours, truth in zip(shared.log, unshared.log):
         for name in truth:
@@ -325,11 +325,22 @@ def test_trainer_with_gradient_checkpointing(
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_trainer_with_reference_computed_before(train_twice: Callable[..., tuple[Run, Run]], name: str) -> None:
-    """The trainer does that when it is made, so the model is given to share_prefixes before."""
+    """The constructor of the trainer computes the reference, so share_prefixes gets the model before."""
     trainer_class, config_class, data, settings = TRAINERS[name]
     runs = train_twice(
         trainer_class, config_class, data, precompute_ref_log_probs=True, is_shared_first=True, **settings
     )
+    assert_same_training(*runs)
+
+
+def test_margins_of_reward_models(train_twice: Callable[..., tuple[Run, Run]]) -> None:
+    """The trainer passes them to the model, which does not read them."""
+
+    def with_margins() -> Dataset:
+        pairs = preferences()
+        return pairs.add_column("margin", [0.1 * number for number in range(len(pairs))])
+
+    runs = train_twice(RewardTrainer, RewardConfig, with_margins, model_class=LlamaForSequenceClassification)
     assert_same_training(*runs)
 
 

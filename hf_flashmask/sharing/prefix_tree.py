@@ -1,8 +1,8 @@
 """Merge the common prefixes of token sequences into prefix trees, laid out as one packed row.
 
-The row holds every shared token once, in depth-first order, so that causal bounds with LTS = end of the subtree show
-each token exactly the tokens before it in its own sequences. Tokens are compared and placed on the device of the input;
-the order of the sequences, a table of their number squared, is worked out on the host after the only read-back.
+The row holds every shared token once, in depth-first order: causal bounds with LTS = end of the subtree show each token
+exactly the tokens before it in its own sequences. The device of the input compares and places the tokens. The host
+derives the order of the sequences from a table `[R, R]`, after the only read-back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["PrefixTree", "from_sequences", "merge_prefixes"]
 
-_COMPARED_AT_ONCE = 2**26  # elements of the table that compares every sequence with every other one
+_COMPARED_AT_ONCE = 2**26  # elements of the table that compares all pairs of sequences
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class PrefixTree:
 
     Attributes:
         input_ids: `[1, N]`, every shared token once.
-        position_ids: `[1, N]`, by default the number of tokens before it in its sequences.
-        bounds: int32 `[1, 1, 1, N]`, the mask.
-        depth: `[1, N]`, the number of tokens before it in its sequences: distances between tokens count in these.
+        position_ids: `[1, N]`, by default `depth`.
+        bounds: int32 `[1, 1, 1, N]`, the mask: causal, and LTS = end of the subtree; LTS = own row for tokens that
+            `attention_mask` hides between others.
+        depth: `[1, N]`, the number of tokens before it in its sequences, hidden ones included. Windows count in it.
         index: `[R, S]`, the place in the row of each token that was given, -1 for padding.
-        num_tokens: number of tokens that were given, padding not counted.
+        num_tokens: number of tokens that were given, padding and hidden ones not counted.
         max_branches: the largest number of leaves of one tree.
     """
 
@@ -74,13 +75,14 @@ def merge_prefixes(
 
     Args:
         input_ids: integers `[R, S]`.
-        attention_mask: `[R, S]`, 0 for padding, on either side. Default: no padding.
+        attention_mask: `[R, S]`, 0 for padding on either side, which is left out, and for tokens between others that
+            nobody sees (a hole), which stay where they are. Default: every token is seen.
         position_ids: integers `[R or 1, S]`. Tokens are merged when their positions agree too. Default: each row counts
-            its tokens from 0.
-        one_label_per_token: fork one token early, so that all sequences that share a token also share the next one, and
+            its columns from its first token.
+        one_label_per_token: fork one token early: all sequences that share a token then share the next one too, and
             each token predicts one label (a branch begins with a copy of its parent's last token).
-        max_branches: keep trees apart that would have more leaves than this. Windows in trees need one interval of the
-            bounds for each.
+        max_branches: the largest number of leaves of a tree; a larger tree is split. A window in a tree needs one
+            interval of the bounds for each leaf.
 
     Returns:
         The sequences in depth-first order; a branch that appears first in the batch comes first.
@@ -90,14 +92,18 @@ def merge_prefixes(
     """
     _check_batch(input_ids, attention_mask, position_ids)
     num_sequences = input_ids.shape[0]
-    is_token = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    is_token = is_visible if attention_mask is None else _from_first_to_last(is_visible)
     depth = is_token.cumsum(1) - 1
-    # Which tokens are the same: their ids and, where they matter, their positions.
-    identity = input_ids if position_ids is None else input_ids.long() * 2**32 + position_ids
+    # Tokens are the same when their ids, their visibility and, where they matter, their positions agree.
+    identity = torch.where(is_visible, input_ids, ~input_ids)
+    if position_ids is not None:
+        identity = identity.long() * 2**32 + position_ids
     first_difference = _first_differences(_left_aligned(identity, is_token, depth))
-    figures = torch.cat([first_difference, is_token.sum(1)[:, None], _restarts(position_ids, is_token)[:, None]], 1)
-    # The only read-back. Operations on small tensors cost less here than launches do.
-    shared, lengths, restarts = figures.cpu().split([num_sequences, 1, 1], dim=1)
+    counts = is_token.sum(1), is_visible.sum(1), _restarts(position_ids, is_visible)
+    # The only read-back. From here on the tensors are small, and cost less on the host than launches would.
+    figures = torch.cat([first_difference, torch.stack(counts, 1)], 1).cpu()
+    shared, lengths, num_visible, restarts = figures.split([num_sequences, 1, 1, 1], dim=1)
     if restarts.any():
         raise ValueError("`position_ids` must increase within a row: rows of packed documents cannot be merged")
     shared = torch.minimum(shared, torch.minimum(lengths, lengths.T))
@@ -114,21 +120,30 @@ def merge_prefixes(
     index = torch.where(is_token, first_row, num_rows)
 
     def in_row(values: Tensor) -> Tensor:
-        """`[R, S]` -> `[1, N]`. Tokens that were merged write the same value to the same place."""
+        """`[R, S]` -> `[1, N]`. Merged tokens write the same value to the same place."""
         row = values.new_empty(num_rows + 1)
         row[index] = values
         return row[None, :num_rows]
 
     row_depth = in_row(depth)
+    row_end = in_row(end_row.to(torch.int32))
+    if attention_mask is not None:
+        row_end = torch.where(in_row(is_visible), row_end, torch.arange(num_rows, device=row_end.device).int())
     return PrefixTree(
         input_ids=in_row(input_ids),
         position_ids=row_depth if position_ids is None else in_row(position_ids.expand_as(input_ids)),
-        bounds=in_row(end_row.to(torch.int32))[:, None, None].contiguous(),
+        bounds=row_end[:, None, None].contiguous(),
         depth=row_depth,
         index=first_row.masked_fill_(~is_token, -1),
-        num_tokens=int(lengths.sum()),
+        num_tokens=int(num_visible.sum()),
         max_branches=int(forest.branches.max()),
     )
+
+
+def _from_first_to_last(is_visible: Tensor) -> Tensor:
+    """The columns from the first to the last visible token of each row, bool `[R, S]`."""
+    begun, remaining = is_visible.cumsum(1), is_visible.flip(1).cumsum(1).flip(1)
+    return (begun > 0) & (remaining > 0)
 
 
 def _left_aligned(values: Tensor, is_token: Tensor, depth: Tensor) -> Tensor:
@@ -147,18 +162,20 @@ def _first_differences(tokens: Tensor) -> Tensor:
     return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
 
 
-def _restarts(position_ids: Tensor | None, is_token: Tensor) -> Tensor:
-    """How often the positions of each row's tokens do not increase, `[R]`."""
+def _restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
+    """How often the positions of each row's visible tokens do not increase, `[R]`."""
     if position_ids is None:
-        return is_token.new_zeros(is_token.shape[0], dtype=torch.int64)
-    position_ids = position_ids.long().expand_as(is_token)
-    highest = torch.where(is_token, position_ids, -1).cummax(1).values
-    return (is_token[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum(1)
+        return is_visible.new_zeros(is_visible.shape[0], dtype=torch.int64)
+    position_ids = position_ids.long().expand_as(is_visible)
+    highest = torch.where(is_visible, position_ids, -1).cummax(1).values
+    return (is_visible[:, 1:] & (position_ids[:, 1:] <= highest[:, :-1])).sum(1)
 
 
 class _Forest(NamedTuple):
-    """Where the tokens of R sequences go. A sequence is stored from the first token that no sequence before it has: its
-    tail, consecutive tokens of the row. `skipped` and `tail` are in depth-first order. All are on the host.
+    """The places of the tokens of R sequences in the row, on the host.
+
+    The row stores the tail of each sequence: its tokens from the first one that no earlier sequence has. A tail is
+    contiguous. `skipped` and `tail` are in depth-first order.
 
     Attributes:
         rank: `[R]`, the place of a sequence in depth-first order.
@@ -178,8 +195,8 @@ class _Forest(NamedTuple):
     def of(cls, shared: Tensor, lengths: Tensor) -> _Forest:
         """`shared` `[R, R]`: number of leading tokens that two sequences store once."""
         number = torch.arange(lengths.shape[0], device=lengths.device)
-        # Where two sequences part, the one whose branch appears first goes first, and one that ends there before both.
-        # Sequences that are the same keep their order.
+        # At a fork, the branch that appears first in the batch goes first, and a sequence that ends there goes before
+        # all branches. Equal sequences keep their order.
         branch = torch.where(shared < lengths[:, None], _first_of_branch(shared), -1)
         before = (branch < branch.T) | ((branch == branch.T) & (number[:, None] < number))
         rank = before.sum(0)
@@ -191,17 +208,17 @@ class _Forest(NamedTuple):
         return cls(rank, before, skipped[order], tail[order], branches)
 
     def rows(self, depth: Tensor) -> tuple[Tensor, Tensor]:
-        """For each sequence's tokens at `depth` `[R, S]`: their row, and the end of their subtree. On its device."""
+        """The row of each sequence's tokens at `depth` `[R, S]`, and the end of their subtree, on its device."""
         num_sequences, length = depth.shape
         end = self.tail.cumsum(0)
         offset = end - self.tail - self.skipped
-        # From the last sequence to the first: what the one after each skips, and where its tail begins.
+        # In reverse order of the sequences: how many tokens the next sequence skips, and where its tail begins.
         next_skipped = nn.functional.pad(self.skipped[1:], (0, 1)).flip(0)
         next_start, last_rank = end.flip(0), num_sequences - 1 - self.rank
         vectors = torch.stack([offset, self.skipped, next_skipped, next_start, self.rank, last_rank]).to(depth.device)
         offset, skipped, next_skipped, next_start, rank, last_rank = vectors[..., None].unbind()
         column = torch.arange(length, device=depth.device)
-        # The token at a depth is in the last tail so far that reaches up to it; later tails are further down.
+        # The latest tail that begins at a depth or above it holds the token at that depth. Its row is the largest.
         row = (column + offset).masked_fill_(column < skipped, -1).cummax(0).values
         # Its subtree ends where the next sequence that does not share it begins.
         subtree_end = torch.where(next_skipped <= column, next_start, end[-1].item()).cummin(0).values
@@ -213,7 +230,7 @@ class _Forest(NamedTuple):
 
 
 def _first_of_branch(shared: Tensor) -> Tensor:
-    """Where two sequences part: the first of all sequences that go on as the first one does, `[R, R]`."""
+    """For two sequences that fork: the first sequence of the batch that continues like the former, `[R, R]`."""
     step = max(1, _COMPARED_AT_ONCE // shared.shape[0] ** 2)
     return torch.cat([(own[:, None] > own[:, :, None]).byte().argmax(2) for own in shared.split(step)])
 

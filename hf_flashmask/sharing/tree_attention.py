@@ -1,9 +1,9 @@
 """TRL's tree-packing trainer (`trl.experimental.async_grpo`) on FlashMask attention.
 
-That trainer folds the rollouts of a batch into prefix trees and asks for `attn_implementation="tree_fa3"`, an attention
-function of its own that copies the keys and values of every path from a root to a segment, in every layer. The segments
-are in depth-first order, so bounds say the same, and nothing is copied. Only sliding windows still need the copies, in
-trees with more branches than bounds can hold and under `torch.compile`.
+That trainer folds the rollouts of a batch into prefix trees and asks for `attn_implementation="tree_fa3"`. Its own
+attention function copies the keys and values of every path from a root to a segment, in every layer. The segments are
+in depth-first order, so bounds express the same mask without copies. Copies remain for sliding windows, in trees with
+more branches than bounds can hold and under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["register_tree_attention", "tree_attention_forward"]
 
 
 def register_tree_attention() -> None:
-    """Let TRL's `AsyncGRPOTrainer` run on FlashMask attention. Call it before the trainer is made; again is harmless.
+    """Let TRL's `AsyncGRPOTrainer` run on FlashMask attention. Call it before making the trainer; repeats are harmless.
 
-    The trainer registers its attention function whenever one is made: TRL's is replaced where TRL looks it up, so that
-    it is this one that gets registered, in whatever order. Neither a GPU nor the library `kernels` is needed.
+    Every new trainer registers the attention function that it finds in TRL's module. This function replaces that one,
+    so the order of imports does not matter. Neither a GPU nor the library `kernels` is needed.
 
     Raises:
         ImportError: without a TRL that packs trees; the message says which version does.
@@ -113,16 +113,16 @@ class _PackedTree(NamedTuple):
 
 
 def _tree_bounds(tree: _PackedTree, num_tokens: int) -> Tensor:
-    """Causal, and LTS = end of the subtree, `[1, 1, 1, S_k]`: the end of the last segment whose path has the token."""
+    """Causal, LTS = end of the subtree, `[1, 1, 1, S_k]`: the end of the last segment whose path contains the token."""
     segment_end = tree.cu_seqlens_q[_segment_of_path_entries(tree) + 1]
     subtree_end = segment_end.new_zeros(num_tokens).scatter_reduce(0, tree.kv_index.long(), segment_end, "amax")
     return subtree_end.to(torch.int32)[None, None, None]
 
 
 def _windowed_tree_bounds(tree: _PackedTree, num_tokens: int, window: int) -> Tensor | None:
-    """The tree's bounds within a window along the branches, or None where they cannot hold so many branches.
+    """The tree's bounds within a window along the branches, or None where bounds cannot hold so many branches.
 
-    Synchronises once, for the number of branches, and so is None under `torch.compile`.
+    Reading the number of branches synchronises once, hence None under `torch.compile`.
     """
     if torch.compiler.is_compiling():
         return None
@@ -139,11 +139,11 @@ def _windowed_tree_bounds(tree: _PackedTree, num_tokens: int, window: int) -> Te
 
 
 def _windowed_path_bounds(tree: _PackedTree, window: int) -> Tensor:
-    """For keys copied for every path: `[1, 1, 2, K]`. A token sees at most `window` tokens of its own path."""
+    """Bounds `[1, 1, 2, K]` over the copied keys of all paths. A token sees at most `window` tokens of its own path."""
     segment = _segment_of_path_entries(tree)
     start, end = tree.cu_seqlens_q[segment], tree.cu_seqlens_q[segment + 1]
     entry = torch.arange(segment.shape[0], dtype=end.dtype, device=end.device)
-    own_row = end - (tree.cu_seqlens_k[segment + 1] - entry)  # before the segment for what is on the path to it
+    own_row = end - (tree.cu_seqlens_k[segment + 1] - entry)  # less than the segment's start for its ancestors
     lts, ute = torch.minimum(own_row + window, end), torch.maximum(own_row, start)
     return torch.stack([lts, ute]).to(torch.int32)[None, None]
 

@@ -1,6 +1,8 @@
 """Training: collators that pack rows, losses over answers that share prompts, and how a model computes them."""
 
-from .loss_hooks import compute_log_probs, set_loss
+from .labels import AnswerLabels
+from .log_probs import compute_log_probs
+from .loss_hooks import reset_loss, set_loss
 from .losses import (
     answer_log_probs,
     answer_scores,
@@ -11,7 +13,7 @@ from .losses import (
     token_log_probs,
 )
 from .packing import Overflow, PackedDataCollator, PackingStrategy, pack_lengths
-from .preference_collator import AnswerLabels, SharedPromptDataCollator
+from .preference_collator import SharedPromptDataCollator
 
 __all__ = [
     "AnswerLabels",
@@ -25,6 +27,7 @@ __all__ = [
     "dpo_loss",
     "pack_lengths",
     "reference_log_probs",
+    "reset_loss",
     "reward_loss",
     "set_loss",
     "split_pairs",

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .preference_collator import IGNORED, NOTHING, AnswerLabels
+from .labels import IGNORED, AnswerLabels
 
 _LABELS_AT_ONCE = 1024  # rows of logits whose float32 log-softmax exists at the same time
 
 
 def token_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
-    """The log-probability of every token of every answer, given what is before it in its branch.
+    """The log-probability of every token of the answers, given the tokens before it in its branch.
 
-    Only positions that predict an answer are looked at, in float32, a part of them at a time: neither forward nor
-    backward keeps a log-softmax.
+    Only the positions that predict an answer are computed, in float32 and in parts: neither forward nor backward keeps
+    a log-softmax.
 
     Args:
         logits: `[B, N, V]` of whole rows, or `[B, L, V]` of the positions in the collator's `logits_to_keep`.
 
     Returns:
-        float32 `[B, A, T]`, 0 where `labels["answers"]` is padding.
+        float32 `[B, E]`, one answer after the other as in `labels["answers"]`, 0 for padding.
     """
     selected, tokens = _select_positions(logits, labels["positions"]), labels["tokens"]
     parts = zip(selected.flatten(0, 1).split(_LABELS_AT_ONCE), tokens.flatten().split(_LABELS_AT_ONCE))
     log_probs = torch.cat([checkpoint(_log_probs_of_tokens, *part, use_reentrant=False) for part in parts])
     answers = labels["answers"]
-    by_label = log_probs.view_as(tokens)[:, None, :].expand(-1, answers.shape[1], -1)
-    return by_label.gather(2, answers.clamp(min=0)).masked_fill(answers == NOTHING, 0.0)
+    return log_probs.view_as(tokens).gather(1, answers.clamp(min=0)).masked_fill(answers < 0, 0.0)
 
 
 def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
@@ -37,14 +38,18 @@ def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
     Returns:
         float32 `[B, A]`, 0 for padding.
     """
-    return token_log_probs(logits, labels).sum(-1)
+    ends = labels["ends"]
+    # Differences of cumulative sums in float64 are as exact as a sum for each answer, for which there is no operation.
+    sums = nn.functional.pad(token_log_probs(logits, labels).double().cumsum(1), (1, 0)).gather(1, ends.clamp(min=0))
+    log_probs = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
+    return log_probs.float().masked_fill(ends < 0, 0.0)
 
 
 def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
     """The score at each answer's last token.
 
     Args:
-        scores: `[B, N, 1]` or `[B, N]`, of whole rows: what the head of a reward model makes of every position.
+        scores: `[B, N, 1]` or `[B, N]`, of whole rows: the output of a reward model's head at every position.
 
     Returns:
         float32 `[B, A]`, 0 for padding.
@@ -57,12 +62,12 @@ def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
             f"`scores` must be [B, N, 1] or [B, N], a score for each position of {last.shape[0]} rows, got "
             f"{list(scores.shape)}; the `logits` that a sequence classifier returns are one for each row"
         )
-    return scores.float().gather(1, last.clamp(min=0)).masked_fill(last == NOTHING, 0.0)
+    return scores.float().gather(1, last.clamp(min=0)).masked_fill(last < 0, 0.0)
 
 
 def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
-    """`[B, L, V]`. L is less than N: nothing follows the last token of an answer, so it is not among the positions."""
-    if logits.ndim == 4:  # a model that selects the positions of every row in every row
+    """`[B, L, V]`. L is less than N: the last token of an answer predicts nothing."""
+    if logits.ndim == 4:  # a model that selects the positions of all rows in each row
         logits = logits.diagonal(dim1=0, dim2=1).movedim(-1, 0)
     if logits.ndim != 3 or logits.shape[0] != positions.shape[0] or logits.shape[1] < positions.shape[1]:
         raise ValueError(
@@ -71,7 +76,7 @@ def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
         )
     if logits.shape[1] == positions.shape[1]:
         return logits
-    return logits.take_along_dim(positions[..., None], dim=1)
+    return logits.take_along_dim(positions.clamp(min=0)[..., None], dim=1)
 
 
 def _log_probs_of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def _log_probs_of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, Tensor]:
-    """Values of answers `[B, A]` -> of the chosen ones `[B, P]`, of the rejected ones, and bool, which are no padding.
+    """Values of answers `[B, A]` -> values of the chosen and of the rejected ones, `[B, P]` each, and bool, is a pair.
 
     Raises:
         ValueError: when the examples were lists of answers.
@@ -92,7 +97,7 @@ def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, T
         )
     pairs = labels["pairs"]
     chosen, rejected = (values.gather(1, pairs[..., side].clamp(min=0)) for side in (0, 1))
-    return chosen, rejected, pairs[..., 0] != NOTHING
+    return chosen, rejected, pairs[..., 0] >= 0
 
 
 def reference_log_probs(labels: AnswerLabels) -> Tensor:
@@ -106,7 +111,7 @@ def reference_log_probs(labels: AnswerLabels) -> Tensor:
             "the examples have no `ref_logps`: add what compute_log_probs(reference_model, dataset, data_collator) "
             "returns to the dataset as a column of that name"
         )
-    return labels["ref_logps"].view(torch.float32)
+    return labels["ref_logps"].view(torch.float32).masked_fill(labels["last"] < 0, 0.0)
 
 
 def dpo_loss(
@@ -125,15 +130,14 @@ def dpo_loss(
 
     Args:
         log_probs: `[B, A]`, from `answer_log_probs`.
-        beta: how strongly the model is held to the reference.
+        beta: how strongly the loss holds the model to the reference.
         label_smoothing: from 0 to less than 0.5.
         ref_log_probs: `[B, A]`, those of the reference model. Default: `ref_logps` of the examples.
 
     Returns:
         The loss, 0-d.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"`label_smoothing` must be from 0 to less than 0.5, got {label_smoothing}")
+    check_dpo_options(label_smoothing=label_smoothing)
     if ref_log_probs is None:
         ref_log_probs = reference_log_probs(labels)
     chosen, rejected, is_pair = split_pairs(log_probs - ref_log_probs, labels)
@@ -143,12 +147,17 @@ def dpo_loss(
     return _mean(losses, is_pair)
 
 
+def check_dpo_options(*, label_smoothing: float = 0.0, **options: Any) -> None:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"`label_smoothing` must be from 0 to less than 0.5, got {label_smoothing}")
+
+
 def reward_loss(scores: Tensor, labels: AnswerLabels, *, center_rewards_coefficient: float = 0.0) -> Tensor:
     """The Bradley-Terry loss of a reward model (arXiv 2203.02155, equation 1), averaged over the pairs of the batch.
 
-    The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The margin
-    (arXiv 2307.09288, equation 2) is that of the examples, or 0; the second term, with the coefficient c, keeps scores
-    near 0 (arXiv 2312.09244).
+    The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The examples may
+    have a margin (arXiv 2307.09288, equation 2), which is 0 otherwise. The second term keeps scores near 0, with the
+    coefficient c = `center_rewards_coefficient` (arXiv 2312.09244).
 
     Args:
         scores: `[B, A]`, from `answer_scores`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import bounds
+from .token_counts import count_tokens_in_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,34 +30,33 @@ class PackedDataCollator:
     """Pack the documents of a batch into rows, for causal language models, `transformers.Trainer` and any DataLoader.
 
     An example is `{"input_ids": ..., "labels": ...}`, lists, NumPy arrays or tensors `[length]`; `labels` default to
-    `input_ids`, and the model shifts them. Other keys are ignored, as `DataCollatorWithFlattening` does, except those
-    that would change what is learned. Documents without tokens are left out; no token is lost unless `overflow` is
-    "truncate". Trainer's `per_device_train_batch_size` counts documents, and the more there are, the fuller the rows. A
-    batch has R rows, as many as its documents need, of S positions, as many as the longest row needs:
+    `input_ids`, and the model shifts them. The collator ignores other keys, like `DataCollatorWithFlattening`, and
+    refuses keys that would change what is learned. It drops documents without tokens; no other token is lost unless
+    `overflow` is "truncate". Trainer's `per_device_train_batch_size` counts documents: more documents fill rows better.
+    A batch has as many rows R as its documents need, and as many positions S as the longest row needs:
 
     * `input_ids` int64 `[R, S]`.
     * `labels` int64 `[R, S]`; -100 for the first token of each document, which nothing predicts, and for padding.
     * `position_ids` int64 `[R, S]`, from 0 in every document. The padding at the end of a row has positions 0.
     * `attention_mask`, with `bounds_for` only: the finished mask of that model.
 
-    Without `bounds_for`, the positions tell the documents apart: attn_implementation="flashmask" starts one wherever
-    they do not increase, in every layer, and adds the window or the chunks of the layer itself. Every position of
-    padding is then a document of its own, which no token sees and which costs one pair. This works for all models that
-    hand `position_ids` to their attention, with any mix of full, sliding and chunked layers. A router's auxiliary loss
+    Without `bounds_for`, positions separate the documents: attn_implementation="flashmask" starts a document wherever
+    they do not increase, in every layer, and adds the window or the chunks of the layer. Each position of padding is
+    then a document of its own, which no token sees and which costs one pair. This works for all models that pass
+    `position_ids` to their attention, with any mix of full, sliding and chunked layers. A router's auxiliary loss
     (`output_router_logits=True`) counts padding as tokens.
 
     With `bounds_for`, the batch carries bounds, int32 `[R, 1, 1, S]` (LTS = end of the document). They hide padding
-    altogether and rely on nothing that the model does with positions. Bounds are final: no layer adds its window to
-    them. That is why they are made for one model: the window of a model whose layers all have one (Mistral) is in them,
-    chunks start with their document, and a model with layers of several types (Gemma 2) gets a dict with bounds for
-    each. Trainer's `include_num_input_tokens_seen="non_padding"` would add up these bounds; use "all".
+    and do not depend on what the model does with positions. Bounds are final: no layer adds its window to them, so they
+    are made for one model. They contain the window of a model whose layers all have one (Mistral), chunks start with
+    their document, and a model with layers of several types (Gemma 2) gets a dict with bounds for each type.
 
     Args:
         max_length: tokens that fit into a row. None: one row with all documents, however long.
         strategy: how documents are distributed over rows, see `pack_lengths`. Inside a row they keep their order.
         overflow: what to do with a document longer than `max_length`. "error" raises; "truncate" keeps its first
-            `max_length` tokens; "split" cuts it into documents of at most `max_length` tokens, which do not see each
-            other and count positions from 0, so that every piece has one label fewer than tokens.
+            `max_length` tokens; "split" cuts it into documents of at most `max_length` tokens. These do not see each
+            other and count positions from 0, and the first token of each has no label.
         pad_to_multiple_of: round S up. With `max_length` as the multiple every batch has S = `max_length`.
         pad_token_id: any id that the model has; nothing depends on it.
         bounds_for: the model's configuration, to put bounds into the batch.
@@ -84,13 +84,13 @@ class PackedDataCollator:
         _check_at_least("pad_token_id", self.pad_token_id, 0)
         if self.bounds_for is not None:
             _layer_types(self.bounds_for)
+            count_tokens_in_trainer()
 
     @property
     def fill(self) -> float:
-        """Fraction of positions that hold tokens, over all batches this object has packed; nan before the first.
+        """Fraction of positions that hold tokens, over all batches that this object has packed; nan before the first.
 
-        The workers of a DataLoader (`num_workers` > 0) pack with copies of this object, whose batches are not counted
-        here.
+        The workers of a DataLoader (`num_workers` > 0) pack with copies of this object, which count for themselves.
         """
         return self._num_tokens / self._num_positions if self._num_positions else math.nan
 
@@ -125,7 +125,7 @@ class PackedDataCollator:
         return batch
 
     def _documents(self, index: int, example: Mapping[str, Any]) -> Iterable[_Document]:
-        """What becomes of an example: no document, one, or several pieces of at most `max_length` tokens."""
+        """The documents of an example: none, one, or several pieces of at most `max_length` tokens."""
         document = _read_example(index, example)
         length = len(document.input_ids)
         if self.max_length is None or length <= self.max_length:
@@ -147,9 +147,9 @@ def pack_lengths(
     Args:
         lengths: tokens of each document, 0 or more.
         max_length: tokens that fit into a row.
-        strategy: "first_fit_decreasing" puts every document, the longest first, into the first row that has room for
-            it; it needs at most 11/9 of the fewest rows possible, plus one. "in_order" keeps the given order: a
-            document that does not fit into the last row opens the next one. O(n log n) and O(n) time for n documents.
+        strategy: "first_fit_decreasing" takes the longest document first and puts each into the first row that has room
+            for it; it needs at most 11/9 of the fewest rows possible, plus one, and O(n log n) time for n documents.
+            "in_order" keeps the given order: a document that does not fit into the last row opens the next one, O(n).
 
     Returns:
         For each row the indices of its documents, ascending. Every index occurs once, no row is empty.
@@ -183,7 +183,7 @@ def _pack_in_order(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def _pack_first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """A binary tree over the rows, each node with the largest room below it, finds the first row with enough room."""
+    """A binary tree over the rows finds the first row with enough room. Each node holds the largest room below it."""
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [max_length] * (2 * leaves)  # the children of node n are 2n and 2n + 1
     rows: list[list[int]] = []
@@ -220,7 +220,7 @@ _REFUSED_KEYS = {
     "assistant_masks": "give `labels`, with -100 where the mask is 0",
     "completion_mask": "give `labels`, with -100 where the mask is 0",
 }
-"""What would change the training if it were ignored -> what to do instead."""
+"""Keys that would change the training if they were ignored -> what to do instead."""
 
 
 def _read_example(index: int, example: Any) -> _Document:
@@ -285,7 +285,7 @@ def _bounds_of_layer_type(layer_type: str, config: Any, position_ids: Tensor) ->
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:
-    """The model's types of layers, found as `transformers.masking_utils.create_masks_for_generate` finds them."""
+    """The types of layers that `transformers.masking_utils.create_masks_for_generate` finds in this model."""
     text_config: Any = config.get_text_config()
     if getattr(text_config, "output_router_logits", False):
         raise NotImplementedError(

@@ -1,0 +1,89 @@
+"""Random numbers that a model draws in training mode. Rows that share a token would draw them once instead of each."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .backbone import source_of
+
+_WORDS = ("drop", "jitter", "noise")
+_ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def refuse_randomness(backbone: PreTrainedModel) -> None:
+    """Raise when the backbone drops activations, or adds noise, naming all settings that have to be 0."""
+    if backbone.training and backbone.config.get_text_config().model_type == "phimoe":
+        raise NotImplementedError(
+            "share_prefixes cannot share tokens while Phi-MoE trains: its routers draw random numbers for every token"
+        )
+    settings = dict.fromkeys(_settings(backbone))
+    if not settings:
+        return
+    places: dict[str, list[str]] = {}
+    for setting, place in settings:
+        places.setdefault(place, []).append(setting)
+    advice = "; ".join(f"set {', '.join(names)} in {place}" for place, names in places.items())
+    raise NotImplementedError(
+        "share_prefixes cannot share tokens under dropout or noise, which differ from row to row in training: "
+        f"{advice}. Evaluation mode needs none of this"
+    )
+
+
+def _settings(backbone: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """For everything random, the setting that stops it, and where the user finds that setting."""
+    modules = dict(backbone.named_modules())
+    for name, module in modules.items():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0:
+                owner, _, attribute = name.rpartition(".")
+                yield _setting_of(backbone, name, modules[owner], attribute, module.p)
+            continue
+        for attribute, value in vars(module).items():
+            if attribute not in _ATTRIBUTES_OF_MODULES and _is_random(attribute) and _is_positive(value):
+                yield _setting_of(backbone, f"{name}.{attribute}", module, attribute, value)
+        for setting in _settings_read_in_training(source_of(module)):
+            if _is_positive(getattr(getattr(module, "config", None), setting, None)):
+                yield f"{setting}=0.0", "the config"
+
+
+def _setting_of(
+    backbone: PreTrainedModel, name: str, owner: nn.Module, attribute: str, value: float
+) -> tuple[str, str]:
+    if "neftune" in attribute:
+        return "neftune_noise_alpha=None", "the training arguments"
+    if "lora_dropout" in name:
+        return "lora_dropout=0.0", "the LoraConfig"
+    config: Any = getattr(owner, "config", None) or backbone.config.get_text_config()
+    assigned = re.search(rf"self\.{attribute}\b[^=\n]*=[^=]\s*[^\n]*?\n?[^\n]*?config\.(\w+)", source_of(owner))
+    if assigned is not None and getattr(config, assigned[1], None) == value:
+        return f"{assigned[1]}=0.0", "the config"
+    # What the layer was made with is not read off its source: every setting of this kind that has the value.
+    same = [key for key, other in config.to_dict().items() if _is_random(key) and other == value]
+    if same:
+        return ", ".join(f"{key}=0.0" for key in same), "the config"
+    return f"`{name}` = 0", f"the model ({type(owner).__name__})"
+
+
+@functools.cache
+def _settings_read_in_training(source: str) -> tuple[str, ...]:
+    """Settings that layers read off their configuration while they compute, on the line of what depends on training."""
+    lines = [line for line in source.splitlines() if "training" in line]
+    settings = dict.fromkeys(re.findall(r"self\.config\.(\w+)", "\n".join(lines)))
+    return tuple(setting for setting in settings if _is_random(setting))
+
+
+@functools.cache
+def _is_random(name: str) -> bool:
+    return any(word in name.lower() for word in _WORDS)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,52 @@
+"""Numbers of tokens in Trainer's logs. Trainer adds up `attention_mask`, but bounds are not ones and zeros."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import AnswerLabels
+
+_OURS = "_knows_bounds"
+
+
+def count_tokens_in_trainer() -> None:
+    """Make `include_num_input_tokens_seen="non_padding"` count the tokens of batches with bounds. Again is harmless.
+
+    Other batches are counted as before.
+    """
+    try:
+        from transformers import Trainer
+    except ImportError:  # without accelerate there is no Trainer
+        return
+    original = getattr(Trainer, "_track_num_input_tokens", None)
+    if original is None or hasattr(original, _OURS):
+        return
+
+    @functools.wraps(original)
+    def track(self: Any, inputs: Any) -> Any:
+        num_tokens = _num_tokens(inputs)
+        return original(self, inputs if num_tokens is None else {**inputs, "attention_mask": num_tokens})
+
+    setattr(track, _OURS, True)
+    Trainer._track_num_input_tokens = track  # type: ignore[method-assign]
+
+
+def _num_tokens(inputs: Any) -> Tensor | None:
+    """The tokens that the examples of a batch had, a prompt once for each answer; None where there are no bounds."""
+    if not isinstance(inputs, Mapping):
+        return None
+    bounds, labels = inputs.get("attention_mask"), inputs.get("labels")
+    if isinstance(bounds, Mapping):
+        bounds = next(iter(bounds.values()))
+    if not isinstance(bounds, Tensor) or bounds.ndim != 4 or bounds.dtype != torch.int32:
+        return None
+    if isinstance(labels, AnswerLabels):
+        last = labels["last"]
+        return (inputs["position_ids"].gather(1, last.clamp(min=0)) + 1).masked_fill(last < 0, 0).sum()
+    # LTS of a token is more than its own row, LTS of padding 0.
+    return (bounds[:, 0, 0] > torch.arange(bounds.shape[-1], device=bounds.device)).sum()

@@ -1,0 +1,374 @@
+"""How `share_prefixes` is switched on and off, which calls it leaves alone, and which it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from random_trees import padded_batch
+from test_shared_prefix import assert_same, build_family
+from tiny_models import build, eager_twin
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.neftune import neftune_post_forward_hook
+
+from hf_flashmask import share_prefixes
+from hf_flashmask.sharing.shared_prefix import _to_batch
+
+
+def embedded_tokens(model: transformers.PreTrainedModel) -> list[int]:
+    """Numbers of tokens that reach the model's embedding from now on."""
+    counts: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: counts.append(args[0].numel()))
+    return counts
+
+
+def test_switched_on_and_off() -> None:
+    model = build("llama")
+    counts = embedded_tokens(model)
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    model(input_ids)
+    shared = share_prefixes(model, None)
+    model(input_ids)
+    duplicate = copy.deepcopy(model)
+    copied_counts = embedded_tokens(duplicate)
+    duplicate(input_ids)
+    shared.remove()
+    model(input_ids)
+    duplicate(input_ids)
+    assert copied_counts == [4, 6]
+    assert counts == [6, 4, 4, 6, 6]  # the copy has this hook as well
+    assert (shared.given_tokens, shared.computed_tokens) == (12, 8)
+
+
+def test_calls_with_nothing_to_share_are_passed_on() -> None:
+    model = build("llama")
+    counts = embedded_tokens(model)
+    with share_prefixes(model):
+        model(torch.tensor([[1, 2, 3], [4, 5, 6]]))  # nothing in common, no padding
+        model(torch.tensor([[1, 2, 3]]))
+        model(torch.tensor([[1, 2, 3], [1, 2, 3]]), use_cache=True)
+    assert counts == [6, 3, 6]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_is_untouched(side: str) -> None:
+    model = build("gemma2")
+    input_ids, mask = padded_batch([[1, 2, 3, 4, 5, 6], [1, 2, 3], [1, 2, 3]], side)
+    options = {"max_new_tokens": 7, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(input_ids, attention_mask=mask, **options)
+    with share_prefixes(model) as shared:
+        generated = model.generate(input_ids, attention_mask=mask, **options)
+    assert torch.equal(generated.sequences, expected.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(generated.logits, expected.logits))
+    assert shared.given_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_compiled_models(name: str) -> None:
+    """The compiler sees the packed row. It cannot narrow trees to windows, and leaves masks of them to Python."""
+    model = build(name)
+    input_ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 8]])
+    expected = eager_twin(model)(input_ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager")
+    with share_prefixes(compiled) as shared:
+        assert_same(compiled(input_ids, use_cache=False).logits, expected)
+        assert (shared.given_tokens, shared.computed_tokens) == (12, 8)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_failing_call_leaves_nothing_behind(error: type[BaseException]) -> None:
+    model = build("llama")
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    expected = model(input_ids).logits
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    with share_prefixes(model) as shared:
+        handle = model.model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            model(input_ids)
+        handle.remove()
+        if error is ZeroDivisionError:  # torch tells hooks of no other failure
+            assert not shared._running._packed
+        assert model(input_ids[:1]).logits.shape == (1, 3, expected.shape[-1])
+        assert not shared._running._packed
+        assert_same(model(input_ids).logits, expected)
+
+
+def test_a_call_does_not_depend_on_what_other_hooks_make_of_it() -> None:
+    model = build("llama")
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    expected = model(input_ids).logits
+    with share_prefixes(model):
+        model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "input_ids": kwargs["input_ids"].clone()}), with_kwargs=True
+        )
+        assert_same(model(input_ids).logits, expected)
+
+
+def test_threads_share_each_for_itself() -> None:
+    model = build("llama")
+    batches = [torch.tensor([[1, 2, 3], [1, 2, token]]) for token in range(4, 12)]
+    with torch.no_grad():
+        expected = [model(batch).logits for batch in batches]
+    barrier = threading.Barrier(len(batches))
+    actual: dict[int, Tensor] = {}
+
+    def wait_for_all(*arguments: Any) -> None:
+        barrier.wait()
+
+    @torch.no_grad()
+    def compute(number: int) -> None:
+        actual[number] = model(batches[number]).logits
+
+    with share_prefixes(model):
+        # All are inside of the model at the same time.
+        model.model.layers[0].register_forward_pre_hook(wait_for_all)
+        threads = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, logits in enumerate(expected):
+        assert_same(actual[number], logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_hidden_states(name: str, return_dict: bool) -> None:
+    """TRL's value heads ask for all of them and read the last."""
+    model = build_family(name)
+    input_ids, mask = padded_batch([[1, 2, 3, 4, 5], [1, 2, 3, 7], [9, 8]])
+    batch = {"input_ids": input_ids, "attention_mask": mask, "output_hidden_states": True, "return_dict": return_dict}
+    expected = eager_twin(model)(**batch, use_cache=False)
+    with share_prefixes(model) as shared:
+        actual = model(**batch)
+    assert 0 < shared.computed_tokens < shared.given_tokens
+    ours, truth = (output.hidden_states if return_dict else output[-1] for output in (actual, expected))
+    assert len(ours) == len(truth) == 3
+    for one, other in zip(ours, truth):
+        assert_same(one, other * mask[..., None])
+
+
+def test_a_saved_model_does_not_share() -> None:
+    model = build("llama")
+    counts = embedded_tokens(model)
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    file = io.BytesIO()
+    with share_prefixes(model):
+        expected = model(input_ids).logits
+        model.model.embed_tokens._forward_pre_hooks.clear()  # this test's own, a function that cannot be pickled
+        torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    counts = embedded_tokens(loaded)
+    assert_same(loaded(input_ids).logits, expected)
+    assert counts == [6]
+
+
+class SameDevice(TorchDispatchMode):
+    """Operations on tensors of several devices fail, as they do on GPUs; only copies may cross."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        devices = {value.device for value in args if isinstance(value, Tensor) and value.ndim}
+        assert len(devices) <= 1 or "copy" in str(function), (function, devices)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_hidden_states_on_another_device(has_padding: bool) -> None:
+    with SameDevice():
+        batch = _to_batch(torch.zeros(1, 5, 3, device="meta"), torch.tensor([[0, 1], [2, -has_padding]]), has_padding)
+    assert batch.device.type == "meta"
+    assert batch.shape == (2, 2, 3)
+
+
+class Bypass(nn.Module):
+    """Calls the forward method of the backbone, past its hooks."""
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.model.forward(*args, **kwargs)
+
+
+def test_a_warning_says_that_nothing_was_shared(caplog: pytest.LogCaptureFixture) -> None:
+    transformers.logging.enable_propagation()
+    model = build("llama")
+    with caplog.at_level(logging.WARNING), share_prefixes(Bypass(model)):
+        Bypass(model)(torch.tensor([[1, 2], [1, 2]]))
+    assert not caplog.records
+    bypass = Bypass(model)
+    with caplog.at_level(logging.WARNING), share_prefixes(bypass):
+        bypass(torch.tensor([[1, 2], [1, 2]]))
+        bypass(torch.tensor([[1, 2], [1, 2]]), use_cache=True)
+    assert "share_prefixes shared nothing in 1 calls" in caplog.text
+    caplog.clear()
+    shared = share_prefixes(bypass)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(101):
+            bypass(torch.tensor([[1, 2], [1, 2]]))
+        assert caplog.text.count("share_prefixes shared nothing in 100 calls") == 1
+        shared.remove()
+    assert len(caplog.records) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), share_prefixes(model):
+        model(torch.tensor([[1, 2], [1, 2]]))
+    assert not caplog.records
+
+
+# What cannot be exact
+
+
+def refused(model: nn.Module, error: type[Exception], message: str, **call: Any) -> None:
+    with pytest.raises(error, match=message), share_prefixes(model):
+        model(**{"input_ids": torch.tensor([[1, 2, 3], [1, 2, 4]]), **call})
+
+
+def test_models_that_cannot_share() -> None:
+    refused(eager_twin(build("llama")), ValueError, 'LlamaModel uses "eager".*set_attn_implementation')
+    refused(build("bert"), ValueError, "causal model; in BertModel a token sees the ones after it")
+    refused(nn.Linear(2, 2), ValueError, "Transformers model, Linear holds none")
+    small = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    lfm = transformers.Lfm2Config(**small, **heads, layer_types=["conv", "full_attention"])
+    model = transformers.Lfm2ForCausalLM._from_config(lfm, attn_implementation="flashmask")
+    refused(model, NotImplementedError, "other than by attention: Lfm2Model has Conv1d, conv")
+    bart = transformers.BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1, pad_token_id=0)
+    model = transformers.BartForConditionalGeneration._from_config(bart, attn_implementation="flashmask")
+    refused(model, ValueError, "BartModel")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 32)}, "`inputs_embeds`"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "`cu_seq_lens_q` differs"),
+        ({"s_aux": [torch.zeros(2)]}, "`s_aux` differs"),
+        ({"position_ids": torch.zeros(3, 2, 3, dtype=torch.long)}, r"got \[3, 2, 3\]"),
+    ],
+)
+def test_calls_that_cannot_be_shared(call: dict[str, Any], message: str) -> None:
+    refused(build("llama"), NotImplementedError, message, **call)
+
+
+def test_a_model_that_was_switched_to_other_attention_is_refused() -> None:
+    """Eager attention would add the bounds to the scores."""
+    model = build("llama")
+    with share_prefixes(model):
+        model.set_attn_implementation("eager")
+        with pytest.raises(ValueError, match='LlamaModel uses "eager"'):
+            model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+
+
+def test_router_losses_are_refused() -> None:
+    refused(build("gpt_oss"), NotImplementedError, "`output_router_logits=True`", output_router_logits=True)
+
+
+def test_documents_in_rows_are_refused() -> None:
+    refused(build("llama"), ValueError, "packed documents", position_ids=torch.tensor([[0, 1, 0]]))
+
+
+def test_columns_that_no_layer_reads_are_passed_on() -> None:
+    """TRL's reward trainer passes the margins of the pairs to the model."""
+    model = build("llama")
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    expected = eager_twin(model)(input_ids, use_cache=False).logits
+    with share_prefixes(model) as shared:
+        assert_same(model(input_ids, margin=torch.ones(2)).logits, expected)
+    assert shared.computed_tokens == 4
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_learning_is_refused(config: type) -> None:
+    model = get_peft_model(build("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(
+        NotImplementedError, match=rf"prompt learning of PEFT: the adapter 'default' \({config.__name__}"
+    ):
+        share_prefixes(model)
+
+
+# Randomness
+
+RANDOM = {
+    "gpt2": (
+        {"attn_pdrop": 0.1, "resid_pdrop": 0.2, "embd_pdrop": 0.3},
+        "embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0",
+    ),
+    "llama": ({"attention_dropout": 0.5}, "attention_dropout=0.0"),
+    "seed_oss": ({"attention_dropout": 0.1, "residual_dropout": 0.2}, "attention_dropout=0.0, residual_dropout=0.0"),
+    "gpt_bigcode": ({"attn_pdrop": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "attn_pdrop=0.0"),
+    "mixtral": ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.0"),
+    "minimax_m2": ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.0"),
+    "starcoder2": ({"residual_dropout": 0.1, "embedding_dropout": 0.2}, "residual_dropout=0.0, embedding_dropout=0.0"),
+    "persimmon": ({"attention_dropout": 0.3, "hidden_dropout": 0.0}, "attention_dropout=0.0"),
+    "opt": ({"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.2}, "layerdrop=0.0"),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_everything_random_is_refused_in_training(name: str) -> None:
+    """The message names every setting, so that one reading is enough."""
+    changes, advice = RANDOM[name]
+    quiet = dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"), 0.0)
+    quiet |= dict.fromkeys(("residual_dropout", "embedding_dropout", "router_jitter_noise", "dropout"), 0.0)
+    default = transformers.AutoConfig.for_model(name)
+    settings = {key: value for key, value in quiet.items() if hasattr(default, key)}
+    model = build_family(name, **{**settings, **changes})
+    with pytest.raises(NotImplementedError, match="under dropout or noise") as error, share_prefixes(model.train()):
+        model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+    named = str(error.value).partition(": set ")[2].partition(" in the config")[0]
+    assert set(named.split(", ")) == set(advice.split(", "))
+    with share_prefixes(model.eval()) as shared:
+        model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+    assert shared.computed_tokens == 4
+    calm = build_family(name, **settings).train()
+    with share_prefixes(calm) as shared:
+        calm(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+    assert shared.computed_tokens == 4
+
+
+def test_dbrx_names_its_nested_settings() -> None:
+    model = build_family("dbrx", resid_pdrop=0.1)
+    refused(model.train(), NotImplementedError, r"set (resid_pdrop=0\.0|.*resid_pdrop=0\.0)")
+
+
+def test_phi_moe_is_random_whatever_its_settings() -> None:
+    model = build_family("phimoe", router_jitter_noise=0.0, input_jitter_noise=0.0)
+    refused(model.train(), NotImplementedError, "while Phi-MoE trains")
+
+
+def test_a_layer_in_training_mode_is_enough() -> None:
+    model = build("llama", attention_dropout=0.5)
+    model.model.layers[1].train()
+    refused(model, NotImplementedError, "set attention_dropout=0.0 in the config")
+
+
+def test_noisy_embeddings_are_refused() -> None:
+    model = build("llama").train()
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5
+    embeddings.register_forward_hook(neftune_post_forward_hook)
+    refused(model, NotImplementedError, "set neftune_noise_alpha=None in the training arguments")
+
+
+def test_dropout_of_adapters_is_refused() -> None:
+    lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    refused(get_peft_model(build("llama"), lora).train(), NotImplementedError, "set lora_dropout=0.0 in the LoraConfig")
+
+
+def test_random_layers_of_the_users_own_are_named() -> None:
+    model = build("llama").train()
+    model.model.layers[1].mlp.my_noise = 0.25
+    refused(model, NotImplementedError, r"set `layers\.1\.mlp\.my_noise` = 0 in the model \(LlamaMLP\)")
