@@ -27,54 +27,21 @@ from .tiles import (
 
 @triton.jit
 def attend_rows(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    bounds,
-    schedule,
-    sinks,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    program,
-    first,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-    QUERY_IN_REGISTERS: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
-    SCHEDULED_N: tl.constexpr,
-    HIDES_NAN: tl.constexpr,
-):
+    q, k, v, out, lse, bounds, schedule, sinks, seed, strides, factors, sizes, program, first,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+    QUERY_IN_REGISTERS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr, HIDES_NAN: tl.constexpr,
+):  # fmt: skip
     """Write output and log-sum-exp of the BLOCK_M rows from the row ``first`` of a row tile on; whether there is NaN
     in the output.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a hidden value stays out.
     """
+    q_strides, k_strides, v_strides, out_strides = strides
+    scale, softcap, drop_below, keep_scale = factors
+    q_len, kv_len, mask_stride_b, max_runs = sizes
     num_row_tiles = tl.cdiv(q_len, SCHEDULED_M)
     # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the most
     # work: first.

@@ -46,8 +46,8 @@ def redo_forward_kernel(
                 ):  # fmt: skip
                     attend_rows(
                         q, k, v, out, lse, bounds, schedule, sinks, None,
-                        q_strides, k_strides, v_strides, out_strides, scale, 0.0, 0, 1.0,
-                        q_len, kv_len, mask_stride_b, max_runs, program, first,
+                        (q_strides, k_strides, v_strides, out_strides), (scale, 0.0, 0, 1.0),
+                        (q_len, kv_len, mask_stride_b, max_runs), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, HAS_SINKS, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False, False,
                         SCHEDULED_M, SCHEDULED_N, True,
@@ -82,8 +82,8 @@ def redo_backward_kernel(
                 if d_k_has_nan | d_v_has_nan:
                     key_value_gradients(
                         q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, by_column, None,
-                        q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
-                        scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_column, program, first,
+                        (q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides),
+                        (scale, 0.0, 0, 1.0), (q_len, kv_len, mask_stride_b, max_runs_by_column), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False,
                         COLUMN_M, COLUMN_N, True,
@@ -99,8 +99,8 @@ def redo_backward_kernel(
                 ):  # fmt: skip
                     query_gradients(
                         q, k, v, d_out, lse_2, delta, d_q, bounds, by_row, None,
-                        q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
-                        scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_row, program, first,
+                        (q_strides, k_strides, v_strides, d_out_strides, d_q_strides),
+                        (scale, 0.0, 0, 1.0), (q_len, kv_len, mask_stride_b, max_runs_by_row), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False,
                         ROW_M, ROW_N, True,

@@ -26,23 +26,10 @@ def statistics_offset(batch_head, q_len):
 
 @triton.jit(noinline=True)  # what it keeps in registers leaves those of the caller alone
 def write_row_statistics(
-    out,
-    d_out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    out_strides,
-    d_out_strides,
-    q_len,
-    batch_head,
-    start_m,
-    NUM_HEADS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len, batch_head, start_m,
+    NUM_HEADS: tl.constexpr, HAS_D_LSE: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
-):
+):  # fmt: skip
     """Of BLOCK_M rows. delta = rowsum(out * d_out) - d_lse: P * (dP - delta) then holds the gradient of the log-sum-exp
     as well.
     """
@@ -62,21 +49,10 @@ def write_row_statistics(
 
 @triton.jit(do_not_specialize=["q_len"])
 def row_statistics_kernel(
-    out,
-    d_out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    out_strides,
-    d_out_strides,
-    q_len,
-    NUM_HEADS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len,
+    NUM_HEADS: tl.constexpr, HAS_D_LSE: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
-):
+):  # fmt: skip
     num_row_tiles = tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK // BLOCK_M
     write_row_statistics(
         out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len,
