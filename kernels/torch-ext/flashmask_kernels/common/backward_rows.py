@@ -55,7 +55,7 @@ def key_value_gradients(
     PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr,
     HIDES_NAN: tl.constexpr,
 ):  # fmt: skip
-    """Write dK and dV of the BLOCK_N keys from the key ``first`` of a column tile on; whether there is NaN in them.
+    """Write dK and dV of BLOCK_N keys, from key ``first`` of a column tile on. Returns whether they hold NaN.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a row stays out of the gradients of
     the keys that it does not see.
@@ -89,7 +89,7 @@ def key_value_gradients(
         mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
         mask_bounds = bounds + mask * NUM_PLANES * kv_len
         mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
-        # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+        # Compiled twice, for the cut tiles and for the full ones; with HIDES_NAN once, where every tile counts as cut.
         for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
             for run in range(count_runs(mask_schedule, IS_CUT, HIDES_NAN)):
                 first_tile, end_tile = load_run(mask_schedule, run, max_runs, IS_CUT, HIDES_NAN)
@@ -102,7 +102,7 @@ def key_value_gradients(
                         q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
                     )
                     row_lse_2 = tl.load(lse_2 + offsets)
-                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     d_out_tile = load_rows(
                         d_out, d_out_strides, batch, head, start_m, q_len,
                         DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
@@ -148,7 +148,7 @@ def query_gradients(
     PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr,
     HIDES_NAN: tl.constexpr,
 ):  # fmt: skip
-    """Write dQ of the BLOCK_M rows from the row ``first`` of a row tile on; whether there is NaN in it.
+    """Write dQ of BLOCK_M rows, from row ``first`` of a row tile on. Returns whether it holds NaN.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a hidden key stays out.
     """
@@ -178,7 +178,7 @@ def query_gradients(
 
     STEPS: tl.constexpr = SCHEDULED_N // BLOCK_N
     STAGES: tl.constexpr = 1 if HIDES_NAN else None
-    # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+    # Compiled twice, for the cut tiles and for the full ones; with HIDES_NAN once, where every tile counts as cut.
     for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
         for run in range(count_runs(schedule, IS_CUT, HIDES_NAN)):
             first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT, HIDES_NAN)
@@ -190,7 +190,7 @@ def query_gradients(
                 v_tile = load_rows(
                     v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
                 )
-                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
                 columns = start_n + tl.arange(0, BLOCK_N)
                 hidden = False

@@ -118,7 +118,7 @@ def _consume(
         q_tile = q_ring.tiles.index(buffer).reshape([64, BLOCK_DIM])
         q_ring.wait(buffer, number // 2 & 1)
         if num_cut + num_full > 0:
-            # The first tile, which has no product with V beside it. Masking it does no harm if it is full.
+            # The first tile: no product with V runs beside it. It is masked even if it is full, which changes nothing.
             stage = step % STAGES
             k_ring.wait(stage, step // STAGES & 1)
             k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
@@ -191,7 +191,7 @@ def attention_forward_kernel(
     NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # Two buffers for the query of each consumer: that of the next piece of work is loaded early.
+    # Two buffers for the query of each consumer, so that the query of the next piece of work is loaded early.
     q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)

@@ -1,9 +1,10 @@
-"""What the forward and the backward kernels share: dealing out work, passing scalars and barriers, masking cut tiles.
+"""What the forward and the backward kernels share: dealing out work, buffers and their barriers, masking cut tiles.
 
-A thread block is groups of warps. The scheduler draws pieces of work (one row tile or column tile of one head) from a
-counter, one ahead of its use. The producer loads their tiles by TMA. Where a piece is a row tile, two warps make the
-masks of its cut tiles from the bounds. Two consumers of four warps each compute on 64 rows or columns. They meet at
-barriers in shared memory: `full` ones tell that a buffer holds a tile, `empty` ones that it may be overwritten.
+The warps of a thread block have different tasks. The scheduler draws pieces of work (one row tile or column tile of
+one head) from a counter, one ahead of its use. The producer loads their tiles by TMA. Where a piece is a row tile, two
+warps make the masks of its cut tiles from the bounds. Two consumers of four warps each compute 64 rows or columns. They
+synchronise by barriers in shared memory: a `full` barrier tells that a buffer holds a tile, an `empty` one that it may
+be overwritten.
 """
 
 import functools
@@ -53,14 +54,14 @@ def addressable(tensor: Tensor) -> Tensor:
 
 
 def new_counters(count: int, device: torch.device) -> list[Tensor]:
-    """Integers that start at 0, for kernels to count work and to note NaN."""
+    """Integers that start at 0: kernels count pieces of work in them, and note NaN."""
     return list(torch.zeros(count, dtype=torch.int32, device=device).split(1))
 
 
 def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> int:
-    """How many of ``num_heads`` the programs work on at the same time where rows are long: as many as have their part
-    of ``visited``, from which all tiles of a head read, in L2 together; but tiles enough that the last ones, when some
-    programs find no work any more, are few.
+    """How many of ``num_heads`` the programs work on at the same time where rows are long: as many as fit into L2 with
+    their part of ``visited``, which all tiles of a head read, but enough that a group has many tiles, because at its
+    end some programs are idle.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in visited) // visited[0].shape[0]
     fewest = max(num_heads * _BYTES_IN_L2 // size, tiles_in(_FEWEST_TILES, tiles_per_head), 1)
@@ -68,7 +69,7 @@ def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> in
 
 
 def num_programs(device: torch.device, num_items: int) -> int:
-    """One program for each processor, which works until there is nothing left."""
+    """One persistent program for each processor."""
     return min(num_processors(device), num_items)
 
 
@@ -120,11 +121,6 @@ def _rows_are_long(schedule, num_tiles, max_runs, BLOCK: gl.constexpr):
         runs = schedule + (num_tiles * eighth // 8).to(gl.int64) * (2 + 2 * max_runs)
         visited += _count_tiles(runs, max_runs, 1) + _count_tiles(runs, max_runs, 0)
     return visited * BLOCK > 4 * 4096
-
-
-@gluon.jit
-def mask_of(batch_head, mask_stride_b, HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr):
-    return (batch_head // HEADS * mask_stride_b + batch_head % HEADS // HEADS_PER_MASK).to(gl.int64)
 
 
 @aggregate
@@ -207,7 +203,8 @@ class Lists:
 
     @gluon.jit
     def mask_of(self, batch_head):
-        return mask_of(batch_head, self.mask_stride_b, self.HEADS, self.HEADS_PER_MASK)
+        batch = batch_head // self.HEADS
+        return (batch * self.mask_stride_b + batch_head % self.HEADS // self.HEADS_PER_MASK).to(gl.int64)
 
     @gluon.jit
     def runs_of(self, batch_head, tile):
@@ -252,7 +249,7 @@ def deal_out_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.co
         store_scalar(work.item.index(2), _count_tiles(runs, max_runs, 1))
         store_scalar(work.item.index(3), _count_tiles(runs, max_runs, 0))
         mbarrier.arrive(work.full, count=1)
-        # Not before all have taken the last one: work that waits here is work that an idle processor lacks.
+        # Drawn only when all have taken the last piece: an idle processor could compute a piece that waits here.
         mbarrier.wait(work.empty, number & 1)
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
         number += 1
@@ -262,7 +259,7 @@ def deal_out_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.co
 
 @gluon.jit
 def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
-    """Of masks with one or two planes, where the visible rows of each column end and where they begin."""
+    """For masks with one or two planes: the rows at which the visible rows of each column end, and begin."""
     if NUM_PLANES > 2:
         return columns, columns
     # A column past the last key is hidden from row 0 on.
@@ -274,7 +271,7 @@ def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
 
 @gluon.jit
 def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES: gl.constexpr):
-    """``hidden_value`` where row and column do not see each other in ``values`` [columns, rows].
+    """``values`` [columns, rows], with ``hidden_value`` where the row does not see the column.
 
     ``planes`` are those of `load_planes`. One interval at a time keeps few registers alive.
     """
@@ -339,7 +336,7 @@ def make_masks(
     bounds, lists, masks, work, q_len, kv_len,
     NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The masks of a row tile's cut tiles, and of its first tile if that is full but ``FIRST_IS_MASKED``.
+    """Make the masks of each row tile's cut tiles; with ``FIRST_IS_MASKED`` also that of a first tile that is full.
 
     Consumers that loaded the bounds of all their columns themselves took 7.0 instead of 4.1 ms forward with global
     tokens and a window (32K tokens, C = 4) and 20.3 instead of 16.5 ms with evictions (C = 1).
@@ -378,7 +375,7 @@ def _words_layout(block_n):
 
 @gluon.jit
 def hide_by_mask(values, hidden_value, masks, step, BLOCK_N: gl.constexpr, consumer: gl.constexpr):
-    """``hidden_value`` where the mask of that number, which `make_masks` wrote, has no bit."""
+    """``values`` [64, BLOCK_N], with ``hidden_value`` where the mask number ``step`` of `make_masks` has no bit."""
     layout: gl.constexpr = _words_layout(BLOCK_N)
     stage = step % MASK_STAGES
     masks.wait(stage, step // MASK_STAGES & 1)

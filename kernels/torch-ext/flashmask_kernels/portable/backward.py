@@ -19,7 +19,7 @@ from ..launch.attention_launcher import AttentionLauncher
 from ..launch.layout import Layout, gradient_layouts
 from ..schedule import tiles_in
 
-# Called, not inlined: what they keep in registers leaves those of the kernels alone.
+# Called, not inlined, so that they do not add to the registers of the kernels.
 _key_value_gradients_again = triton.jit(noinline=True)(key_value_gradients.fn)
 _query_gradients_again = triton.jit(noinline=True)(query_gradients.fn)
 
@@ -43,7 +43,7 @@ def key_value_gradient_kernel(
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a row which does not see the key may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a row that does not see a key may be in them. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_N, SMALL_BLOCK):
             _key_value_gradients_again(
@@ -67,7 +67,7 @@ def query_gradient_kernel(
     DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of the rows, for this kernel and the next one, and dQ."""
+    """Write the statistics of the rows, which the kernel of dK and dV reads too, and dQ."""
     num_row_tiles = tl.cdiv(q_len, BLOCK_M)
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     start_m = row_tile * BLOCK_M
@@ -89,7 +89,7 @@ def query_gradient_kernel(
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a hidden key may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a hidden key may be in dQ. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_M, SMALL_BLOCK):
             _query_gradients_again(
@@ -104,7 +104,7 @@ def query_gradient_kernel(
 
 
 class AttentionBackward:
-    """The backward kernels for inputs of one kind, that of those it is made from (see `Launcher`).
+    """The backward kernels for inputs of one kind, that of the inputs they are made from (see `Launcher`).
 
     Args:
         d_out: gradient of the output, ``[B, H, S_q, D_v]``, last dimension contiguous.

@@ -37,7 +37,7 @@ def attention_forward_kernel(
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a hidden value may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a hidden value may be in the output. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_M, SMALL_BLOCK):
             attend_rows(
@@ -51,7 +51,7 @@ def attention_forward_kernel(
 
 
 class AttentionForward:
-    """The forward kernel for inputs of one kind, that of those it is made from (see `Launcher`).
+    """The forward kernel for inputs of one kind, that of the inputs it is made from (see `Launcher`).
 
     Args:
         query, key, value: ``[B, H, S_q, D]``, ``[B, H_kv, S_k, D]``, ``[B, H_kv, S_k, D_v]``, last dimension
