@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parent
 NOT_OF_THE_CORE = {"benchmarks", "compilation", "examples", "packaging", "paper_masks", "sweep", "visualization"}
-WITHOUT_TRANSFORMERS = {"bounds", "ops", "portable", "schedule", "tiled"}
+WITHOUT_TRANSFORMERS = {"bounds", "configs", "derivatives", "ops", "portable", "schedule", "schedules", "tiled"}
 NEEDS_TRL = {"tree_attention", "trl"}
 
 

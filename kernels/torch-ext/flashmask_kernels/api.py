@@ -304,8 +304,8 @@ def _plain_schedules(q_len: int, kv_len: int, is_causal: bool, device: torch.dev
     return _plain_schedules_of_stream(stream, q_len, kv_len, is_causal, device)
 
 
-# Few, because each keeps its tensors alive. One for each stream: another one need not have finished what the first one
-# wrote. Nobody else sees these bounds, so nothing changes them.
+# Few, because each keeps its tensors alive. One for each stream, because another stream may not wait for what this one
+# writes. These bounds are not handed out, so nothing changes them.
 @functools.lru_cache(maxsize=4)
 def _plain_schedules_of_stream(
     stream: int, q_len: int, kv_len: int, is_causal: bool, device: torch.device

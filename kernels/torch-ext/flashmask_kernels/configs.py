@@ -19,7 +19,8 @@ class Config(NamedTuple):
     Attributes:
         use_descriptors: load tiles by TMA descriptors where the tensors allow it.
         query_in_registers: of the forward kernel.
-        of_short_rows: ``block_m`` to ``num_stages`` without descriptors; None: the same.
+        of_short_rows: ``block_m``, ``block_n``, ``num_warps`` and ``num_stages`` for rows too short for descriptors;
+            None: the same as for long rows.
     """
 
     block_m: int
@@ -44,11 +45,11 @@ class Configs(NamedTuple):
     query_gradient: Config
 
     def without_descriptors(self, *kernels: str) -> Configs:
-        """For rows so short that the host would take longer to make the descriptors of ``kernels`` than they save."""
+        """For short rows, where the host takes longer to make the descriptors of ``kernels`` than they save."""
         return self._replace(**{kernel: getattr(self, kernel)._replace(use_descriptors=False) for kernel in kernels})
 
     def for_short_rows(self, *kernels: str) -> Configs:
-        """`without_descriptors`, by the tiles that suit it."""
+        """`without_descriptors`, with tiles that suit pointers."""
         own = {kernel: Config(*tile) for kernel in kernels if (tile := getattr(self, kernel).of_short_rows)}
         return self.without_descriptors(*kernels)._replace(**own)
 
@@ -90,7 +91,7 @@ _HALF = {
     # 99 KiB of shared memory: sm_86, sm_89, sm_120.
     "sm_86": {64: _same(64, 64, 4, 2), 128: _same(64, 64, 4, 2), 256: _same(32, 32, 4, 2), 512: _same(16, 16, 4, 1)},
     "sm_90": _HOPPER,
-    # By the compiler: what spills least and fits.
+    # By the compiler's report: these fit into shared memory and spill least.
     "sm_100": {
         64: Configs(*[Config(64, 64, 4, 2, True)] * 3),
         128: Configs(

@@ -33,17 +33,14 @@ def kind_of(*tensors: Tensor | None) -> Kind:
 
 
 def remember(memory: dict[Kind, Any], kind: Kind, value: Any) -> None:
-    """Lengths, and with them kinds, may change with every batch: what is full is emptied."""
+    """Keep a value. Lengths, and so kinds, may change with every batch: a full memory is emptied."""
     if len(memory) >= MOST_REMEMBERED:
         memory.clear()
     memory[kind] = value
 
 
 class Plan:
-    """How inputs of one kind are computed: by which kernels, and all that these are launched with but tensors.
-
-    Finding it out takes the host longer than short rows take on the device.
-    """
+    """How inputs of one kind are computed. It holds no tensors, and is complete before another thread can see it."""
 
     def __init__(
         self,
@@ -129,7 +126,7 @@ class Plan:
 
 
 def _is_on_current_device(tensor: Tensor) -> bool:
-    """Where Triton launches. To ask takes less time than to enter a `torch.cuda.device`."""
+    """Whether Triton launches there. To ask takes less time than to enter a `torch.cuda.device`."""
     return not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
 
 
@@ -147,7 +144,7 @@ def plan_of(
     dropout_p: float,
     specialize: bool,
 ) -> Plan:
-    """For the operators, whose arguments have been checked and chosen."""
+    """The plan of an operator, whose arguments have been checked before."""
     kind = kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, specialize, "operator"
     plan = plans.get(kind)
     if plan is None:
@@ -159,7 +156,7 @@ def plan_of(
 # Implementations
 
 
-# Of the query: 8K tokens with 16 heads of size 128.
+# Elements of the query: 8K tokens with 16 heads of size 128.
 FEWEST_SPECIALIZED_ELEMENTS = 1 << 24
 
 
@@ -210,9 +207,10 @@ def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None
     return configs
 
 
-# Of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they save on
-# the device at 1K tokens and 32 heads of 128, 1 << 22, in us (H200, three masks): the forward 4 to 12, dQ 4 to 12,
-# dK/dV 13 to 20; of 64 1 to 6, 4, and 8 to 12. At 1.5K tokens, dK/dV by pointers makes the backward 17 to 27 % longer.
+# Elements of the query. A descriptor takes the host some 4 us; the forward has three, dK/dV and dQ four each. What they
+# save on the device at 1K tokens and 32 heads of 128, 1 << 22, in us (H200, three masks): the forward 4 to 12, dQ 4 to
+# 12, dK/dV 13 to 20; of 64 1 to 6, 4, and 8 to 12. At 1.5K tokens, dK/dV by pointers makes the backward 17 to 27 %
+# longer.
 FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 5 << 20, "query_gradient": 1 << 23}
 
 
@@ -228,7 +226,7 @@ def launched_configs(query: Tensor, value: Tensor, specialize: bool, in_graph: b
 
 
 def tiles_of(kernel: str, query: Tensor, value: Tensor, specialize: bool) -> Tiles | None:
-    """Those of the kernel of that name in `Configs`; None where `tiled` computes."""
+    """Tiles of the kernel of that name in `Configs`; None where `tiled` computes."""
     configs = configs_of(query, value, specialize)
     if configs is None:
         return None

@@ -36,7 +36,8 @@ class Schedules:
         is_traced = torch.compiler.is_compiling()
         # Only an object that is made in a graph keeps what a graph makes.
         self._made_in_graph: dict[Tiles, Tensor] | None = {} if is_traced else None
-        self._is_of_capture = not is_traced and home_of(bounds.device)[0]
+        # A fake tensor may be on a device that does not exist.
+        self._is_of_capture = not is_traced and type(bounds) is Tensor and home_of(bounds.device)[0]
 
     def check(self, bounds: Tensor | None, q_len: int) -> None:
         if self.bounds is not bounds:
@@ -76,7 +77,7 @@ class Schedules:
 
 def home_of(device: torch.device) -> tuple[bool, int]:
     """Whether the current stream is captured into a CUDA graph, and that stream."""
-    if device.type != "cuda" or not torch.cuda.is_initialized():
+    if device.type != "cuda":
         return False, 0
     # A Stream object takes ten times as long.
     return torch.cuda.is_current_stream_capturing(), torch._C._cuda_getCurrentRawStream(device.index)

@@ -22,20 +22,9 @@ from .tiles import (
 
 @triton.jit
 def _score_gradients(
-    scores,
-    d_probabilities,
-    lse_2,
-    delta,
-    hidden,
-    kept,
-    scale,
-    softcap,
-    keep_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    IS_CUT: tl.constexpr,
-    HIDES_NAN: tl.constexpr,
-):
+    scores, d_probabilities, lse_2, delta, hidden, kept, scale, softcap, keep_scale,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_CUT: tl.constexpr, HIDES_NAN: tl.constexpr,
+):  # fmt: skip
     """P after dropout and dS (before the factor ``scale``) of one tile, from Q K^T and dO V^T in either orientation."""
     if HAS_SOFTCAP:
         capped = soft_capped(scores * scale, softcap)
@@ -59,56 +48,21 @@ def _score_gradients(
 
 @triton.jit
 def key_value_gradients(
-    q,
-    k,
-    v,
-    d_out,
-    lse_2,
-    delta,
-    d_k,
-    d_v,
-    bounds,
-    schedule,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
-    d_k_strides,
-    d_v_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    program,
-    first,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
-    SCHEDULED_N: tl.constexpr,
+    q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, seed, strides, factors, sizes, program, first,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr,
     HIDES_NAN: tl.constexpr,
-):
-    """Write dK and dV of the BLOCK_N keys from the key ``first`` of a column tile on; whether there is NaN in them.
+):  # fmt: skip
+    """Write dK and dV of BLOCK_N keys, from key ``first`` of a column tile on. Returns whether they hold NaN.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a row stays out of the gradients of
     the keys that it does not see.
     """
+    q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides = strides
+    scale, softcap, drop_below, keep_scale = factors
+    q_len, kv_len, mask_stride_b, max_runs = sizes
     num_column_tiles = tl.cdiv(kv_len, SCHEDULED_N)
     column_tile = program % num_column_tiles
     batch_kv_head = program // num_column_tiles
@@ -135,7 +89,7 @@ def key_value_gradients(
         mask = (batch * mask_stride_b + first_head // HEADS_PER_MASK).to(tl.int64)
         mask_bounds = bounds + mask * NUM_PLANES * kv_len
         mask_schedule = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
-        # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+        # Compiled twice, for the cut tiles and for the full ones; with HIDES_NAN once, where every tile counts as cut.
         for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
             for run in range(count_runs(mask_schedule, IS_CUT, HIDES_NAN)):
                 first_tile, end_tile = load_run(mask_schedule, run, max_runs, IS_CUT, HIDES_NAN)
@@ -148,7 +102,7 @@ def key_value_gradients(
                         q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS
                     )
                     row_lse_2 = tl.load(lse_2 + offsets)
-                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
+                    scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     d_out_tile = load_rows(
                         d_out, d_out_strides, batch, head, start_m, q_len,
                         DIM_V, BLOCK_M, BLOCK_DIM_V, True, USE_DESCRIPTORS,
@@ -187,53 +141,20 @@ def key_value_gradients(
 
 @triton.jit
 def query_gradients(
-    q,
-    k,
-    v,
-    d_out,
-    lse_2,
-    delta,
-    d_q,
-    bounds,
-    schedule,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
-    d_q_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    program,
-    first,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
-    SCHEDULED_N: tl.constexpr,
+    q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, seed, strides, factors, sizes, program, first,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr,
     HIDES_NAN: tl.constexpr,
-):
-    """Write dQ of the BLOCK_M rows from the row ``first`` of a row tile on; whether there is NaN in it.
+):  # fmt: skip
+    """Write dQ of BLOCK_M rows, from row ``first`` of a row tile on. Returns whether it holds NaN.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a hidden key stays out.
     """
+    q_strides, k_strides, v_strides, d_out_strides, d_q_strides = strides
+    scale, softcap, drop_below, keep_scale = factors
+    q_len, kv_len, mask_stride_b, max_runs = sizes
     num_row_tiles = tl.cdiv(q_len, SCHEDULED_M)
     row_tile = num_row_tiles - 1 - program % num_row_tiles
     batch_head = program // num_row_tiles
@@ -257,7 +178,7 @@ def query_gradients(
 
     STEPS: tl.constexpr = SCHEDULED_N // BLOCK_N
     STAGES: tl.constexpr = 1 if HIDES_NAN else None
-    # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+    # Compiled twice, for the cut tiles and for the full ones; with HIDES_NAN once, where every tile counts as cut.
     for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
         for run in range(count_runs(schedule, IS_CUT, HIDES_NAN)):
             first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT, HIDES_NAN)
@@ -269,7 +190,7 @@ def query_gradients(
                 v_tile = load_rows(
                     v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, IS_CUT, USE_DESCRIPTORS
                 )
-                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 d_probabilities = tl.dot(d_out_tile, v_tile.T, input_precision=PRECISION)
                 columns = start_n + tl.arange(0, BLOCK_N)
                 hidden = False

@@ -27,57 +27,24 @@ from .tiles import (
 
 @triton.jit
 def attend_rows(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    bounds,
-    schedule,
-    sinks,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    program,
-    first,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-    QUERY_IN_REGISTERS: tl.constexpr,
-    SCHEDULED_M: tl.constexpr,
-    SCHEDULED_N: tl.constexpr,
-    HIDES_NAN: tl.constexpr,
-):
-    """Write output and log-sum-exp of the BLOCK_M rows from the row ``first`` of a row tile on; whether there is NaN
-    in the output.
+    q, k, v, out, lse, bounds, schedule, sinks, seed, strides, factors, sizes, program, first,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+    QUERY_IN_REGISTERS: tl.constexpr, SCHEDULED_M: tl.constexpr, SCHEDULED_N: tl.constexpr, HIDES_NAN: tl.constexpr,
+):  # fmt: skip
+    """Write output and log-sum-exp of BLOCK_M rows, from row ``first`` of a row tile on. Returns whether the output
+    holds NaN.
 
     The tiles of the schedule are SCHEDULED_M x SCHEDULED_N. With HIDES_NAN, NaN of a hidden value stays out.
     """
+    q_strides, k_strides, v_strides, out_strides = strides
+    scale, softcap, drop_below, keep_scale = factors
+    q_len, kv_len, mask_stride_b, max_runs = sizes
     num_row_tiles = tl.cdiv(q_len, SCHEDULED_M)
-    # Neighbouring programs share a head, whose K and V then stay in L2. Under a causal mask the last rows have the most
-    # work: first.
+    # Neighbouring programs share a head, so that its K and V stay in L2. Under a causal mask the last rows have the
+    # most work, so they come first.
     row_tile = num_row_tiles - 1 - program % num_row_tiles
     batch_head = program // num_row_tiles
     batch = batch_head // NUM_HEADS
@@ -91,11 +58,11 @@ def attend_rows(
     rows = start_m + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q, q_strides, batch, head, start_m, q_len, DIM, BLOCK_M, BLOCK_DIM, True, USE_DESCRIPTORS)
     if QUERY_IN_REGISTERS:
-        # A value that is computed, not loaded, enters the matrix product from registers: shared memory, which both
-        # operands of a 64 x 64 product saturate, is left to K, and has room for a third stage.
+        # A computed value enters the matrix product from registers, a loaded one from shared memory. Two operands of a
+        # 64 x 64 product saturate shared memory; with K alone in it, it also has room for a third stage.
         q_tile = tl.where((rows < q_len)[:, None], q_tile, 0.0)
     output = tl.zeros([BLOCK_M, BLOCK_DIM_V], dtype=tl.float32)
-    # Scores and their maxima are in base 2.
+    # Scores and the maxima of their rows, [BLOCK_M], are in base 2.
     if HAS_SINKS:
         # A sink is a score that every row has seen before its first key.
         row_max = tl.full([BLOCK_M], 1.0, dtype=tl.float32) * (tl.load(sinks + head).to(tl.float32) * LOG2_E)
@@ -106,7 +73,7 @@ def attend_rows(
 
     STEPS: tl.constexpr = SCHEDULED_N // BLOCK_N
     STAGES: tl.constexpr = 1 if HIDES_NAN else None
-    # Compiled twice: for the cut tiles, then for the full ones. To hide NaN once, for all as if they were cut.
+    # Compiled twice, for the cut tiles and for the full ones; with HIDES_NAN once, where every tile counts as cut.
     for IS_CUT in tl.static_range(1, HIDES_NAN - 1, -1):
         for run in range(count_runs(schedule, IS_CUT, HIDES_NAN)):
             first_tile, end_tile = load_run(schedule, run, max_runs, IS_CUT, HIDES_NAN)
@@ -116,7 +83,7 @@ def attend_rows(
                     k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, IS_CUT, USE_DESCRIPTORS
                 )
                 columns = start_n + tl.arange(0, BLOCK_N)
-                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+                scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 factor = scale * LOG2_E
                 if HAS_SOFTCAP:
                     scores = soft_capped(scores * scale, softcap)
@@ -144,7 +111,7 @@ def attend_rows(
                 else:
                     output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
 
-    # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
+    # A row that saw nothing gets output 0 / 1 and log-sum-exp -inf + log 1.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
     output = output * (keep_scale / row_sum)[:, None]
     store_rows(out, out_strides, output, batch, head, start_m, q_len, DIM_V, BLOCK_M, BLOCK_DIM_V)

@@ -1,7 +1,7 @@
-"""Redo the rows in which kernels that do not hide NaN by themselves left some: that of a hidden key or row must not be
-in them.
+"""Compute again the rows that hold NaN: NaN of a hidden key or row, as 0 x NaN, must not be in them.
 
-Such a kernel sets a flag where it finds NaN in what it writes. Without the flag these return at once.
+For kernels that do not keep it out themselves and set a flag when they write NaN. Without the flag these kernels return
+at once.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def redo_forward_kernel(
                 ):  # fmt: skip
                     attend_rows(
                         q, k, v, out, lse, bounds, schedule, sinks, None,
-                        q_strides, k_strides, v_strides, out_strides, scale, 0.0, 0, 1.0,
-                        q_len, kv_len, mask_stride_b, max_runs, program, first,
+                        (q_strides, k_strides, v_strides, out_strides), (scale, 0.0, 0, 1.0),
+                        (q_len, kv_len, mask_stride_b, max_runs), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, HAS_SINKS, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False, False,
                         SCHEDULED_M, SCHEDULED_N, True,
@@ -82,8 +82,8 @@ def redo_backward_kernel(
                 if d_k_has_nan | d_v_has_nan:
                     key_value_gradients(
                         q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, by_column, None,
-                        q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
-                        scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_column, program, first,
+                        (q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides),
+                        (scale, 0.0, 0, 1.0), (q_len, kv_len, mask_stride_b, max_runs_by_column), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False,
                         COLUMN_M, COLUMN_N, True,
@@ -99,8 +99,8 @@ def redo_backward_kernel(
                 ):  # fmt: skip
                     query_gradients(
                         q, k, v, d_out, lse_2, delta, d_q, bounds, by_row, None,
-                        q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
-                        scale, 0.0, 0, 1.0, q_len, kv_len, mask_stride_b, max_runs_by_row, program, first,
+                        (q_strides, k_strides, v_strides, d_out_strides, d_q_strides),
+                        (scale, 0.0, 0, 1.0), (q_len, kv_len, mask_stride_b, max_runs_by_row), program, first,
                         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, False, False,
                         DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, "tf32", False,
                         ROW_M, ROW_N, True,
@@ -117,8 +117,8 @@ def redo_forward(
     scale: float,
     tile: tuple[int, int],
 ) -> Launcher:
-    """What computes again, in place, the rows of an output that hold NaN, where a flag is not 0. It is called with the
-    flag, query, key, value, output, log-sum-exp, bounds, schedule and sinks.
+    """A launcher that computes again, in place, the rows of an output that hold NaN, if a flag is not 0. It is called
+    with the flag, query, key, value, output, log-sum-exp, bounds, schedule and sinks.
 
     Arguments as of `AttentionForward`; the tiles of ``schedule`` have ``tile`` rows and columns.
     """
@@ -151,8 +151,8 @@ def redo_backward(
     column_tile: tuple[int, int],
     row_tile: tuple[int, int],
 ) -> Launcher:
-    """What computes again, in place, the rows of dQ, dK and dV that hold NaN, where a flag is not 0. It is called with
-    the flag, query, key, value, d_out, the two of `RowStatistics`, dQ, dK, dV, bounds and both schedules.
+    """A launcher that computes again, in place, the rows of dQ, dK and dV that hold NaN, if a flag is not 0. It is
+    called with the flag, query, key, value, d_out, both statistics of the rows, dQ, dK, dV, bounds and both schedules.
 
     Arguments as of `AttentionBackward`; the tiles of ``by_column`` and ``by_row`` have ``column_tile`` and ``row_tile``
     rows and columns.

@@ -1,6 +1,6 @@
-"""What the backward kernels read of each row beside its tensors: the log-sum-exp in base 2, and delta.
+"""Two statistics of each row that the backward kernels read: the log-sum-exp in base 2, and delta.
 
-The portable kernel of dQ makes both for the tiles that it visits anyway; `RowStatistics` is for kernels that do not.
+The portable kernel of dQ computes both for the rows that it visits anyway. `RowStatistics` is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..launch.layout import Layout
 from ..schedule import tiles_in
 from .tiles import LOG2_E, head_dim_blocks, load_rows
 
-# Row statistics are padded to whole tiles, none of which has more rows: a row past the end has delta 0 and log-sum-exp
-# inf, so P = exp(-inf) = 0.
+# Statistics are padded to a multiple of this, which no tile exceeds: a row past the end has delta 0 and log-sum-exp
+# inf, so that P = exp(-inf) = 0.
 STATISTICS_BLOCK = tl.constexpr(128)
 
 
@@ -24,27 +24,14 @@ def statistics_offset(batch_head, q_len):
     return batch_head.to(tl.int64) * tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK
 
 
-@triton.jit(noinline=True)  # what it keeps in registers leaves those of the caller alone
+@triton.jit(noinline=True)  # so that it does not add to the registers of the caller
 def write_row_statistics(
-    out,
-    d_out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    out_strides,
-    d_out_strides,
-    q_len,
-    batch_head,
-    start_m,
-    NUM_HEADS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len, batch_head, start_m,
+    NUM_HEADS: tl.constexpr, HAS_D_LSE: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
-):
-    """Of BLOCK_M rows. delta = rowsum(out * d_out) - d_lse: P * (dP - delta) then holds the gradient of the log-sum-exp
-    as well.
+):  # fmt: skip
+    """Write the statistics of BLOCK_M rows. delta = rowsum(out * d_out) - d_lse, so that P * (dP - delta) includes the
+    gradient of the log-sum-exp.
     """
     batch = batch_head // NUM_HEADS
     head = batch_head % NUM_HEADS
@@ -62,21 +49,10 @@ def write_row_statistics(
 
 @triton.jit(do_not_specialize=["q_len"])
 def row_statistics_kernel(
-    out,
-    d_out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    out_strides,
-    d_out_strides,
-    q_len,
-    NUM_HEADS: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len,
+    NUM_HEADS: tl.constexpr, HAS_D_LSE: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_DIM_V: tl.constexpr,
-):
+):  # fmt: skip
     num_row_tiles = tl.cdiv(q_len, STATISTICS_BLOCK) * STATISTICS_BLOCK // BLOCK_M
     write_row_statistics(
         out, d_out, lse, d_lse, lse_2, delta, out_strides, d_out_strides, q_len,
@@ -86,7 +62,7 @@ def row_statistics_kernel(
 
 
 def padded_rows(q_len: int) -> int:
-    """Rows of the statistics of one head."""
+    """Number of rows that the statistics of one head have."""
     return tiles_in(q_len, STATISTICS_BLOCK.value) * STATISTICS_BLOCK.value
 
 

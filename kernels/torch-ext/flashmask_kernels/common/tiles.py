@@ -9,9 +9,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Rows and columns of the tiles in which a program repeats its work when NaN has come out: the fewest that `tl.dot`
-# takes, so that kernels in half precision need no more registers for it. In float32 they do (sm_90, forward, D = 128:
-# 252 instead of 107).
+# Rows and columns of the tiles in which a program repeats its work after NaN: the fewest that `tl.dot` takes. Kernels
+# in half precision then need no more registers. Those in float32 do (sm_90, forward, D = 128: 252 instead of 107).
 SMALL_BLOCK = tl.constexpr(16)
 
 
@@ -102,8 +101,7 @@ def load_run(schedule, run, max_runs, IS_CUT: tl.constexpr, OF_ALL: tl.constexpr
 
 @triton.jit
 def hidden_elements(bounds, rows, columns, q_len, kv_len, NUM_PLANES: tl.constexpr):
-    """True where row and column do not see each other. ``rows`` and ``columns`` broadcast to the tile, either way
-    around.
+    """True where a row does not see a column. ``rows`` and ``columns`` broadcast to the tile, in either orientation.
 
     ``bounds`` points at the planes of one mask, [NUM_PLANES, kv_len]. Columns past the last key are hidden.
     """
@@ -134,9 +132,9 @@ def holds_nan(tile):
 
 @triton.jit
 def dot_of_visible(weights, hidden, tile, accumulator, PRECISION: tl.constexpr):
-    """accumulator + weights @ tile, where a hidden weight counts for nothing, whatever the tile holds.
+    """accumulator + weights @ tile without the products of hidden weights, which may be 0 x NaN.
 
-    What sees NaN or infinity becomes NaN.
+    A row that sees NaN or infinity becomes NaN.
     """
     finite = tl.abs(tile.to(tl.float32)) < float("inf")
     seen = tl.dot(tl.where(hidden, 0.0, 1.0).to(tl.float16), tl.where(finite, 0.0, 1.0).to(tl.float16))

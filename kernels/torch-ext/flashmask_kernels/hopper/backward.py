@@ -23,9 +23,10 @@ from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
-    MASK_STAGES,
     REGISTERS,
     REGISTERS_WITH_MASKS,
+    Lists,
+    Ring,
     addressable,
     deal_out_work,
     heads_per_group,
@@ -35,12 +36,11 @@ from .tiles import (
     load_run,
     load_scalar,
     make_barriers,
-    make_mask_buffers,
+    make_mask_ring,
     make_masks,
     make_scalars,
-    mask_of,
+    make_work,
     new_counters,
-    next_work,
     note_nan,
     num_programs,
     padded_dim,
@@ -54,104 +54,92 @@ from .tiles import (
 
 @gluon.jit
 def _produce_rows(
-    q, k, v, d_out, lse_2, delta, schedule, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
-    work_items, row_tiles,
-    q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
-    num_column_tiles, mask_stride_b, max_runs,
-    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, work,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    work = 0
+    """K and V fill one buffer together, and so do Q, the statistics of its rows and their number."""
+    number = 0
     step = 0
-    column_tile, batch_kv_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    column_tile, batch_kv_head, _, _ = work.take(number)
     while column_tile >= 0:
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
-        mask = mask_of(batch_kv_head, mask_stride_b, KV_HEADS, KV_HEADS_PER_MASK)
-        runs = schedule + (mask * num_column_tiles + column_tile) * (2 + 2 * max_runs)
+        runs = lists.runs_of(batch_kv_head, column_tile)
         for consumer in gl.static_range(2):
             column = column_tile * 128 + consumer * 64
-            mbarrier.wait(k_empty.index(consumer), (work & 1) ^ 1)
-            mbarrier.expect(k_full.index(consumer), k.block_type.nbytes + v.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k, [batch, kv_head, column, 0], k_full.index(consumer), k_tiles.index(consumer)
-            )
-            tma.async_copy_global_to_shared(
-                v, [batch, kv_head, column, 0], k_full.index(consumer), v_tiles.index(consumer)
-            )
+            full = k_ring.full.index(consumer)
+            mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
+            mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
+            tma.async_copy_global_to_shared(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
+            tma.async_copy_global_to_shared(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
-                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
                 for tile in range(first_tile * HEADS_PER_KV_HEAD, end_tile * HEADS_PER_KV_HEAD):
                     # Query heads that share a mask and a key are visited in turn.
                     head = kv_head * HEADS_PER_KV_HEAD + tile % HEADS_PER_KV_HEAD
                     row_tile = tile // HEADS_PER_KV_HEAD
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
-                    mbarrier.wait(q_empty.index(stage), phase)
+                    full = q_ring.full.index(stage)
+                    mbarrier.wait(q_ring.empty.index(stage), phase)
                     store_scalar(row_tiles.index(stage), row_tile)
-                    mbarrier.expect(q_full.index(stage), q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
+                    mbarrier.expect(full, q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
                     tma.async_copy_global_to_shared(
-                        q, [batch, head, row_tile * BLOCK_M, 0], q_full.index(stage), q_tiles.index(stage)
+                        q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage)
                     )
                     rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK_M]
-                    tma.async_copy_global_to_shared(lse_2, rows, q_full.index(stage), lse_tiles.index(stage))
-                    tma.async_copy_global_to_shared(delta, rows, q_full.index(stage), delta_tiles.index(stage))
-                    mbarrier.wait(d_out_empty.index(stage), phase)
-                    mbarrier.expect(d_out_full.index(stage), d_out.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        d_out, [batch, head, row_tile * BLOCK_M, 0], d_out_full.index(stage), d_out_tiles.index(stage)
-                    )
+                    tma.async_copy_global_to_shared(lse_2, rows, full, lse_tiles.index(stage))
+                    tma.async_copy_global_to_shared(delta, rows, full, delta_tiles.index(stage))
+                    d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M, 0], stage, phase)
                     step += 1
-        work += 1
-        column_tile, batch_kv_head, _, _ = next_work(work_items, item_full, item_empty, work)
+        number += 1
+        column_tile, batch_kv_head, _, _ = work.take(number)
 
 
 @gluon.jit
 def _consume_rows(
-    d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles, work_items, row_tiles,
-    q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
-    d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
-    scale, q_len, kv_len, mask_stride_b,
-    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
-    NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
+    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, work,
+    d_k_strides, d_v_strides, scale, q_len, kv_len,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
+    DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     """Scores have keys for rows here: P and dS then enter their products from registers."""
-    dtype: gl.constexpr = q_tiles.dtype
+    dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     d_k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
     d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
 
-    k_tile = k_tiles.index(consumer).reshape([64, BLOCK_DIM])
+    k_tile = k_ring.tiles.index(consumer).reshape([64, BLOCK_DIM])
     v_tile = v_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
     factor = scale * LOG2_E
-    work = 0
+    number = 0
     step = 0
-    column_tile, batch_kv_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
     while column_tile >= 0:
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
-        mask_bounds = bounds + mask_of(batch_kv_head, mask_stride_b, KV_HEADS, KV_HEADS_PER_MASK) * NUM_PLANES * kv_len
+        mask_bounds = bounds + lists.mask_of(batch_kv_head) * NUM_PLANES * kv_len
         first_column = column_tile * 128 + consumer * 64
         columns = first_column + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
         planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
         d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
-        mbarrier.wait(k_full.index(consumer), work & 1)
+        k_ring.wait(consumer, number & 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
                 phase = step // STAGES & 1
                 step += 1
-                mbarrier.wait(q_full.index(stage), phase)
-                q_tile = q_tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+                q_ring.wait(stage, phase)
+                q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                mbarrier.wait(d_out_full.index(stage), phase)
-                d_out_tile = d_out_tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                d_out_ring.wait(stage, phase)
+                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
                 d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 row_lse_2 = lse_tiles.index(stage).load(scores_layout)
@@ -169,22 +157,16 @@ def _consume_rows(
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
                 d_v_tile = hopper.warpgroup_mma_wait(1, [d_v_tile])
-                mbarrier.arrive(d_out_empty.index(stage), count=1)
+                d_out_ring.release(stage)
                 d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
-                mbarrier.arrive(q_empty.index(stage), count=1)
-        mbarrier.arrive(k_empty.index(consumer), count=1)
+                q_ring.release(stage)
+        k_ring.release(consumer)
         note_nan(has_nan, d_k_tile)
         note_nan(has_nan, d_v_tile)
-        store_rows(
-            d_k, d_k_stride_b, d_k_stride_h, d_k_stride_n, d_k_tile * scale, batch, kv_head,
-            first_column, kv_len, DIM, BLOCK_DIM,
-        )  # fmt: skip
-        store_rows(
-            d_v, d_v_stride_b, d_v_stride_h, d_v_stride_n, d_v_tile, batch, kv_head,
-            first_column, kv_len, DIM_V, BLOCK_DIM_V,
-        )  # fmt: skip
-        work += 1
-        column_tile, batch_kv_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, kv_len, DIM, BLOCK_DIM)
+        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, kv_len, DIM_V, BLOCK_DIM_V)
+        number += 1
+        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 
 
 @gluon.jit(
@@ -194,7 +176,7 @@ def _consume_rows(
 )  # fmt: skip
 def key_value_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, counter, has_nan,
-    d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
+    d_k_strides, d_v_strides,
     scale, q_len, kv_len, num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -206,45 +188,30 @@ def key_value_gradient_kernel(
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [2, 1, 1, 64, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [2, 1, 1, 64, BLOCK_DIM_V], v.layout)
-    work_items = make_scalars(4)
     row_tiles = make_scalars(STAGES)
-    q_full, q_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    d_out_full, d_out_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    k_full, k_empty = make_barriers(2, 1), make_barriers(2, 1)
-    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 3).index(0)
+    work = make_work(3)
+    q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    k_ring = Ring(k_tiles, make_barriers(2, 1), make_barriers(2, 1))
+    lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_consume_rows, (
-                d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
-                work_items, row_tiles,
-                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
-                d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
-                scale, q_len, kv_len, mask_stride_b,
-                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, NUM_PLANES, DIM, DIM_V, BLOCK_M,
-                BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
             )),
             (_consume_rows, (
-                d_k, d_v, has_nan, bounds, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
-                work_items, row_tiles,
-                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
-                d_k_stride_b, d_k_stride_h, d_k_stride_n, d_v_stride_b, d_v_stride_h, d_v_stride_n,
-                scale, q_len, kv_len, mask_stride_b,
-                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, NUM_PLANES, DIM, DIM_V, BLOCK_M,
-                BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
             )),
             (_produce_rows, (
-                q, k, v, d_out, lse_2, delta, schedule, q_tiles, d_out_tiles, lse_tiles, delta_tiles, k_tiles, v_tiles,
-                work_items, row_tiles,
-                q_full, q_empty, d_out_full, d_out_empty, k_full, k_empty, item_full, item_empty,
-                num_column_tiles, mask_stride_b, max_runs,
-                KV_HEADS, HEADS_PER_KV_HEAD, KV_HEADS_PER_MASK, BLOCK_M, STAGES,
+                q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
             )),
-            (deal_out_work, (
-                schedule, counter, work_items, item_full, item_empty,
-                num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
-                KV_HEADS, KV_HEADS_PER_MASK, BLOCK_M, False,
-            )),
+            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
         ],
         [4, 1, 1],
         REGISTERS,
@@ -256,59 +223,46 @@ def key_value_gradient_kernel(
 
 @gluon.jit
 def _produce_columns(
-    q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-    num_row_tiles, mask_stride_b, max_runs,
-    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    work = 0
+    """Q and dO fill one buffer together."""
+    number = 0
     step = 0
-    row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    row_tile, batch_head, _, _ = work.take(number)
     while row_tile >= 0:
         batch = batch_head // NUM_HEADS
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
-        mask = mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK)
-        runs = schedule + (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+        runs = lists.runs_of(batch_head, row_tile)
         for consumer in gl.static_range(2):
             row = row_tile * 128 + consumer * 64
-            mbarrier.wait(q_empty.index(consumer), (work & 1) ^ 1)
-            mbarrier.expect(q_full.index(consumer), q.block_type.nbytes + d_out.block_type.nbytes)
-            tma.async_copy_global_to_shared(q, [batch, head, row, 0], q_full.index(consumer), q_tiles.index(consumer))
-            tma.async_copy_global_to_shared(
-                d_out, [batch, head, row, 0], q_full.index(consumer), d_out_tiles.index(consumer)
-            )
+            full = q_ring.full.index(consumer)
+            mbarrier.wait(q_ring.empty.index(consumer), (number & 1) ^ 1)
+            mbarrier.expect(full, q.block_type.nbytes + d_out.block_type.nbytes)
+            tma.async_copy_global_to_shared(q, [batch, head, row, 0], full, q_ring.tiles.index(consumer))
+            tma.async_copy_global_to_shared(d_out, [batch, head, row, 0], full, d_out_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
-                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
                 for column_tile in range(first_tile, end_tile):
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
-                    mbarrier.wait(k_empty.index(stage), phase)
-                    mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
-                    )
-                    mbarrier.wait(v_empty.index(stage), phase)
-                    mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        v, [batch, kv_head, column_tile * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
-                    )
+                    k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
+                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
                     step += 1
-        work += 1
-        row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+        number += 1
+        row_tile, batch_head, _, _ = work.take(number)
 
 
 @gluon.jit
 def _consume_columns(
-    d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-    d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+    d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
+    d_q_strides, scale, q_len, statistics_len,
     NUM_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr,
     BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_tiles.dtype
+    dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     d_q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_q_layout, 2)
@@ -316,13 +270,13 @@ def _consume_columns(
     # One buffer for all pieces of work, as for K and V above: ptxas computes the matrix descriptors of Q and dO once.
     # With buffers in turn it computed them before the loop over cut tiles, for the loop over full tiles too, although
     # a row tile without cut tiles skips the first.
-    q_tile = q_tiles.index(consumer).reshape([64, BLOCK_DIM])
+    q_tile = q_ring.tiles.index(consumer).reshape([64, BLOCK_DIM])
     d_out_tile = d_out_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
     factor = scale * LOG2_E
-    work = 0
+    number = 0
     step = 0
     mask_step = 0
-    row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
         first_row = row_tile * 128 + consumer * 64
         rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
@@ -330,42 +284,40 @@ def _consume_columns(
         row_lse_2 = gl.load(lse_2 + statistics)
         row_delta = gl.load(delta + statistics)
         d_q_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_q_layout)
-        mbarrier.wait(q_full.index(consumer), work & 1)
+        q_ring.wait(consumer, number & 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
                 phase = step // STAGES & 1
                 step += 1
-                mbarrier.wait(k_full.index(stage), phase)
-                k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+                k_ring.wait(stage, phase)
+                k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(stage), phase)
-                v_tile = v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                v_ring.wait(stage, phase)
+                v_tile = v_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
                 d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
                 if IS_CUT:
-                    probabilities = hide_by_mask(
-                        probabilities, 0.0, masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer
-                    )
+                    probabilities = hide_by_mask(probabilities, 0.0, masks, mask_step, BLOCK_N, consumer)
                     mask_step += 1
                 d_p = hopper.warpgroup_mma_wait(0, [d_p])
-                mbarrier.arrive(v_empty.index(stage), count=1)
+                v_ring.release(stage)
                 d_scores = probabilities * (d_p - row_delta[:, None])
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, is_async=True)
                 d_q_tile = hopper.warpgroup_mma_wait(0, [d_q_tile])
-                mbarrier.arrive(k_empty.index(stage), count=1)
-        mbarrier.arrive(q_empty.index(consumer), count=1)
+                k_ring.release(stage)
+        q_ring.release(consumer)
         note_nan(has_nan, d_q_tile)
         store_rows(
-            d_q, d_q_stride_b, d_q_stride_h, d_q_stride_m, d_q_tile * scale, batch_head // NUM_HEADS,
-            batch_head % NUM_HEADS, first_row, q_len, DIM, BLOCK_DIM,
+            d_q, d_q_strides, d_q_tile * scale, batch_head // NUM_HEADS, batch_head % NUM_HEADS,
+            first_row, q_len, DIM, BLOCK_DIM,
         )  # fmt: skip
-        work += 1
-        row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+        number += 1
+        row_tile, batch_head, num_cut, num_full = work.take(number)
 
 
 @gluon.jit(
@@ -375,7 +327,7 @@ def _consume_columns(
     ]
 )  # fmt: skip
 def query_gradient_kernel(
-    q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, counter, has_nan, d_q_stride_b, d_q_stride_h, d_q_stride_m,
+    q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, counter, has_nan, d_q_strides,
     scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -385,44 +337,31 @@ def query_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_buffers(BLOCK_N)
-    work_items = make_scalars(4)
-    q_full, q_empty = make_barriers(2, 1), make_barriers(2, 1)
-    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    mask_full, mask_empty = make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2)
-    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 4).index(0)
+    masks = make_mask_ring(BLOCK_N)
+    work = make_work(4)
+    q_ring = Ring(q_tiles, make_barriers(2, 1), make_barriers(2, 1))
+    k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
             (_consume_columns, (
-                d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+                d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
+                d_q_strides, scale, q_len, statistics_len,
                 NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
             )),
             (_consume_columns, (
-                d_q, lse_2, delta, has_nan, q_tiles, d_out_tiles, k_tiles, v_tiles, masks, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-                d_q_stride_b, d_q_stride_h, d_q_stride_m, scale, q_len, statistics_len,
+                d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
+                d_q_strides, scale, q_len, statistics_len,
                 NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
             )),
             (_produce_columns, (
-                q, k, v, d_out, schedule, q_tiles, d_out_tiles, k_tiles, v_tiles, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
+                q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
+                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
             )),
-            (deal_out_work, (
-                schedule, counter, work_items, item_full, item_empty,
-                num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, BLOCK_N, True,
-            )),
-            (make_masks, (
-                bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
-                q_len, kv_len, num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, BLOCK_N, False,
-            )),
+            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, False)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS,
@@ -469,8 +408,8 @@ class AttentionBackward:
             (config.block_m, block_dim_v),
         )
         numbers: tuple[Any, ...] = (
-            *d_key_strides,
-            *d_value_strides,
+            d_key_strides,
+            d_value_strides,
             scale,
             q_len,
             kv_len,
@@ -506,7 +445,7 @@ class AttentionBackward:
             (64, block_dim_v),
         )
         numbers = (
-            *d_query_strides,
+            d_query_strides,
             scale,
             q_len,
             kv_len,

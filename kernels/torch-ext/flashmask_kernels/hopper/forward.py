@@ -11,7 +11,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..common.nan_repair import redo_forward
 from ..common.tiles import LN_2, LOG2_E
@@ -21,20 +20,19 @@ from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
     LAUNCH_OPTIONS,
-    MASK_STAGES,
     REGISTERS_WITH_MASKS,
+    Lists,
+    Ring,
     addressable,
     deal_out_work,
     heads_per_group,
     hide_by_mask,
     load_run,
     make_barriers,
-    make_mask_buffers,
+    make_mask_ring,
     make_masks,
-    make_scalars,
-    mask_of,
+    make_work,
     new_counters,
-    next_work,
     note_nan,
     num_programs,
     padded_dim,
@@ -44,48 +42,33 @@ from .tiles import (
 
 
 @gluon.jit
-def _producer(
-    q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-    num_row_tiles, mask_stride_b, max_runs,
-    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+def _produce(
+    q, k, v, lists, q_ring, k_ring, v_ring, work,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    work = 0
+    number = 0
     step = 0
-    row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+    row_tile, batch_head, _, _ = work.take(number)
     while row_tile >= 0:
         batch = batch_head // NUM_HEADS
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
-        mask = mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK)
-        runs = schedule + (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+        runs = lists.runs_of(batch_head, row_tile)
         for consumer in gl.static_range(2):
-            buffer = work % 2 * 2 + consumer
-            mbarrier.wait(q_empty.index(buffer), (work // 2 & 1) ^ 1)
-            mbarrier.expect(q_full.index(buffer), q.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q, [batch, head, row_tile * 128 + consumer * 64, 0], q_full.index(buffer), q_tiles.index(buffer)
-            )
+            buffer = number % 2 * 2 + consumer
+            row = row_tile * 128 + consumer * 64
+            q_ring.load(q, [batch, head, row, 0], buffer, (number // 2 & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
-                first_tile, end_tile = load_run(runs, run, max_runs, IS_CUT)
+                first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
                 for column_tile in range(first_tile, end_tile):
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
-                    mbarrier.wait(k_empty.index(stage), phase)
-                    mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        k, [batch, kv_head, column_tile * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
-                    )
-                    mbarrier.wait(v_empty.index(stage), phase)
-                    mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        v, [batch, kv_head, column_tile * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
-                    )
+                    k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
+                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
                     step += 1
-        work += 1
-        row_tile, batch_head, _, _ = next_work(work_items, item_full, item_empty, work)
+        number += 1
+        row_tile, batch_head, _, _ = work.take(number)
 
 
 @gluon.jit
@@ -100,15 +83,13 @@ def _softmax(scores, row_max, row_sum, factor, IS_CUT: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(
-    out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-    out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+def _consume(
+    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
     NUM_HEADS: gl.constexpr, HAS_SINKS: gl.constexpr,
     DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = q_tiles.dtype
+    dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
@@ -116,10 +97,10 @@ def _consumer(
     out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
 
     factor = scale * LOG2_E
-    work = 0
+    number = 0
     step = 0
     mask_step = 0
-    row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
         head = batch_head % NUM_HEADS
         first_row = row_tile * 128 + consumer * 64
@@ -133,19 +114,19 @@ def _consumer(
             row_max = gl.full([64], float("-inf"), gl.float32, row_layout)
             row_sum = gl.zeros([64], gl.float32, row_layout)
 
-        buffer = work % 2 * 2 + consumer
-        q_tile = q_tiles.index(buffer).reshape([64, BLOCK_DIM])
-        mbarrier.wait(q_full.index(buffer), work // 2 & 1)
+        buffer = number % 2 * 2 + consumer
+        q_tile = q_ring.tiles.index(buffer).reshape([64, BLOCK_DIM])
+        q_ring.wait(buffer, number // 2 & 1)
         if num_cut + num_full > 0:
-            # The first tile, which has no product with V beside it. Masking it does no harm if it is full.
+            # The first tile: no product with V runs beside it. It is masked even if it is full, which changes nothing.
             stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), step // STAGES & 1)
-            k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+            k_ring.wait(stage, step // STAGES & 1)
+            k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
             scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
             scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
             scores = hopper.warpgroup_mma_wait(0, [scores])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            scores = hide_by_mask(scores, float("-inf"), masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer)
+            k_ring.release(stage)
+            scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, consumer)
             mask_step += 1
             probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
             p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
@@ -157,35 +138,33 @@ def _consumer(
                     last_phase = step // STAGES & 1
                     step += 1
                     stage = step % STAGES
-                    mbarrier.wait(k_full.index(stage), step // STAGES & 1)
-                    k_tile = k_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
+                    k_ring.wait(stage, step // STAGES & 1)
+                    k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
                     scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                     scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                    mbarrier.wait(v_full.index(last_stage), last_phase)
-                    v_tile = v_tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                    v_ring.wait(last_stage, last_phase)
+                    v_tile = v_ring.tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
                     output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
-                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    k_ring.release(stage)
                     if IS_CUT:
-                        scores = hide_by_mask(
-                            scores, float("-inf"), masks, mask_full, mask_empty, mask_step, BLOCK_N, consumer
-                        )
+                        scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, consumer)
                         mask_step += 1
                     probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
                     output = hopper.warpgroup_mma_wait(0, [output])
-                    mbarrier.arrive(v_empty.index(last_stage), count=1)
+                    v_ring.release(last_stage)
                     output = output * gl.convert_layout(correction, out_row_layout)[:, None]
                     p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
-            mbarrier.arrive(q_empty.index(buffer), count=1)
+            q_ring.release(buffer)
             stage = step % STAGES
-            mbarrier.wait(v_full.index(stage), step // STAGES & 1)
-            v_tile = v_tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+            v_ring.wait(stage, step // STAGES & 1)
+            v_tile = v_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
             output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
             output = hopper.warpgroup_mma_wait(0, [output])
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            v_ring.release(stage)
             step += 1
         else:
-            mbarrier.arrive(q_empty.index(buffer), count=1)
+            q_ring.release(buffer)
 
         # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
         row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
@@ -194,11 +173,10 @@ def _consumer(
         gl.store(lse + offsets, (row_max + gl.log2(row_sum)) * LN_2, mask=rows < q_len)
         note_nan(has_nan, output)
         store_rows(
-            out, out_stride_b, out_stride_h, out_stride_m, output, batch_head // NUM_HEADS, head,
-            first_row, q_len, DIM_V, BLOCK_DIM_V,
+            out, out_strides, output, batch_head // NUM_HEADS, head, first_row, q_len, DIM_V, BLOCK_DIM_V
         )  # fmt: skip
-        work += 1
-        row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+        number += 1
+        row_tile, batch_head, num_cut, num_full = work.take(number)
 
 
 @gluon.jit(
@@ -207,54 +185,38 @@ def _consumer(
     ]
 )  # fmt: skip
 def attention_forward_kernel(
-    q, k, v, out, lse, bounds, schedule, sinks, counter, has_nan, out_stride_b, out_stride_h, out_stride_m,
+    q, k, v, out, lse, bounds, schedule, sinks, counter, has_nan, out_strides,
     scale, q_len, kv_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    # Two buffers for the query of each consumer: that of the next piece of work is loaded early.
+    # Two buffers for the query of each consumer, so that the query of the next piece of work is loaded early.
     q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_buffers(BLOCK_N)
-    work_items = make_scalars(4)
-    q_full, q_empty = make_barriers(4, 1), make_barriers(4, 1)
-    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    v_full, v_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    mask_full, mask_empty = make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2)
-    item_full, item_empty = make_barriers(1, 1).index(0), make_barriers(1, 4).index(0)
+    masks = make_mask_ring(BLOCK_N)
+    work = make_work(4)
+    q_ring = Ring(q_tiles, make_barriers(4, 1), make_barriers(4, 1))
+    k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
-            (_consumer, (
-                out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-                out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+            (_consume, (
+                out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
                 NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
             )),
-            (_consumer, (
-                out, lse, has_nan, sinks, q_tiles, k_tiles, v_tiles, masks, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, mask_full, mask_empty, item_full, item_empty,
-                out_stride_b, out_stride_h, out_stride_m, scale, q_len,
+            (_consume, (
+                out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
                 NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
             )),
-            (_producer, (
-                q, k, v, schedule, q_tiles, k_tiles, v_tiles, work_items,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty,
-                num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, BLOCK_N, STAGES,
+            (_produce, (
+                q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
             )),
-            (deal_out_work, (
-                schedule, counter, work_items, item_full, item_empty,
-                num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, BLOCK_N, True,
-            )),
-            (make_masks, (
-                bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
-                q_len, kv_len, num_row_tiles, mask_stride_b, max_runs,
-                NUM_HEADS, HEADS_PER_MASK, NUM_PLANES, BLOCK_N, True,
-            )),
+            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, True)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS,
@@ -289,7 +251,7 @@ class AttentionForward:
         self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
         self._blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
         numbers = (
-            *self._out_layout.strides[:3],
+            self._out_layout.strides[:3],
             scale,
             q_len,
             kv_len,

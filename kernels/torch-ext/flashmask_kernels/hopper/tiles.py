@@ -1,12 +1,11 @@
-"""What the forward and the backward kernels share: dealing out work, passing scalars and barriers, masking cut tiles.
+"""What the forward and the backward kernels share: dealing out work, buffers and their barriers, masking cut tiles.
 
-A thread block is groups of warps. The scheduler draws pieces of work (one row tile or column tile of one head) from a
-counter, one ahead of its use. The producer loads their tiles by TMA. Where a piece is a row tile, two warps make the
-masks of its cut tiles from the bounds. Two consumers of four warps each compute on 64 rows or columns. They meet at
-barriers in shared memory: `full` ones tell that a buffer holds a tile, `empty` ones that it may be overwritten.
+The warps of a thread block have different tasks. The scheduler draws pieces of work (one row tile or column tile of
+one head) from a counter, one ahead of its use. The producer loads their tiles by TMA. Where a piece is a row tile, two
+warps make the masks of its cut tiles from the bounds. Two consumers of four warps each compute 64 rows or columns. They
+synchronise by barriers in shared memory: a `full` barrier tells that a buffer holds a tile, an `empty` one that it may
+be overwritten.
 """
-
-from __future__ import annotations
 
 import functools
 
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
 
 from ..launch.launcher import num_processors
 from ..launch.tile_sources import descriptors_can_address
@@ -54,14 +54,14 @@ def addressable(tensor: Tensor) -> Tensor:
 
 
 def new_counters(count: int, device: torch.device) -> list[Tensor]:
-    """Integers that start at 0, for kernels to count work and to note NaN."""
+    """Integers that start at 0: kernels count pieces of work in them, and note NaN."""
     return list(torch.zeros(count, dtype=torch.int32, device=device).split(1))
 
 
 def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> int:
-    """How many of ``num_heads`` the programs work on at the same time where rows are long: as many as have their part
-    of ``visited``, from which all tiles of a head read, in L2 together; but tiles enough that the last ones, when some
-    programs find no work any more, are few.
+    """How many of ``num_heads`` the programs work on at the same time where rows are long: as many as fit into L2 with
+    their part of ``visited``, which all tiles of a head read, but enough that a group has many tiles, because at its
+    end some programs are idle.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in visited) // visited[0].shape[0]
     fewest = max(num_heads * _BYTES_IN_L2 // size, tiles_in(_FEWEST_TILES, tiles_per_head), 1)
@@ -69,7 +69,7 @@ def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> in
 
 
 def num_programs(device: torch.device, num_items: int) -> int:
-    """One program for each processor, which works until there is nothing left."""
+    """One persistent program for each processor."""
     return min(num_processors(device), num_items)
 
 
@@ -123,18 +123,99 @@ def _rows_are_long(schedule, num_tiles, max_runs, BLOCK: gl.constexpr):
     return visited * BLOCK > 4 * 4096
 
 
-@gluon.jit
-def mask_of(batch_head, mask_stride_b, HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr):
-    return (batch_head // HEADS * mask_stride_b + batch_head % HEADS // HEADS_PER_MASK).to(gl.int64)
+@aggregate
+class Ring:
+    """Buffers that one partition fills and others empty, in turn. They start empty: to wait for the phase before the
+    first one succeeds at once.
+    """
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full, empty):
+        self.tiles, self.full, self.empty = tiles, full, empty
+
+    @gluon.jit
+    def load(self, source, coordinates, index, phase):
+        """Fill a buffer by TMA once it is empty."""
+        mbarrier.wait(self.empty.index(index), phase)
+        mbarrier.expect(self.full.index(index), source.block_type.nbytes)
+        tma.async_copy_global_to_shared(source, coordinates, self.full.index(index), self.tiles.index(index))
+
+    @gluon.jit
+    def wait(self, index, phase):
+        mbarrier.wait(self.full.index(index), phase)
+
+    @gluon.jit
+    def release(self, index):
+        mbarrier.arrive(self.empty.index(index), count=1)
+
+
+@aggregate
+class Work:
+    """The piece of work that `deal_out_work` hands over next: tile, batch * heads + head, and the numbers of cut and
+    full tiles to visit; tile -1 ends it.
+    """
+
+    item: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, item, full, empty):
+        self.item, self.full, self.empty = item, full, empty
+
+    @gluon.jit
+    def take(self, number):
+        """The piece of that number."""
+        mbarrier.wait(self.full, number & 1)
+        tile = load_scalar(self.item.index(0))
+        batch_head = load_scalar(self.item.index(1))
+        num_cut = load_scalar(self.item.index(2))
+        num_full = load_scalar(self.item.index(3))
+        mbarrier.arrive(self.empty, count=1)
+        return tile, batch_head, num_cut, num_full
 
 
 @gluon.jit
-def deal_out_work(
-    schedule, counter, work_items, item_full, item_empty,
-    num_items, num_tiles, heads_per_group, mask_stride_b, max_runs,
-    HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr,
-):  # fmt: skip
-    """The scheduler: tile, batch * heads + head, and the numbers of cut and full tiles to visit; tile -1 ends it.
+def make_work(READERS: gl.constexpr):
+    return Work(make_scalars(4), make_barriers(1, 1).index(0), make_barriers(1, READERS).index(0))
+
+
+@aggregate
+class Lists:
+    """The lists of a schedule, one for each tile of each mask, and which mask a head has."""
+
+    schedule: gl.tensor
+    num_tiles: gl.tensor
+    mask_stride_b: gl.tensor
+    max_runs: gl.tensor
+    HEADS: gl.constexpr
+    HEADS_PER_MASK: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, schedule, num_tiles, mask_stride_b, max_runs, HEADS, HEADS_PER_MASK):
+        self.schedule, self.num_tiles = schedule, num_tiles
+        self.mask_stride_b, self.max_runs = mask_stride_b, max_runs
+        self.HEADS, self.HEADS_PER_MASK = gl.constexpr(HEADS), gl.constexpr(HEADS_PER_MASK)
+
+    @gluon.jit
+    def mask_of(self, batch_head):
+        batch = batch_head // self.HEADS
+        return (batch * self.mask_stride_b + batch_head % self.HEADS // self.HEADS_PER_MASK).to(gl.int64)
+
+    @gluon.jit
+    def runs_of(self, batch_head, tile):
+        """Where the list of a tile begins."""
+        mask = self.mask_of(batch_head)
+        return self.schedule + (mask * self.num_tiles + tile) * (2 + 2 * self.max_runs)
+
+
+@gluon.jit
+def deal_out_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """The scheduler.
 
     The tiles with most work under a causal mask come first, after the tile of global tokens.
 
@@ -143,10 +224,13 @@ def deal_out_work(
     19.2, 36.5 and 26.6, causal as fast. Others take all heads, neighbours in memory: documents of 800 tokens 0.77 ms
     forward instead of 0.94. Groups of few tiles end unevenly: 8K, 32 / 8 heads, causal, dK/dV 2.00 instead of 1.63 ms.
     """
-    if heads_per_group < HEADS:
-        heads_per_group = gl.where(_rows_are_long(schedule, num_tiles, max_runs, BLOCK), heads_per_group, HEADS)
+    num_tiles = lists.num_tiles
+    max_runs = lists.max_runs
+    if heads_per_group < lists.HEADS:
+        is_long = _rows_are_long(lists.schedule, num_tiles, max_runs, BLOCK)
+        heads_per_group = gl.where(is_long, heads_per_group, lists.HEADS)
     num_heads = num_items // num_tiles
-    work = 0
+    number = 0
     item = gl.program_id(0)
     while item < num_items:
         # The first tile of all heads comes first: that of global tokens takes longer than a whole group may.
@@ -159,36 +243,23 @@ def deal_out_work(
             if LAST_FIRST:
                 tile = num_tiles - tile
             batch_head = group * heads_per_group + within % heads_per_group
-        mask = mask_of(batch_head, mask_stride_b, HEADS, HEADS_PER_MASK)
-        runs = schedule + (mask * num_tiles + tile) * (2 + 2 * max_runs)
-        store_scalar(work_items.index(0), tile)
-        store_scalar(work_items.index(1), batch_head)
-        store_scalar(work_items.index(2), _count_tiles(runs, max_runs, 1))
-        store_scalar(work_items.index(3), _count_tiles(runs, max_runs, 0))
-        mbarrier.arrive(item_full, count=1)
-        # Not before all have taken the last one: work that waits here is work that an idle processor lacks.
-        mbarrier.wait(item_empty, work & 1)
+        runs = lists.runs_of(batch_head, tile)
+        store_scalar(work.item.index(0), tile)
+        store_scalar(work.item.index(1), batch_head)
+        store_scalar(work.item.index(2), _count_tiles(runs, max_runs, 1))
+        store_scalar(work.item.index(3), _count_tiles(runs, max_runs, 0))
+        mbarrier.arrive(work.full, count=1)
+        # Drawn only when all have taken the last piece: an idle processor could compute a piece that waits here.
+        mbarrier.wait(work.empty, number & 1)
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        work += 1
-    store_scalar(work_items.index(0), -1)
-    mbarrier.arrive(item_full, count=1)
-
-
-@gluon.jit
-def next_work(work_items, item_full, item_empty, work):
-    """What `deal_out_work` wrote for the piece of work of that number."""
-    mbarrier.wait(item_full, work & 1)
-    tile = load_scalar(work_items.index(0))
-    batch_head = load_scalar(work_items.index(1))
-    num_cut = load_scalar(work_items.index(2))
-    num_full = load_scalar(work_items.index(3))
-    mbarrier.arrive(item_empty, count=1)
-    return tile, batch_head, num_cut, num_full
+        number += 1
+    store_scalar(work.item.index(0), -1)
+    mbarrier.arrive(work.full, count=1)
 
 
 @gluon.jit
 def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
-    """Of masks with one or two planes, where the visible rows of each column end and where they begin."""
+    """For masks with one or two planes: the rows at which the visible rows of each column end, and begin."""
     if NUM_PLANES > 2:
         return columns, columns
     # A column past the last key is hidden from row 0 on.
@@ -200,7 +271,7 @@ def load_planes(bounds, columns, q_len, kv_len, NUM_PLANES: gl.constexpr):
 
 @gluon.jit
 def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES: gl.constexpr):
-    """``hidden_value`` where row and column do not see each other in ``values`` [columns, rows].
+    """``values`` [columns, rows], with ``hidden_value`` where the row does not see the column.
 
     ``planes`` are those of `load_planes`. One interval at a time keeps few registers alive.
     """
@@ -219,9 +290,10 @@ def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES
 
 
 @gluon.jit
-def make_mask_buffers(BLOCK_N: gl.constexpr):
+def make_mask_ring(BLOCK_N: gl.constexpr):
     """Masks of 128 rows: word ``i`` of a column has the rows from ``32 * i`` on, the first in its lowest bit."""
-    return gl.allocate_shared_memory(gl.int32, [MASK_STAGES, 4, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    masks = gl.allocate_shared_memory(gl.int32, [MASK_STAGES, 4, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    return Ring(masks, make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2))
 
 
 @gluon.jit
@@ -251,44 +323,41 @@ def _visible_rows(bounds, first_row, first_column, q_len, kv_len, NUM_PLANES: gl
 
 
 @gluon.jit
-def _hand_over_mask(visible, masks, mask_full, mask_empty, step):
+def _hand_over_mask(visible, masks, step):
     stage = step % MASK_STAGES
-    mbarrier.wait(mask_empty.index(stage), (step // MASK_STAGES & 1) ^ 1)
-    masks.index(stage).store(visible)
-    mbarrier.arrive(mask_full.index(stage), count=1)
+    mbarrier.wait(masks.empty.index(stage), (step // MASK_STAGES & 1) ^ 1)
+    masks.tiles.index(stage).store(visible)
+    mbarrier.arrive(masks.full.index(stage), count=1)
     return step + 1
 
 
 @gluon.jit
 def make_masks(
-    bounds, schedule, masks, work_items, mask_full, mask_empty, item_full, item_empty,
-    q_len, kv_len, num_row_tiles, mask_stride_b, max_runs,
-    NUM_HEADS: gl.constexpr, HEADS_PER_MASK: gl.constexpr, NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr,
-    FIRST_IS_MASKED: gl.constexpr,
+    bounds, lists, masks, work, q_len, kv_len,
+    NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
 ):  # fmt: skip
-    """The masks of a row tile's cut tiles, and of its first tile if that is full but ``FIRST_IS_MASKED``.
+    """Make the masks of each row tile's cut tiles; with ``FIRST_IS_MASKED`` also that of a first tile that is full.
 
     Consumers that loaded the bounds of all their columns themselves took 7.0 instead of 4.1 ms forward with global
     tokens and a window (32K tokens, C = 4) and 20.3 instead of 16.5 ms with evictions (C = 1).
     """
-    work = 0
+    number = 0
     step = 0
-    row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+    row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
-        mask = mask_of(batch_head, mask_stride_b, NUM_HEADS, HEADS_PER_MASK)
-        mask_bounds = bounds + mask * NUM_PLANES * kv_len
-        runs = schedule + (mask * num_row_tiles + row_tile) * (2 + 2 * max_runs)
+        mask_bounds = bounds + lists.mask_of(batch_head) * NUM_PLANES * kv_len
+        runs = lists.runs_of(batch_head, row_tile)
         for run in range(gl.load(runs)):
-            first_tile, end_tile = load_run(runs, run, max_runs, 1)
+            first_tile, end_tile = load_run(runs, run, lists.max_runs, 1)
             for column_tile in range(first_tile, end_tile):
                 first_column = column_tile * BLOCK_N
                 visible = _visible_rows(mask_bounds, row_tile * 128, first_column, q_len, kv_len, NUM_PLANES, BLOCK_N)
-                step = _hand_over_mask(visible, masks, mask_full, mask_empty, step)
+                step = _hand_over_mask(visible, masks, step)
         if FIRST_IS_MASKED and (num_cut == 0) & (num_full > 0):
             all_visible = gl.full([4, BLOCK_N], -1, gl.int32, _MASK_LAYOUT)
-            step = _hand_over_mask(all_visible, masks, mask_full, mask_empty, step)
-        work += 1
-        row_tile, batch_head, num_cut, num_full = next_work(work_items, item_full, item_empty, work)
+            step = _hand_over_mask(all_visible, masks, step)
+        number += 1
+        row_tile, batch_head, num_cut, num_full = work.take(number)
 
 
 @gluon.constexpr_function
@@ -305,19 +374,17 @@ def _words_layout(block_n):
 
 
 @gluon.jit
-def hide_by_mask(
-    values, hidden_value, masks, mask_full, mask_empty, step, BLOCK_N: gl.constexpr, consumer: gl.constexpr
-):  # fmt: skip
-    """``hidden_value`` where the mask of that number, which `make_masks` wrote, has no bit."""
+def hide_by_mask(values, hidden_value, masks, step, BLOCK_N: gl.constexpr, consumer: gl.constexpr):
+    """``values`` [64, BLOCK_N], with ``hidden_value`` where the mask number ``step`` of `make_masks` has no bit."""
     layout: gl.constexpr = _words_layout(BLOCK_N)
     stage = step % MASK_STAGES
-    mbarrier.wait(mask_full.index(stage), step // MASK_STAGES & 1)
-    words = masks.index(stage).slice(2 * consumer, 2).load(gl.SliceLayout(1, layout))
+    masks.wait(stage, step // MASK_STAGES & 1)
+    words = masks.tiles.index(stage).slice(2 * consumer, 2).load(gl.SliceLayout(1, layout))
     rows = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     bits = gl.expand_dims(gl.expand_dims(1 << rows, 0), 2)
     by_words = gl.convert_layout(values.reshape([2, 32, BLOCK_N]), layout, assert_trivial=True)
     by_words = gl.where((gl.expand_dims(words, 1) & bits) != 0, by_words, hidden_value)
-    mbarrier.arrive(mask_empty.index(stage), count=1)
+    masks.release(stage)
     return gl.convert_layout(by_words.reshape([64, BLOCK_N]), values.type.layout, assert_trivial=True)
 
 
@@ -330,14 +397,13 @@ def note_nan(has_nan, tile):
 
 @gluon.jit
 def store_rows(
-    target, stride_b, stride_h, stride_row, tile, batch, head, first, length,
-    DIM: gl.constexpr, BLOCK_DIM: gl.constexpr,
+    target, strides, tile, batch, head, first, length, DIM: gl.constexpr, BLOCK_DIM: gl.constexpr
 ):  # fmt: skip
     """Write ``tile`` [64, BLOCK_DIM] to the rows of one head that exist, 16 bytes a thread."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DIM, BLOCK_DIM // 8], [4, 1], [1, 0])
     tile = gl.convert_layout(tile.to(target.dtype.element_ty), layout)
     rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
     dims = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, layout))
-    base = target + batch.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h + first.to(gl.int64) * stride_row
+    base = target + batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1] + first.to(gl.int64) * strides[2]
     mask = (first + rows < length)[:, None] & (dims < DIM)[None, :]
-    gl.store(base + rows[:, None] * stride_row + dims[None, :], tile, mask=mask)
+    gl.store(base + rows[:, None] * strides[2] + dims[None, :], tile, mask=mask)

@@ -16,12 +16,12 @@ from .tile_sources import TileSources, descriptors_can_address
 
 
 class AttentionLauncher:
-    """Launches an attention kernel on inputs of one kind, that of those it is made from (see `Launcher`).
+    """Launches an attention kernel on inputs of one kind, that of the inputs it is made from (see `Launcher`).
 
     Args:
         inputs: query, key, value; for a backward kernel the gradient of the output as well.
         strides: of batch, heads and rows of the other tensors ``[B, H, S, D]``, as the kernel takes them.
-        constants: of the kernel, beside those that all have.
+        constants: of this kernel, besides those that all kernels have.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Launching kernels. Triton derives from all arguments of each launch which compiled kernel is meant, and takes longer
-for it than short rows take on the device: a `Launcher` asks it once.
+"""Launching kernels. At each launch Triton finds the compiled kernel by all arguments, which takes longer than short
+rows take on the device. A `Launcher` has it found once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Of new tensors."""
+    """Shape and strides of new tensors."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 
 def gradient_layouts(query: Tensor, value: Tensor) -> tuple[Layout, Layout, Layout]:
-    """Of the gradients of query, key and value."""
+    """The layouts of the gradients of query, key and value."""
     batch_size, num_heads, q_len, dim = query.shape
     kv_heads, kv_len, dim_v = value.shape[1:]
     return (

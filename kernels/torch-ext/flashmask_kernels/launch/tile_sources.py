@@ -14,7 +14,7 @@ class TileSources:
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> None:
-        # A descriptor checks what it is made of, which takes most of its time: once is enough.
+        # Most of the time to make a descriptor goes into checking its arguments, which are checked once here.
         self._descriptors = [
             {**vars(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])), "base": None}
             for tensor, tile in zip(tensors, tiles or ())

@@ -19,70 +19,38 @@ from ..launch.attention_launcher import AttentionLauncher
 from ..launch.layout import Layout, gradient_layouts
 from ..schedule import tiles_in
 
-# Called, not inlined: what they keep in registers leaves those of the kernels alone.
+# Called, not inlined, so that they do not add to the registers of the kernels.
 _key_value_gradients_again = triton.jit(noinline=True)(key_value_gradients.fn)
 _query_gradients_again = triton.jit(noinline=True)(query_gradients.fn)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
 def key_value_gradient_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    tensors,
-    lse_2,
-    delta,
-    d_k,
-    d_v,
-    bounds,
-    schedule,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
-    d_k_strides,
-    d_v_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
+    q, k, v, d_out, tensors, lse_2, delta, d_k, d_v, bounds, schedule, seed, q_strides, k_strides, v_strides,
+    d_out_strides, d_k_strides, d_v_strides, scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b,
     max_runs,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-):
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
+    PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
     has_nan = key_value_gradients(
         q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, seed,
-        q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
-        scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), 0,
+        (q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides),
+        (scale, softcap, drop_below, keep_scale), (q_len, kv_len, mask_stride_b, max_runs), tl.program_id(0), 0,
         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
         DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a row which does not see the key may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a row that does not see a key may be in them. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_N, SMALL_BLOCK):
             _key_value_gradients_again(
                 tensors[0], tensors[1], tensors[2], tensors[3], lse_2, delta, d_k, d_v, bounds, schedule, seed,
-                q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides,
-                scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), first,
+                (q_strides, k_strides, v_strides, d_out_strides, d_k_strides, d_v_strides),
+                (scale, softcap, drop_below, keep_scale), (q_len, kv_len, mask_stride_b, max_runs),
+                tl.program_id(0), first,
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
                 DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, PRECISION, False,
                 BLOCK_M, BLOCK_N, True,
@@ -91,51 +59,15 @@ def key_value_gradient_kernel(
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
 def query_gradient_kernel(
-    q,
-    k,
-    v,
-    d_out,
-    tensors,
-    out,
-    lse,
-    d_lse,
-    lse_2,
-    delta,
-    d_q,
-    bounds,
-    schedule,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    d_out_strides,
-    d_q_strides,
-    out_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_D_LSE: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
-):
-    """The statistics of the rows, for this kernel and the next one, and dQ."""
+    q, k, v, d_out, tensors, out, lse, d_lse, lse_2, delta, d_q, bounds, schedule, seed, q_strides, k_strides,
+    v_strides, d_out_strides, d_q_strides, out_strides, scale, softcap, drop_below, keep_scale, q_len, kv_len,
+    mask_stride_b, max_runs,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_D_LSE: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Write the statistics of the rows, which the kernel of dK and dV reads too, and dQ."""
     num_row_tiles = tl.cdiv(q_len, BLOCK_M)
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     start_m = row_tile * BLOCK_M
@@ -150,20 +82,21 @@ def query_gradient_kernel(
     tl.debug_barrier()
     has_nan = query_gradients(
         q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, seed,
-        q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
-        scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), 0,
+        (q_strides, k_strides, v_strides, d_out_strides, d_q_strides),
+        (scale, softcap, drop_below, keep_scale), (q_len, kv_len, mask_stride_b, max_runs), tl.program_id(0), 0,
         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
         DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS,
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a hidden key may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a hidden key may be in dQ. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_M, SMALL_BLOCK):
             _query_gradients_again(
                 tensors[0], tensors[1], tensors[2], tensors[3], lse_2, delta, d_q, bounds, schedule, seed,
-                q_strides, k_strides, v_strides, d_out_strides, d_q_strides,
-                scale, softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), first,
+                (q_strides, k_strides, v_strides, d_out_strides, d_q_strides),
+                (scale, softcap, drop_below, keep_scale), (q_len, kv_len, mask_stride_b, max_runs),
+                tl.program_id(0), first,
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_DROPOUT,
                 DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, PRECISION, False,
                 BLOCK_M, BLOCK_N, True,
@@ -171,7 +104,7 @@ def query_gradient_kernel(
 
 
 class AttentionBackward:
-    """The backward kernels for inputs of one kind, that of those it is made from (see `Launcher`).
+    """The backward kernels for inputs of one kind, that of the inputs they are made from (see `Launcher`).
 
     Args:
         d_out: gradient of the output, ``[B, H, S_q, D_v]``, last dimension contiguous.

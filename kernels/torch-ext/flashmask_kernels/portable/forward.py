@@ -20,61 +20,30 @@ from ..schedule import tiles_in
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "max_runs", "drop_below"])
 def attention_forward_kernel(
-    q,
-    k,
-    v,
-    tensors,
-    out,
-    lse,
-    bounds,
-    schedule,
-    sinks,
-    seed,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    scale,
-    softcap,
-    drop_below,
-    keep_scale,
-    q_len,
-    kv_len,
-    mask_stride_b,
-    max_runs,
-    NUM_HEADS: tl.constexpr,
-    HEADS_PER_KV_HEAD: tl.constexpr,
-    HEADS_PER_MASK: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_DESCRIPTORS: tl.constexpr,
+    q, k, v, tensors, out, lse, bounds, schedule, sinks, seed, q_strides, k_strides, v_strides, out_strides, scale,
+    softcap, drop_below, keep_scale, q_len, kv_len, mask_stride_b, max_runs,
+    NUM_HEADS: tl.constexpr, HEADS_PER_KV_HEAD: tl.constexpr, HEADS_PER_MASK: tl.constexpr, NUM_PLANES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, DIM: tl.constexpr,
+    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, USE_DESCRIPTORS: tl.constexpr,
     QUERY_IN_REGISTERS: tl.constexpr,
-):
+):  # fmt: skip
     has_nan = attend_rows(
         q, k, v, out, lse, bounds, schedule, sinks, seed,
-        q_strides, k_strides, v_strides, out_strides, scale, softcap, drop_below, keep_scale,
-        q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), 0,
+        (q_strides, k_strides, v_strides, out_strides), (scale, softcap, drop_below, keep_scale),
+        (q_len, kv_len, mask_stride_b, max_runs), tl.program_id(0), 0,
         NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, HAS_DROPOUT,
         DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, PRECISION, USE_DESCRIPTORS, QUERY_IN_REGISTERS,
         BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     if has_nan:
-        # 0 x NaN is NaN: that of a hidden value may be in it. Between the two stores, a barrier.
+        # 0 x NaN is NaN, so NaN of a hidden value may be in the output. The barrier separates the two stores.
         tl.debug_barrier()
         for first in range(0, BLOCK_M, SMALL_BLOCK):
             attend_rows(
                 tensors[0], tensors[1], tensors[2], out, lse, bounds, schedule, sinks, seed,
-                q_strides, k_strides, v_strides, out_strides, scale, softcap, drop_below, keep_scale,
-                q_len, kv_len, mask_stride_b, max_runs, tl.program_id(0), first,
+                (q_strides, k_strides, v_strides, out_strides), (scale, softcap, drop_below, keep_scale),
+                (q_len, kv_len, mask_stride_b, max_runs), tl.program_id(0), first,
                 NUM_HEADS, HEADS_PER_KV_HEAD, HEADS_PER_MASK, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, HAS_DROPOUT,
                 DIM, DIM_V, SMALL_BLOCK, SMALL_BLOCK, BLOCK_DIM, BLOCK_DIM_V, PRECISION, False, False,
                 BLOCK_M, BLOCK_N, True,
@@ -82,7 +51,7 @@ def attention_forward_kernel(
 
 
 class AttentionForward:
-    """The forward kernel for inputs of one kind, that of those it is made from (see `Launcher`).
+    """The forward kernel for inputs of one kind, that of the inputs it is made from (see `Launcher`).
 
     Args:
         query, key, value: ``[B, H, S_q, D]``, ``[B, H_kv, S_k, D]``, ``[B, H_kv, S_k, D_v]``, last dimension
