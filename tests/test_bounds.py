@@ -7,13 +7,15 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils, modeling_flash_attention_utils
@@ -270,7 +272,7 @@ def test_position_ids_may_start_anywhere_have_gaps_and_be_constant_in_padding():
     assert_mask(from_position_ids(position_ids), expected, 10)
 
 
-# Lengths of the documents that position ids mean: to us, to the masks of Transformers, to its FlashAttention path.
+# Lengths of the documents that position ids mean: here, to the masks of Transformers 5.23, to its FlashAttention path.
 REPEATS = {
     "restarts": ([0, 1, 2, 0, 1], [3, 2], [3, 2], [3, 2]),
     "documents of one token": ([0, 0, 1, 2, 0, 0, 1], [1, 3, 1, 2], [1, 3, 1, 2], [1, 3, 1, 2]),
@@ -294,13 +296,15 @@ def test_repeated_positions_beside_what_transformers_makes_of_them(name):
     assert ends[0].unique().diff(prepend=torch.zeros(1)).tolist() == ours
     assert torch.equal(document_ends(position_ids / 8), ends)
     assert torch.equal(document_ends(position_ids, torch.ones_like(position_ids, dtype=torch.bool)), ends)
+    if Version(transformers.__version__) < Version("5.23"):
+        return
     ids = masking_utils.find_packed_sequence_indices(position_ids)
     assert ids.unique(return_counts=True)[1].tolist() == of_masks
-    if hasattr(modeling_flash_attention_utils, "_is_packed_sequence"):
-        assert modeling_flash_attention_utils._is_packed_sequence(position_ids, 1)
-        (cu_seqlens, _), _ = modeling_flash_attention_utils.prepare_fa_kwargs_from_position_ids(position_ids)
-        # What comes before the first smallest position is in no document there; here it counts as the first one.
-        assert cu_seqlens.diff(prepend=torch.zeros(1)).tolist()[cu_seqlens[0] == 0 :] == of_flash_attention
+    assert modeling_flash_attention_utils._is_packed_sequence(position_ids, 1)
+    (cu_seqlens, _), _ = modeling_flash_attention_utils.prepare_fa_kwargs_from_position_ids(position_ids)
+    # What comes before the first smallest position is in no document there; here it counts as the first one.
+    borders = [0, *cu_seqlens.tolist()] if cu_seqlens[0] else cu_seqlens.tolist()
+    assert [end - start for start, end in pairwise(borders)] == of_flash_attention
 
 
 def test_positions_that_are_floats_are_compared_as_they_are():

@@ -102,7 +102,9 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
     | `0 0 1 1 2 2`      | `0`, `0 1 1 2 2`     |
 
     In the last row, positions that count pairs (Self-Extend) look like a document of one token before another one.
-    Transformers' FlashAttention path decides the same.
+    Transformers' FlashAttention path decides the same. A document that starts at or above the last position of the one
+    before it is found only if that one is a single token at the same position, and starts a run. For such documents use
+    `from_document_ids` or `from_cu_seqlens`.
 
     Args:
         position_ids: integers below 2^30, or floats, `[B or 1, S]` or `[S]`.
@@ -121,8 +123,8 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
     position_ids = check_per_position("position_ids", position_ids)
     of_token = position_ids
     if is_token is not None:
-        # Tokens come before all padding, which takes the position of the last token before it. Before the first token
-        # it keeps its own, so that a document starts at that token.
+        # Tokens get smaller numbers than all padding, which takes the number of the last token before it. Padding
+        # before the first token keeps a larger one, so that a document starts at that token.
         if position_ids.is_floating_point():
             position_ids = torch.where(is_token, position_ids, torch.inf)
         else:
@@ -131,7 +133,7 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
         of_token = position_ids.gather(1, torch.searchsorted(tokens, tokens).expand_as(position_ids))
     runs = run_numbers(torch.lt, of_token, previous(of_token))
     first_of_run = of_token.gather(1, torch.searchsorted(runs, runs))
-    # Padding has its own position on the left side, which no token has.
+    # On the left side padding has its own number, which no token has: it starts no document.
     return run_ends(run_numbers(torch.eq, position_ids, first_of_run))
 
 
