@@ -97,6 +97,15 @@ def test_tokens_that_the_mask_hides_between_others_keep_their_place() -> None:
     assert {row: keys.nonzero().flatten().tolist() for row, keys in enumerate(visible)} == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_token_ids_of_any_dtype(dtype: torch.dtype) -> None:
+    """A hidden token is no other token, whatever the dtype holds."""
+    input_ids = torch.tensor([[1, 0, 3], [1, 255, 4]]).to(dtype)
+    tree = merge_prefixes(input_ids, torch.tensor([[1, 0, 1], [1, 1, 1]]))
+    assert tree.index.tolist() == [[0, 1, 2], [0, 3, 4]]
+    assert tree.input_ids.dtype == dtype
+
+
 def test_order_of_a_nested_tree() -> None:
     tree = from_sequences([[1, 2, 3], [9], [1, 2, 4, 5], [1, 7], [1, 2, 4, 5], [1, 2]])
     assert tree.input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 9]]

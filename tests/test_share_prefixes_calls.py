@@ -225,6 +225,8 @@ def test_a_warning_says_that_nothing_was_shared(caplog: pytest.LogCaptureFixture
     caplog.clear()
     with caplog.at_level(logging.WARNING), share_prefixes(model):
         model(torch.tensor([[1, 2], [1, 2]]))
+    with caplog.at_level(logging.WARNING):
+        refused(model, NotImplementedError, "`inputs_embeds`", input_ids=None, inputs_embeds=torch.zeros(2, 3, 32))
     assert not caplog.records
 
 

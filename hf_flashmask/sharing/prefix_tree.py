@@ -96,7 +96,7 @@ def merge_prefixes(
     is_token = is_visible if attention_mask is None else _from_first_to_last(is_visible)
     depth = is_token.cumsum(1) - 1
     # Tokens are the same when their ids, their visibility and, where they matter, their positions agree.
-    identity = torch.where(is_visible, input_ids, ~input_ids)
+    identity = torch.where(is_visible, input_ids, ~input_ids.long())
     if position_ids is not None:
         identity = identity.long() * 2**32 + position_ids
     first_difference = _first_differences(_left_aligned(identity, is_token, depth))

@@ -41,9 +41,9 @@ class share_prefixes:
     Hidden states, and with them logits, losses and gradients, are those of the padded batch to rounding; at padding on
     either side of a row they are 0. Tokens between others that the 2-D mask hides are computed like the rest, and
     counted by windows and positions as the model counts them. Calls with a cache, and so generation, are left alone, as
-    are single rows, 4-D masks, batches with nothing to save, and batches for Llama 4 that pack to rows from its
-    `floor_scale` on. Rows padded on the left share prefixes in models with
-    rotary embeddings, which only see distances; in models with learned positions they need `position_ids` that agree.
+    are single rows, 4-D masks, batches with nothing to save, and rows of Llama 4's `floor_scale` tokens and more. Rows
+    padded on the left share prefixes in models with rotary embeddings, which only see distances; in models with learned
+    positions they need `position_ids` that agree.
 
     Copies of a model share as the model does. A model that is pickled (`torch.save`) does not share once it is loaded.
 
@@ -100,6 +100,8 @@ class share_prefixes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._num_calls = 0  # the error says more than a warning
         self.remove()
 
     def _count_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
