@@ -153,7 +153,7 @@ class Sequence:
             with torch.cuda.stream(torch.cuda.Stream()):
                 result = self.call(model, self.arguments, mode)
             torch.cuda.synchronize()
-        elif how == "graph" and self.device.type == "cuda" and self.kind in ("positions", "bounds", "dict"):
+        elif how == "graph" and self.can_be_captured():
             result = self.capture_and_replay(model)
             fresh = in_all_tensors(copy_of, self.arguments)
             expected = self.call(model, fresh, torch.no_grad)
@@ -161,6 +161,13 @@ class Sequence:
             result = self.call(model, self.arguments, mode)
         place = f"{self.name}, {self.kind}, {how}: "
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, msg=lambda text: place + text)
+
+    def can_be_captured(self) -> bool:
+        """Experts are computed with copies from the host, lengths and dense masks are read, and branches of trees."""
+        is_captured = (
+            self.device.type == "cuda" and self.name != "gpt_oss" and self.kind in ("positions", "bounds", "dict")
+        )
+        return is_captured and (self.name, self.kind) != ("mistral", "bounds")
 
     def capture_and_replay(self, model: torch.nn.Module) -> Tensor:
         torch.cuda.synchronize()

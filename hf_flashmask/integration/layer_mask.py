@@ -88,6 +88,8 @@ def layer_mask(
     place = Place(query.shape[2], key.shape[2])
     if not place.is_square:
         documents = None
+    if documents is None and sliding_window is None:
+        return LayerMask(None, place.q_len, is_causal=is_causal)
     described = (*place, is_causal, sliding_window, None if documents is None else documents.key, query.device)
     sources = () if documents is None else documents.tensors
     build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)

@@ -142,6 +142,11 @@ def flashmask_mask(
     else:
         hints = Hints((batch_size, kv_length), device, is_token=attention_mask)
     if hints.tree is not None:
+        if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError(
+                "windows and chunks inside prefix trees depend on the number of branches, which is read from the device: "
+                "a CUDA graph cannot capture it. Pass bounds that hold the windows, which have more than one plane"
+            )
         bounds = in_tree(mask_function, hints.tree)
         return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
     place = Place(q_length, kv_length, q_offset, kv_offset)
