@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from typing import Any
 
 import pytest
@@ -179,6 +180,20 @@ def test_calls_with_nothing_to_share_are_passed_on() -> None:
         model(torch.tensor([[1, 2, 3]]))
         model(torch.tensor([[1, 2, 3], [1, 2, 3]]), use_cache=True)
     assert counts == [6, 3, 6]
+
+
+def test_a_call_with_a_cache_is_passed_on() -> None:
+    """Also if `use_cache` is left to the configuration: without the cache it would not see the tokens before it."""
+    forward = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    name = "cache" if "cache" in forward else "past_key_values"
+    model = build("llama").eval()
+    tokens = torch.randint(1, VOCABULARY, (2, 9))
+    tokens[1, :6] = tokens[0, :6]
+    expected = eager_twin(model)(tokens).logits[:, 5:]
+    with share_prefixes(model):
+        cache = model(tokens[:, :5], use_cache=True)[1]
+        logits = model(tokens[:, 5:], **{name: cache}).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

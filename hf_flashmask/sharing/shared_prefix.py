@@ -225,6 +225,7 @@ def _can_share(arguments: dict[str, Any]) -> bool:
     input_ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     return (
         arguments.get("past_key_values") is None
+        and arguments.get("cache") is None  # its name since Transformers 5.24
         and not arguments.get("use_cache")
         and (input_ids is None or (input_ids.ndim == 2 and input_ids.shape[0] > 1))
         and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
