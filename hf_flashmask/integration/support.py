@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 
 def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
+    # Not `rows in (1, batch)`: the compiler finds no number equal to a symbolic one there (torch 2.13).
+    rows = attention_mask.shape[0]
+    if attention_mask.ndim != 2 or (rows != 1 and rows != batch) or attention_mask.shape[1] != length:
         raise ValueError(
             f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
             "or bounds [B or 1, H or 1, C, S_k]"
