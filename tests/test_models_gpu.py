@@ -68,9 +68,8 @@ def test_padded_logits_equal_each_document_alone(name: str, side: str) -> None:
     test_models.test_padded_logits_equal_each_document_alone(name, side)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(("name", "cache"), test_generation.with_caches(DECODERS, ["dynamic", "static"]))
 def test_greedy_generation_equals_eager(name: str, side: str, cache: str) -> None:
     test_generation.test_greedy_generation_equals_eager(name, side, cache)
 

@@ -456,12 +456,12 @@ def test_versions_newer_than_the_tested_ones_are_named_once(
     transformers.logging.enable_propagation()
     oldest, newest = versions.TESTED["transformers"]
     for version in (f"{oldest}.0", f"{newest}.0", f"{newest}.7", "5.9.3"):
-        monkeypatch.setattr(transformers, "__version__", version)
-        hf_flashmask.register()
+        monkeypatch.setattr(versions.transformers, "__version__", version)
+        versions.warn_of_untested()
     assert not caplog.text
     major, minor = newest.split(".")
-    monkeypatch.setattr(transformers, "__version__", f"{major}.{int(minor) + 1}.0.dev0")
-    monkeypatch.setattr(torch, "__version__", "3.0.1+cpu")
+    monkeypatch.setattr(versions.transformers, "__version__", f"{major}.{int(minor) + 1}.0.dev0")
+    monkeypatch.setattr(versions.torch, "__version__", "3.0.1+cpu")
     hf_flashmask.register()
     hf_flashmask.register()
     expected = rf"transformers \S+ \(tested: {oldest} to {newest}\) and torch 3.0.1\+cpu \(tested: 2.9 to "

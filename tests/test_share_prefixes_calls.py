@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import threading
@@ -14,7 +15,7 @@ import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from random_trees import padded_batch
 from test_shared_prefix import assert_same, build_family
-from tiny_models import build, eager_twin
+from tiny_models import VOCABULARY, build, eager_twin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -374,3 +375,17 @@ def test_random_layers_of_the_users_own_are_named() -> None:
     model = build("llama").train()
     model.model.layers[1].mlp.my_noise = 0.25
     refused(model, NotImplementedError, r"set `layers\.1\.mlp\.my_noise` = 0 in the model \(LlamaMLP\)")
+
+
+def test_a_call_with_a_cache_is_passed_on() -> None:
+    """Also if `use_cache` is left to the configuration: without the cache it would not see the tokens before it."""
+    forward = inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+    name = "cache" if "cache" in forward else "past_key_values"
+    model = build("llama").eval()
+    tokens = torch.randint(1, VOCABULARY, (2, 9))
+    tokens[1, :6] = tokens[0, :6]
+    expected = eager_twin(model)(tokens).logits[:, 5:]
+    with share_prefixes(model):
+        cache = model(tokens[:, :5], use_cache=True)[1]
+        logits = model(tokens[:, 5:], **{name: cache}).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)

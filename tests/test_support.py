@@ -11,7 +11,8 @@ import transformers
 from tiny_models import config_of, eager_twin, random_documents
 from transformers import AutoModelForCausalLM
 
-from hf_flashmask.integration import support
+from hf_flashmask import bounds
+from hf_flashmask.integration import mask_function, support
 
 
 def test_notebook_class_is_judged_by_its_bases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +66,23 @@ def test_without_sources_a_model_must_declare_its_support() -> None:
         AutoModelForCausalLM.from_config(transformers.BloomConfig(n_layer=1), attn_implementation="flashmask")
     model = AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="flashmask")
     assert model.config._attn_implementation == "flashmask"
+
+
+@pytest.mark.parametrize("check", ["padding mask", "bounds"])
+def test_a_batch_size_that_the_compiler_knows_of_one_tensor_only(check: str) -> None:
+    """As in decoding with a static cache, when another batch size has made that of the queries symbolic."""
+    batch, length = 3, 5
+    mask = bounds.causal(length).repeat(batch, 1, 1, 1) if check == "bounds" else torch.ones(batch, length)
+    queries = torch.zeros(batch, length)
+
+    def step(mask: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        if check == "bounds":
+            bounds.check_bounds(mask, batch=queries.shape[0], kv_len=queries.shape[1])
+        else:
+            mask_function._check_padding_mask(mask, *queries.shape)
+        return queries + 1
+
+    torch._dynamo.reset()
+    torch._dynamo.mark_static(mask)
+    torch._dynamo.maybe_mark_dynamic(queries, 0)
+    torch.compile(step, fullgraph=True, backend="eager")(mask, queries)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from sweep_models import DOCS, SCENARIOS, ImagePair, Outcome, Pair, TextPair, families, judge, pair_of, render
 from tiny_families import IMAGE_TOKEN, TEXT_TOKENS, tiny_config
 from tiny_models import packed
@@ -88,10 +89,12 @@ def test_images_see_more_than_what_came_before_and_nothing_of_other_documents(na
         before = pair.ours(**document).logits
         changed[types] = torch.zeros_like(document[types])
         assert (pair.ours(**changed).logits - before).abs().max() > 0.01
-    # In a packed row Transformers' own mask shows images those of the other document, or hides parts of their own.
     packed_row = judge(pair.runs("packed"))
     assert packed_row.status == "exact"
-    assert not packed_row.eager_is_exact
+    # Transformers' own mask of a packed row shows images those of the other document, until 5.23, or hides parts of
+    # their own in windows.
+    is_fixed = Version(transformers.__version__) >= Version("5.24") and name != "images/gemma3"
+    assert packed_row.eager_is_exact == is_fixed
 
 
 @pytest.mark.parametrize("name", EYES_AND_EARS)

@@ -163,7 +163,7 @@ def counted_tokens(*trained: nn.Module | None) -> Iterator[Counter[str]]:
 
     def enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal is_inside
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
             is_inside = True
             input_ids, is_token = kwargs["input_ids"], kwargs["attention_mask"].bool()
             rows = [row[mask].tolist() for row, mask in zip(input_ids, is_token)]

@@ -54,7 +54,9 @@ def check_bounds(
             f"{2 * MAX_INTERVALS}, got {list(bounds.shape)}"
         )
     for dimension, (what, expected) in enumerate((("batch", batch), ("number of query heads", heads))):
-        if expected is not None and bounds.shape[dimension] not in (1, expected):
+        # Not `size in (1, expected)`: the compiler finds no number equal to a symbolic one there (torch 2.13).
+        size = bounds.shape[dimension]
+        if expected is not None and size != 1 and size != expected:
             raise ValueError(
                 f"`{name}` has shape {list(bounds.shape)}: dimension {dimension} must be 1 or the {what}, {expected}"
             )

@@ -179,7 +179,7 @@ def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
         NotImplementedError: when the mask is a bias, needs too many intervals, or is inside of `torch.compile`.
         ValueError: when its shape is not the one above.
     """
-    if mask.ndim != 4 or mask.shape[2] not in (1, q_len):
+    if mask.ndim != 4 or (mask.shape[2] != 1 and mask.shape[2] != q_len):
         raise ValueError(
             f"`attention_mask` is a dense mask of shape {list(mask.shape)}; expected [B or 1, H or 1, {q_len} (the "
             "number of queries) or 1, S_k]"

@@ -41,7 +41,9 @@ def are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeG
     """Multimodal models have positions in several dimensions, which do not count tokens."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.is_complex():
         return False
-    return position_ids.shape[0] in (1, batch) and position_ids.shape[1] == length
+    # Not `rows in (1, batch)`: the compiler finds no number equal to a symbolic one there (torch 2.13).
+    rows = position_ids.shape[0]
+    return (rows == 1 or rows == batch) and position_ids.shape[1] == length
 
 
 def documents_of_layer(

@@ -215,7 +215,7 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
 def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
     batch, heads, q_len, _ = query.shape
     kv_len, shape = key.shape[2], attention_mask.shape
-    fits = all(size in (1, expected) for size, expected in zip(shape, (batch, heads, q_len)))
+    fits = all(size == 1 or size == expected for size, expected in zip(shape, (batch, heads, q_len)))
     if attention_mask.ndim != 4 or not fits or shape[3] != kv_len:
         raise ValueError(
             f"`attention_mask` is a dense mask of shape {list(shape)}; expected [B or 1, H or 1, S_q or 1, S_k] with "

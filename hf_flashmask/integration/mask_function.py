@@ -144,8 +144,8 @@ def flashmask_mask(
     if hints.tree is not None:
         if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
             raise NotImplementedError(
-                "windows and chunks inside prefix trees depend on the number of branches, which is read from the device: "
-                "a CUDA graph cannot capture it. Pass bounds that hold the windows, which have more than one plane"
+                "windows and chunks inside prefix trees depend on the number of branches, which a CUDA graph cannot read "
+                "from the device: pass bounds that hold the windows, which have more than one plane"
             )
         bounds = in_tree(mask_function, hints.tree)
         return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
@@ -220,7 +220,9 @@ def _of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:
 
 
 def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
-    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != length:
+    # Not `rows in (1, batch)`: the compiler finds no number equal to a symbolic one there (torch 2.13).
+    rows = attention_mask.shape[0]
+    if attention_mask.ndim != 2 or (rows != 1 and rows != batch) or attention_mask.shape[1] != length:
         raise ValueError(
             f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
             "or bounds [B or 1, H or 1, C, S_k]"

@@ -25,7 +25,8 @@ _ARGUMENTS_OF_ALL_MODELS = {
 
 
 def has_cache(arguments: Mapping[str, Any]) -> bool:
-    return arguments.get("past_key_values") is not None or bool(arguments.get("use_cache"))
+    caches = (arguments.get("past_key_values"), arguments.get("cache"))  # its name since Transformers 5.24
+    return any(cache is not None for cache in caches) or bool(arguments.get("use_cache"))
 
 
 def is_padded_batch(arguments: Mapping[str, Any]) -> bool:
