@@ -144,8 +144,8 @@ def flashmask_mask(
     if hints.tree is not None:
         if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
             raise NotImplementedError(
-                "windows and chunks inside prefix trees depend on the number of branches, which a CUDA graph cannot read "
-                "from the device: pass bounds that hold the windows, which have more than one plane"
+                "windows and chunks inside prefix trees depend on the number of branches, which a CUDA graph cannot "
+                "read: pass bounds that hold the windows, which have more than one plane"
             )
         bounds = in_tree(mask_function, hints.tree)
         return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
