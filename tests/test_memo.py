@@ -291,6 +291,26 @@ def test_a_captured_model_follows_its_inputs(name: str, mode: str, warm_up: bool
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_recipe_of_the_documentation(name: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cuda_graphs.md").read_text()
+    recipe = page.partition("```python\n")[2].partition("```")[0]
+    model, twin = on_gpu(name)
+    packings = [random_documents(lengths) for lengths in ([5, 8], [13], [1, 2, 10])]
+    results: list[Tensor] = []
+    names = {
+        "model": model,
+        "length": 13,
+        "batches": [{key: value.cuda() for key, value in packed(documents).items()} for documents in packings],
+        "use": lambda logits: results.append(logits.clone()),
+    }
+    exec(recipe, names)
+    for logits, documents in zip(results, packings, strict=True):
+        expected = logits_alone(twin, [document.cuda() for document in documents])
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_make_graphed_callables(name: str) -> None:
     model, twin = on_gpu(name)
     tokens = random_documents([13])[0].cuda()
