@@ -24,7 +24,7 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
-from hf_flashmask.integration import Mask, conversion, flashmask_mask
+from hf_flashmask.integration import Mask, closures, conversion, flashmask_mask
 from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
@@ -716,8 +716,8 @@ def test_a_factory_that_counts_otherwise_is_evaluated(
     factory: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = dense(function_with(factory), LENGTH, LENGTH)
-    monkeypatch.setattr(conversion, "_is_correct", {})
-    conversion.logger.warning_once.cache_clear()
+    monkeypatch.setattr(closures, "_is_correct", {})
+    closures.logger.warning_once.cache_clear()
     transformers.logging.enable_propagation()
     count_otherwise(factory, monkeypatch)
     assert not torch.equal(dense(function_with(factory), LENGTH, LENGTH), usual)
@@ -730,13 +730,13 @@ def test_a_factory_that_counts_otherwise_is_evaluated(
 def test_the_factories_of_this_version_are_read(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conversion.logger.warning_once.cache_clear()
+    closures.logger.warning_once.cache_clear()
     transformers.logging.enable_propagation()
-    monkeypatch.setattr(conversion, "_is_correct", {})
-    conversion.check_factories()
+    monkeypatch.setattr(closures, "_is_correct", {})
+    closures.check_factories()
     assert not caplog.text
     evaluated = []
-    monkeypatch.setattr(conversion, "_evaluate", lambda *args: evaluated.append(args) or iter(()))
+    monkeypatch.setattr(conversion, "evaluate", lambda *args: evaluated.append(args) or iter(()))
     for factory in OTHERWISE:
         if hasattr(masking_utils, factory):
             from_mask_function(function_with(factory), batch_size=BATCH, q_len=LENGTH, kv_len=LENGTH)
@@ -744,7 +744,7 @@ def test_the_factories_of_this_version_are_read(
 
 
 def test_prefix_trees_refuse_a_window_that_counts_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_is_correct", {})
+    monkeypatch.setattr(closures, "_is_correct", {})
     count_otherwise("sliding_window_overlay", monkeypatch)
     tree = Tree(bounds.causal(6), torch.arange(6)[None])
     with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*prefix trees hold windows and chunks only"):
@@ -752,7 +752,7 @@ def test_prefix_trees_refuse_a_window_that_counts_otherwise(monkeypatch: pytest.
 
 
 def test_what_counts_otherwise_is_searched_for_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_is_correct", {})
+    monkeypatch.setattr(closures, "_is_correct", {})
     count_otherwise("sliding_window_overlay", monkeypatch)
     torch._dynamo.reset()
 

@@ -15,7 +15,7 @@ from transformers.generation import utils as generation_utils
 from transformers.utils import generic
 
 from .attention import flashmask_attention_forward
-from .conversion import check_factories
+from .closures import check_factories
 from .mask_function import flashmask_mask, prepare
 from .mrope import keep_documents
 from .name import NAME, is_misspelled, logger
