@@ -46,6 +46,13 @@ def test_bark_is_refused() -> None:
         )
 
 
+@pytest.mark.skipif(not hasattr(transformers, "LasrEncoder"), reason="this version of Transformers has no LASR")
+def test_a_model_whose_convolutions_read_the_mask_is_refused() -> None:
+    config = transformers.LasrEncoderConfig(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="its convolutions compute with a dense mask"):
+        transformers.LasrEncoder._from_config(config, attn_implementation="flashmask")
+
+
 @pytest.fixture
 def without_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in an installation of which only the compiled files are left."""

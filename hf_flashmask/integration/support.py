@@ -94,6 +94,7 @@ _REFUSED_MODEL_TYPES = {
     "nemotron_asr_streaming_encoder": _ADDS_A_BIAS,
     "parakeet_encoder": _ADDS_A_BIAS,
     "swin": _ADDS_A_BIAS,
+    "lasr_encoder": "its convolutions compute with a dense mask",
     "doge": "its layers compute with a dense mask",
     "t5gemma2_decoder": "it joins the masks of two sequences as if they were dense",
 }
