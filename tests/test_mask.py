@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -169,7 +170,9 @@ def test_layers_called_directly() -> None:
     model, documents = build("llama"), random_documents(LENGTHS)
     row = packed(documents)
     hidden = model.model.embed_tokens(row["input_ids"])
-    mask = masking_utils.create_causal_mask(model.config, hidden, None, None, position_ids=row["position_ids"])
+    cache = "cache" if "cache" in signature(masking_utils.create_causal_mask).parameters else "past_key_values"
+    call = {"attention_mask": None, cache: None, "position_ids": row["position_ids"]}
+    mask = masking_utils.create_causal_mask(config=model.config, inputs_embeds=hidden, **call)
     angles = model.model.rotary_emb(hidden, row["position_ids"])
     for layer in model.model.layers:
         hidden = checkpoint(layer, hidden, attention_mask=mask, position_embeddings=angles, use_reentrant=False)

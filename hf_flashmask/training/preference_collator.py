@@ -58,7 +58,7 @@ class SharedPromptDataCollator:
         * `attention_mask`, bounds, int32 `[B, 1, 1, N]`;
         * `labels`, `AnswerLabels`, for the losses of this module;
         * `logits_to_keep`, int64 `[B, L]`, the positions that predict answers: causal language models compute only
-          their logits. Absent when this version of Transformers cannot select positions by row.
+          their logits. With Transformers before 5.21 `[L]`, and absent with a `max_length`.
 
     Raises:
         ValueError: for an empty prompt or answer, a tree longer than `max_length`, a prompt that leaves no token of an
@@ -121,8 +121,10 @@ class SharedPromptDataCollator:
             "attention_mask": pad_row("subtree_ends", 0)[:, None, None, :],
             "labels": labels,
         }
-        if len(rows) == 1 or _SELECTS_BY_ROW:
+        if _SELECTS_BY_ROW:
             batch["logits_to_keep"] = labels["positions"]
+        elif self.max_length is None:  # always a single row: Trainer joins the logits of several batches
+            batch["logits_to_keep"] = labels["positions"][0]
         return batch
 
     def _tree(self, number: int, example: Mapping[str, Any]) -> ExampleTree:
@@ -134,4 +136,4 @@ class SharedPromptDataCollator:
 
 
 _SELECTS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
-"""Whether models take `logits_to_keep` `[B, L]`. Older ones take the same positions of all rows, so of a single row."""
+"""Whether models take `logits_to_keep` `[B, L]`. Older ones take `[L]`, the same positions of all rows."""
