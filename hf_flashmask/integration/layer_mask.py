@@ -18,7 +18,7 @@ from flashmask_kernels import Schedules
 
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
-from .documents import Documents, after_cache
+from .documents import Documents, after_cache, check_lengths_beside_cache
 from .final_bounds import warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
@@ -150,10 +150,14 @@ def _document_bounds(
     """
     rows, keys, position_ids = documents.cu_seq_lens_q, documents.cu_seq_lens_k, documents.position_ids
     if rows is not None:
+        if keys is None:
+            check_lengths_beside_cache(place)
+        elif place.kv_offset:  # a cache of a window has dropped the first keys
+            keys = (keys - place.kv_offset).clamp(min=0)
         build = functools.partial(
             _bounds.from_cu_seqlens, rows, place.q_len, kv_len=place.kv_len, cu_seqlens_k=keys, is_causal=is_causal
         )
-        described = ("cu_seq_lens", place.q_len, place.kv_len, is_causal)
+        described = ("cu_seq_lens", place.q_len, place.kv_len, place.kv_offset, is_causal)
         return recent.get(described, documents.tensors, module, build, rows.device)
     assert position_ids is not None
     if not place.is_square:
