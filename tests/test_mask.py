@@ -440,7 +440,7 @@ def test_bounds_that_let_documents_meet_are_told_once(caplog: pytest.LogCaptureF
     torch.testing.assert_close(model(**row, attention_mask=mended).logits, logits_alone(twin, documents), **TOLERANCE)
 
 
-@pytest.mark.parametrize("length", [4, 6, 32])
+@pytest.mark.parametrize("length", [2, 4, 6, 32])
 def test_dense_masks_of_integers_are_no_bounds(length: int) -> None:
     model, tokens = build("llama"), random_documents([length])[0]
     visible = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
@@ -450,5 +450,17 @@ def test_dense_masks_of_integers_are_no_bounds(length: int) -> None:
     torch.testing.assert_close(
         model(tokens, attention_mask=visible.int().bool(), use_cache=False).logits,
         eager_twin(model)(tokens).logits,
+        **TOLERANCE,
+    )
+
+
+def test_a_dense_mask_of_integers_that_all_queries_share_is_no_bounds() -> None:
+    model, batch = build("bert"), padded(random_documents([7, 3]), "right")
+    visible = batch["attention_mask"][:, None, None]
+    with pytest.raises(ValueError, match=r"dense mask.*\.bool\(\)"):
+        model(batch["input_ids"], attention_mask=visible.int())
+    torch.testing.assert_close(
+        model(batch["input_ids"], attention_mask=visible.bool()).logits,
+        eager_twin(model)(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         **TOLERANCE,
     )
