@@ -822,7 +822,7 @@ def test_from_dense_names_the_first_column_that_needs_too_many_intervals():
 
 @given(
     st.lists(st.lists(st.tuples(st.integers(-1, 3), st.booleans()), min_size=7, max_size=7), min_size=1, max_size=3),
-    st.sampled_from([torch.int64, torch.int32, torch.float32]),
+    st.sampled_from([torch.int64, torch.int32, torch.int16, torch.int8, torch.float32]),
 )
 def test_document_ends_beside_padding(rows, dtype):
     """A document starts at a token where it does among the tokens alone, never at padding."""

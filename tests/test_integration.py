@@ -435,9 +435,9 @@ def test_dense_mask_is_converted_once(
         (torch.ones(2, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
         (torch.ones(2, 1, 3, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number"),
         (torch.ones(2, 1, 34, 7, dtype=torch.int32), ValueError, r"C = 1 or an even number up to 32"),
-        (torch.ones(2, 1, 1, 6, dtype=torch.int32), ValueError, r"last dimension must be the key length, 7"),
-        (torch.ones(3, 1, 1, 7, dtype=torch.int32), ValueError, r"must be 1 or the batch, 2"),
-        (torch.ones(2, 3, 1, 7, dtype=torch.int32), ValueError, r"must be 1 or the number of query heads, 4"),
+        (bounds.causal(6), ValueError, r"last dimension must be the key length, 7"),
+        (bounds.causal(7).repeat(3, 1, 1, 1), ValueError, r"must be 1 or the batch, 2"),
+        (bounds.causal(7).repeat(2, 3, 1, 1), ValueError, r"must be 1 or the number of query heads, 4"),
         (torch.ones(2, 1, 1, 7, dtype=torch.int32, device="meta"), ValueError, r"is on meta"),
     ],
 )

@@ -277,13 +277,14 @@ def test_continuations_that_a_cache_cannot_hold_are_refused(name: str, cache: st
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "llama4"])
-def test_padded_prompts_in_parts(name: str, cache: str) -> None:
-    """Rows whose padding reaches into the second part."""
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("size", [2, 6])
+def test_padded_prompts_in_parts(name: str, cache: str, size: int) -> None:
+    """Rows whose padding fills parts, and reaches into another one."""
     model, documents = build(name), random_documents([11, 3, 7])
     batch, twin = padded(documents, "left"), eager_twin(model)
     filled, parts = CACHES[cache](model.config), []
-    for part in (slice(0, 6), slice(6, 11)):
+    for part in (slice(start, min(start + size, 11)) for start in range(0, 11, size)):
         parts.append(
             model(
                 batch["input_ids"][:, part],
@@ -295,6 +296,22 @@ def test_padded_prompts_in_parts(name: str, cache: str) -> None:
         )
     logits = torch.cat(parts, 1)[batch["attention_mask"].bool()][None]
     torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_cu_seq_lens_beside_a_cache(name: str, cache: str) -> None:
+    """Those of the keys count all of them, also the ones that the cache of a window has dropped."""
+    model, documents = build(name), random_documents([12, 4])
+    rest = torch.cat([documents[0][:, 10:], documents[1]], 1)
+    call = {"position_ids": torch.tensor([[10, 11, 0, 1, 2, 3]]), "cu_seq_lens_q": torch.tensor([0, 2, 6])}
+    filled = CACHES[cache](model.config)
+    first = model(documents[0][:, :10], past_key_values=filled, use_cache=True).logits
+    of_keys = torch.tensor([0, 12, 16])
+    second = model(rest, **call, cu_seq_lens_k=of_keys, past_key_values=filled, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), logits_alone(eager_twin(model), documents), **TOLERANCE)
+    with pytest.raises(NotImplementedError, match="pass `cu_seq_lens_k`"):
+        model(rest, **call, past_key_values=filled, use_cache=True)
 
 
 # Positions of other kinds
@@ -367,6 +384,43 @@ def test_text_documents_in_multimodal_models(folder: str, prefix: str, planes: i
     torch.testing.assert_close(hidden, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("folder", "prefix"), MULTIMODAL)
+def test_multimodal_positions_beside_a_cache(folder: str, prefix: str, cache: str) -> None:
+    model = multimodal_text_model(folder, prefix)
+    twin, (prompt, other) = eager_twin(model), random_documents([12, 4])
+    filled = CACHES[cache](model.config)
+    first = model(prompt[:, :10], past_key_values=filled, use_cache=True).last_hidden_state
+    positions = torch.tensor([10, 11, 0, 1, 2, 3]).expand(3, 1, -1)
+    rest = torch.cat([prompt[:, 10:], other], 1)
+    second = model(rest, position_ids=positions, past_key_values=filled, use_cache=True).last_hidden_state
+    expected = torch.cat([twin(prompt).last_hidden_state, twin(other).last_hidden_state], 1)
+    torch.testing.assert_close(torch.cat([first, second], 1), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("folder", "prefix"), MULTIMODAL)
+def test_padded_multimodal_prompts_in_parts(folder: str, prefix: str, cache: str) -> None:
+    """Transformers gives padding the position 1, which a token has as well."""
+    model, documents = multimodal_text_model(folder, prefix), random_documents([11, 3, 7])
+    batch, twin = padded(documents, "left"), eager_twin(model)
+    is_token = batch["attention_mask"].bool()
+    positions = batch["position_ids"].masked_fill(~is_token, 1).expand(3, -1, -1)
+    filled, parts = CACHES[cache](model.config), []
+    for part in (slice(0, 5), slice(5, 11)):
+        parts.append(
+            model(
+                batch["input_ids"][:, part],
+                attention_mask=batch["attention_mask"][:, : part.stop],
+                position_ids=positions[..., part],
+                past_key_values=filled,
+                use_cache=True,
+            ).last_hidden_state
+        )
+    expected = torch.cat([twin(document).last_hidden_state[0] for document in documents])
+    torch.testing.assert_close(torch.cat(parts, 1)[is_token], expected, **TOLERANCE)
+
+
 # Bounds of users
 
 
@@ -389,7 +443,7 @@ def test_bounds_that_let_documents_meet_are_told_once(caplog: pytest.LogCaptureF
     torch.testing.assert_close(model(**row, attention_mask=mended).logits, logits_alone(twin, documents), **TOLERANCE)
 
 
-@pytest.mark.parametrize("length", [4, 6, 32])
+@pytest.mark.parametrize("length", [2, 4, 6, 32])
 def test_dense_masks_of_integers_are_no_bounds(length: int) -> None:
     model, tokens = build("llama"), random_documents([length])[0]
     visible = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
@@ -399,5 +453,17 @@ def test_dense_masks_of_integers_are_no_bounds(length: int) -> None:
     torch.testing.assert_close(
         model(tokens, attention_mask=visible.int().bool(), use_cache=False).logits,
         eager_twin(model)(tokens).logits,
+        **TOLERANCE,
+    )
+
+
+def test_a_dense_mask_of_integers_that_all_queries_share_is_no_bounds() -> None:
+    model, batch = build("bert"), padded(random_documents([7, 3]), "right")
+    visible = batch["attention_mask"][:, None, None]
+    with pytest.raises(ValueError, match=r"dense mask.*\.bool\(\)"):
+        model(batch["input_ids"], attention_mask=visible.int())
+    torch.testing.assert_close(
+        model(batch["input_ids"], attention_mask=visible.bool()).logits,
+        eager_twin(model)(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         **TOLERANCE,
     )

@@ -92,6 +92,17 @@ def test_changes_are_noticed_by_layers_without_a_place() -> None:
         assert len(calls) == (2 if source.untyped_storage().resizable() else 3)
 
 
+def test_another_model_begins_a_pass() -> None:
+    """It makes the masks of other types of layers than the model before it, of the same tensors."""
+    positions, others = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]]), torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5, 6]])
+    embeddings = torch.randn(1, 9, 32)
+    build("llama")(inputs_embeds=embeddings, position_ids=positions)
+    positions.numpy()[:] = others.numpy()
+    model = build("mistral")
+    logits = model(inputs_embeds=embeddings, position_ids=positions).logits
+    torch.testing.assert_close(logits, model(inputs_embeds=embeddings, position_ids=others).logits)
+
+
 def test_nothing_crosses_the_border_of_inference_mode() -> None:
     own, source = Memo(), torch.zeros(3)
     for get in (own.get, recent.get):

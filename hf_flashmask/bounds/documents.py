@@ -128,6 +128,8 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
         if position_ids.is_floating_point():
             position_ids = torch.where(is_token, position_ids, torch.inf)
         else:
+            if position_ids.element_size() < 4:  # too small for such numbers
+                position_ids = position_ids.to(torch.int32)
             position_ids = torch.add(position_ids, is_token, alpha=-FAR)
         tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
         of_token = position_ids.gather(1, torch.searchsorted(tokens, tokens).expand_as(position_ids))

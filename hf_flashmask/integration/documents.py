@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .mask import Place
 
-__all__ = ["Documents", "after_cache", "are_of_tokens", "documents_of_layer"]
+__all__ = ["Documents", "after_cache", "are_of_tokens", "check_lengths_beside_cache", "documents_of_layer"]
 
 
 class Documents(NamedTuple):
@@ -123,25 +123,45 @@ def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, 
         first_row = is_row_token.byte().argmax(1, keepdim=True)
     ends = _bounds.document_ends(position_ids, is_row_token)
     starts = nn.functional.pad(ends[:, :-1] == row[1:], (1, 0)) & (row > first_row)
+    if is_row_token is not None:
+        starts = starts & is_row_token  # a row of padding alone has no first token
     is_alone = starts & (position_ids < position_ids.gather(1, first_row.expand(len(position_ids), -1)))
     first_alone = torch.where(is_alone, row, q_len).amin(1, keepdim=True)
     if not isinstance(place.q_offset, int) or place.q_offset > 0:
         continues = starts & ~is_alone & (place.q_offset > 0)
-        _refuse_continuations(continues if has_ranges else continues & (row > first_alone), has_ranges)
+        if has_ranges:
+            _refuse(
+                continues,
+                "`position_ids` pack several continuations of the cached tokens into one row, which layers with "
+                "windows or chunks cannot tell apart: give each continuation a row of the batch",
+            )
+        else:
+            _refuse(
+                continues & (row > first_alone),
+                "`position_ids` pack a continuation of the cached tokens behind a document of its own: put the "
+                "continuations first",
+            )
     of_call = ends[:, row_of_key.clamp(0, q_len - 1)]
     lts = torch.where(row_of_key < 0, first_alone, of_call).to(torch.int32)
     return torch.stack([lts, torch.zeros_like(lts)], dim=1)[:, None]
 
 
-def _refuse_continuations(refused: Tensor, has_ranges: bool) -> None:
+def check_lengths_beside_cache(place: Place) -> None:
+    """Refuse `cu_seq_lens_q` alone where keys are in a cache: it does not say whose they are.
+
+    Raises:
+        NotImplementedError: in a graph it is an assertion on the device.
+    """
+    if not isinstance(place.q_offset, int) or place.q_offset > 0:
+        _refuse(
+            torch.as_tensor(place.q_offset) > 0,
+            "`cu_seq_lens_q` does not say which document the keys in the cache belong to: pass `cu_seq_lens_k` with "
+            "the lengths of all keys, or `position_ids` alone",
+        )
+
+
+def _refuse(refused: Tensor, reason: str) -> None:
     """One value is read, in a call that takes more than that."""
-    reason = (
-        "`position_ids` pack several continuations of the cached tokens into one row, which layers with windows or "
-        "chunks cannot tell apart: give each continuation a row of the batch"
-        if has_ranges
-        else "`position_ids` pack a continuation of the cached tokens behind a document of its own: put the "
-        "continuations first"
-    )
     if is_tracing(refused) or (refused.is_cuda and torch.cuda.is_current_stream_capturing()):
         torch._assert_async(~refused.any(), reason)
     elif bool(refused.any()):

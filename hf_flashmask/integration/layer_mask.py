@@ -18,7 +18,7 @@ from flashmask_kernels import Schedules
 
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
-from .documents import Documents, after_cache
+from .documents import Documents, after_cache, check_lengths_beside_cache
 from .final_bounds import warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
@@ -150,10 +150,14 @@ def _document_bounds(
     """
     rows, keys, position_ids = documents.cu_seq_lens_q, documents.cu_seq_lens_k, documents.position_ids
     if rows is not None:
+        if keys is None:
+            check_lengths_beside_cache(place)
+        elif place.kv_offset:  # a cache of a window has dropped the first keys
+            keys = (keys - place.kv_offset).clamp(min=0)
         build = functools.partial(
             _bounds.from_cu_seqlens, rows, place.q_len, kv_len=place.kv_len, cu_seqlens_k=keys, is_causal=is_causal
         )
-        described = ("cu_seq_lens", place.q_len, place.kv_len, is_causal)
+        described = ("cu_seq_lens", place.q_len, place.kv_len, place.kv_offset, is_causal)
         return recent.get(described, documents.tensors, module, build, rows.device)
     assert position_ids is not None
     if not place.is_square:
@@ -196,19 +200,24 @@ def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> Lay
 
 
 def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
-    """A dense mask of 0 and 1 must not pass for bounds, whose planes could be as many as a short row has queries."""
+    """A dense mask of 0 and 1 must not pass for bounds, whose planes could be as many as a short row has queries.
+
+    One plane is as much as a dense mask that is the same for all queries. On a GPU that is not looked at: reading it
+    would wait for the device in every call with bounds.
+    """
     if mask.dtype != torch.int32:
         raise TypeError(
             f"`attention_mask` is {mask.dtype} {list(mask.shape)}: bounds [B or 1, H or 1, C, S_k] are int32, and a "
             "dense mask [B or 1, H or 1, S_q or 1, S_k] is bool, or float with 0 and -inf. Call .to(torch.int32) on "
             "bounds, .bool() on a dense mask of 0 and 1"
         )
-    looks_dense = mask.ndim == 4 and mask.shape[2] == q_len > 2
-    if looks_dense and not is_tracing(mask) and bool(((mask == 0) | (mask == 1)).all()):
+    if mask.ndim != 4 or q_len < 2 or is_tracing(mask):
+        return
+    looks_dense = mask.shape[2] == q_len or (mask.shape[2] == 1 and mask.is_cpu)
+    if looks_dense and bool(((mask == 0) | (mask == 1)).all()) and bool(mask.any()):
         raise ValueError(
-            f"`attention_mask` is int32 {list(mask.shape)} with {q_len} planes for {q_len} queries, all of them 0 or "
-            "1: if it is a dense mask, call .bool() on it; bounds of so many planes that hide so little are not "
-            "expected"
+            f"`attention_mask` is int32 {list(mask.shape)} and holds nothing but 0 and 1: if it is a dense mask, call "
+            ".bool() on it; as bounds it would hide every key from all queries but the first, or none"
         )
 
 

@@ -64,9 +64,9 @@ def prepare(
         hints = Hints(shape, inputs_embeds.device, is_token=is_token, position_ids=position_ids)
         return early_exit, hints, None, *sizes
     of_keys = _of_keys(is_token, place)
-    # Those of all types of layers are the same.
+    # Those of all types of layers are the same. Another model makes them anew.
     ends = recent.get(
-        "document ends",
+        ("document ends", id(config)),
         tuple(source for source in (position_ids, attention_mask, inputs_embeds) if source is not None),
         creator,
         lambda: _bounds.document_ends(position_ids, of_keys),

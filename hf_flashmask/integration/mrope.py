@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .mask import Mask
 from .name import NAME
 
 __all__ = ["keep_documents"]
@@ -47,24 +48,48 @@ def _add_text_positions(
     if position_ids.ndim == 2:
         position_ids = position_ids.expand(4, -1, -1)
     elif position_ids.ndim == 3 and position_ids.shape[0] == 3:
-        text_positions = _count_in_documents(position_ids, kwargs.get("attention_mask"))
+        is_token = _tokens_of_call(position_ids.shape[2], kwargs)
+        if is_token is not None:
+            position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
+        text_positions = _count_in_documents(position_ids, is_token)
         position_ids = torch.cat([text_positions[None], position_ids])
     else:
         return None
     return (), {**kwargs, "position_ids": position_ids}
 
 
-def _count_in_documents(position_ids: Tensor, attention_mask: Any) -> Tensor:
+def _tokens_of_call(length: int, kwargs: dict[str, Any]) -> Tensor | None:
+    """Which of the call's tokens are no padding: bool `[B, S]`. None where nothing tells."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the second is its name until Transformers 5.23
+    if isinstance(mask, Mask) and mask.is_token is not None and mask.place is not None:
+        is_token, first = mask.is_token, mask.place.q_offset - mask.place.kv_offset
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        is_token, first = mask.ne(0), 0 if cache is None else cache.get_seq_length()
+    else:
+        return None
+    column = torch.arange(length, device=is_token.device) + first
+    return is_token[:, column.clamp(0, is_token.shape[1] - 1)]
+
+
+def _count_in_documents(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
     """The place of each token in its document, `[B, S]`.
 
-    A document starts where all three positions are those of the row's first token. Time alone does not tell: it is
-    the same for all patches of an image, and goes back and forth where sound and video alternate.
+    A document starts where all three positions are 0, or those of the row's first token. Time alone does not tell: it
+    is the same for all patches of an image, and goes back and forth where sound and video alternate. Documents that do
+    not start at 0 count from 1: beside a cache they continue it, and those that start at 0 do not.
     """
-    length = position_ids.shape[2]
-    row = torch.arange(length, device=position_ids.device)
+    row = torch.arange(position_ids.shape[2], device=position_ids.device)
     first = position_ids[:, :, :1]
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == length:
-        first_token = attention_mask.ne(0).byte().argmax(1, keepdim=True).to(position_ids.device)
-        first = position_ids.gather(2, first_token.expand(3, position_ids.shape[1], 1))
-    starts = (position_ids == first).all(0)
-    return row - torch.where(starts, row, 0).cummax(1).values
+    if is_token is not None:
+        is_token = is_token.to(position_ids.device)
+        first_row = is_token.byte().argmax(1, keepdim=True)
+        first = position_ids.gather(2, first_row.expand(3, position_ids.shape[1], 1))
+    starts_at_0 = (position_ids == 0).all(0)
+    starts = starts_at_0 | (position_ids == first).all(0)
+    if is_token is not None:
+        starts = starts & is_token
+    start = torch.where(starts, row, 0).cummax(1).values
+    return row - start + (~starts_at_0).gather(1, start)
