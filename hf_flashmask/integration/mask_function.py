@@ -149,6 +149,8 @@ def flashmask_mask(
             )
         bounds = in_tree(mask_function, hints.tree)
         return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
