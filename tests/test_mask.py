@@ -324,6 +324,16 @@ def test_padded_prompts_in_parts(name: str, cache: str, size: int) -> None:
     torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_a_2_d_mask_as_long_as_a_static_cache(name: str) -> None:
+    model, documents = build(name), random_documents([11, 3, 7])
+    batch, twin = padded(documents, "left"), eager_twin(model)
+    mask, filled = nn.functional.pad(batch["attention_mask"], (0, 21)), StaticCache(model.config, max_cache_len=32)
+    logits = model(**{**batch, "attention_mask": mask}, past_key_values=filled, use_cache=True).logits
+    logits = logits[batch["attention_mask"].bool()][None]
+    torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
 def test_cu_seq_lens_beside_a_cache(name: str, cache: str) -> None:
