@@ -122,6 +122,16 @@ def test_transforms_of_functions(is_interpreted: bool, interpreted: Callable[...
         torch.func.jvp(lambda query: ours(query, *tensors[1:]), (query,), (query,))
 
 
+def test_batches_of_gradients_are_refused() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in inputs())
+    out = flashmask_attention(query, key, value, bounds())
+    gradients = torch.stack([torch.ones_like(out)] * 2)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(out, query, gradients, is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.vmap(lambda gradient: torch.autograd.grad(out, query, gradient, retain_graph=True)[0])(gradients)
+
+
 @pytest.mark.parametrize("has_bounds", [False, True])
 def test_meta_tensors_have_shapes(has_bounds: bool) -> None:
     query, key, value = (tensor.to("meta").requires_grad_() for tensor in inputs(torch.bfloat16))

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from tiny_models import build, eager_twin, logits_alone, packed, padded, random_documents
+from tiny_models import build, cumulative_lengths, eager_twin, logits_alone, packed, padded, random_documents
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache, masking_utils
@@ -243,6 +243,35 @@ def test_documents_that_fill_a_new_cache(name: str, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "afmoe"])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_documents_behind_a_continuation(name: str, cache: str, has_mask: bool) -> None:
+    """A static cache has counted the tokens of the call when the first layer makes bounds of the documents."""
+    model, documents = build(name), random_documents([10, 1, 4])
+    row, filled, parts = packed(documents), CACHES[cache](model.config), []
+    for part in (slice(0, 3), slice(3, 15)):
+        call = {key: tensor[:, part] for key, tensor in row.items()}
+        if has_mask:
+            call["attention_mask"] = torch.ones(1, part.stop, dtype=torch.long)
+        parts.append(model(**call, past_key_values=filled, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), logits_alone(eager_twin(model), documents), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "afmoe"])
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+def test_documents_that_fill_a_static_cache_again(name: str, how: str) -> None:
+    model, documents = build(name), random_documents([5, 1, 8])
+    row, filled = packed(documents), StaticCache(model.config, max_cache_len=32)
+    if how == "cu_seq_lens_q":
+        row["cu_seq_lens_q"] = cumulative_lengths(documents)
+    for _ in range(2):
+        with torch.no_grad():
+            logits = model(**row, past_key_values=filled, use_cache=True).logits
+        torch.testing.assert_close(logits, logits_alone(eager_twin(model), documents), **TOLERANCE)
+        filled.reset()
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_several_continuations_of_a_cached_prefix(name: str, cache: str) -> None:
     """Behind them documents of their own, which do not see the prefix."""
@@ -295,6 +324,16 @@ def test_padded_prompts_in_parts(name: str, cache: str, size: int) -> None:
             ).logits
         )
     logits = torch.cat(parts, 1)[batch["attention_mask"].bool()][None]
+    torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "llama4"])
+def test_a_2_d_mask_as_long_as_a_static_cache(name: str) -> None:
+    model, documents = build(name), random_documents([11, 3, 7])
+    batch, twin = padded(documents, "left"), eager_twin(model)
+    mask, filled = nn.functional.pad(batch["attention_mask"], (0, 21)), StaticCache(model.config, max_cache_len=32)
+    logits = model(**{**batch, "attention_mask": mask}, past_key_values=filled, use_cache=True).logits
+    logits = logits[batch["attention_mask"].bool()][None]
     torch.testing.assert_close(logits, logits_alone(twin, documents), **TOLERANCE)
 
 

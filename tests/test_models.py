@@ -225,6 +225,13 @@ def test_bounds_of_a_batch_and_of_heads() -> None:
     torch.testing.assert_close(logits, eager_twin(model)(tokens, attention_mask=additive(visible)).logits, **TOLERANCE)
 
 
+def test_models_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = build("gemma3")
+        row = {"input_ids": torch.ones(1, 9, dtype=torch.long), "position_ids": torch.arange(9)[None]}
+    assert model(**row).logits.shape == (1, 9, VOCABULARY)
+
+
 def test_cross_attention_ignores_the_documents_of_the_decoder() -> None:
     model = build("bert", is_decoder=True, add_cross_attention=True)
     batch = padded(random_documents([9, 4]), "left")

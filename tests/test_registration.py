@@ -27,6 +27,8 @@ import hf_flashmask
 from hf_flashmask import integration
 from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask, predicate, versions
 
+_TRAINING_NAMES = ["SharedPromptDataCollator", "compute_log_probs", "dpo_loss", "reward_loss", "set_loss"]
+
 # Every way to name the implementation
 
 
@@ -473,6 +475,28 @@ def test_the_tested_versions_are_those_that_the_tests_are_run_with(package: str)
     text = " ".join(requirement for version in run_versions.VERSIONS.values() for requirement in version.requirements)
     found = sorted(tuple(map(int, release)) for release in re.findall(rf"\b{package}==(\d+)\.(\d+)", text))
     assert tuple(".".join(map(str, release)) for release in (found[0], found[-1])) == versions.TESTED[package]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("conversion.from_mask_function", "integration.conversion.from_mask_function"),
+        ("integration.flashmask_mask", "integration.mask_function.flashmask_mask"),
+        ("integration.flashmask_attention_forward", "integration.attention.flashmask_attention_forward"),
+        ("packing.PackedDataCollator", "PackedDataCollator"),
+        ("packing.pack_lengths", "training.packing.pack_lengths"),
+        *((f"preference.{name}", f"training.{name}") for name in (*_TRAINING_NAMES, "answer_scores", "split_pairs")),
+        ("prefix_tree.PrefixTree", "sharing.prefix_tree.PrefixTree"),
+        ("shared_prefix.share_prefixes", "share_prefixes"),
+        ("tree_attention.register_tree_attention", "register_tree_attention"),
+    ],
+)
+def test_old_paths_lead_to_the_same_objects(old: str, new: str) -> None:
+    objects = []
+    for path in (old, new):
+        module, _, name = f"hf_flashmask.{path}".rpartition(".")
+        objects.append(getattr(importlib.import_module(module), name))
+    assert objects[0] is objects[1]
 
 
 def test_package_names() -> None:

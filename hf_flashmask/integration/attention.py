@@ -98,7 +98,7 @@ def _target_dtype(module: nn.Module, query: Tensor) -> torch.dtype:
     """
     if query.dtype != torch.float32:
         return query.dtype
-    if torch.is_autocast_enabled(query.device.type):
+    if not query.is_meta and torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
     if hasattr(getattr(module, "config", None), "_is_quantized"):
         return cast(torch.dtype, cast(Any, module).config.dtype)

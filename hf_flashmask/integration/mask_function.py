@@ -28,6 +28,8 @@ def prepare(
     inputs_embeds: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
+    *,
+    has_static_cache: bool,
 ) -> tuple:
     """What Transformers' `_preprocess_mask_arguments` returns, with `Hints` in the place of the 2-D mask.
 
@@ -56,7 +58,7 @@ def prepare(
         return early_exit, is_token, None, *sizes
     place = Place(*sizes)
     if is_token is not None and place.is_square:
-        _check_padding_mask(is_token, batch, length)
+        _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
     if length == 1 or not are_of_tokens(position_ids, batch, length):
         return early_exit, is_token, None, *sizes
     shape = (batch, place.kv_len) if is_token is None else tuple(is_token.shape)
@@ -149,6 +151,8 @@ def flashmask_mask(
             )
         bounds = in_tree(mask_function, hints.tree)
         return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
@@ -219,10 +223,13 @@ def _of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:
     return is_token[:, first:end]
 
 
-def _check_padding_mask(attention_mask: Tensor, batch: int, length: int) -> None:
+def _check_padding_mask(attention_mask: Tensor, batch: int, length: int, *, may_be_longer: bool) -> None:
+    """Beside a static cache the mask may hold slots not yet filled, whose number one of a window does not tell."""
     # Not `rows in (1, batch)`: the compiler finds no number equal to a symbolic one there (torch 2.13).
     rows = attention_mask.shape[0]
-    if attention_mask.ndim != 2 or (rows != 1 and rows != batch) or attention_mask.shape[1] != length:
+    is_wrong = attention_mask.ndim != 2 or (rows != 1 and rows != batch)
+    columns = attention_mask.shape[-1]
+    if is_wrong or (columns < length if may_be_longer else columns != length):
         raise ValueError(
             f"`attention_mask` has shape {list(attention_mask.shape)}; expected [{batch}, {length}], 0 for padding, "
             "or bounds [B or 1, H or 1, C, S_k]"

@@ -112,13 +112,23 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
             cache, position_ids, *others = args
             args = cache, None, *others
         else:
+            cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
             position_ids, kwargs["position_ids"] = kwargs.get("position_ids"), None
         creator = None if torch.compiler.is_compiling() else sys._getframe(1).f_code
 
         def find_sizes(mask: Tensor | None) -> tuple:
             return original(config, inputs_embeds, mask, *args, **kwargs)
 
-        return prepare(find_sizes, creator, config, inputs_embeds, attention_mask, position_ids)
+        has_static_cache = getattr(cache, "is_compileable", False)
+        return prepare(
+            find_sizes,
+            creator,
+            config,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            has_static_cache=has_static_cache,
+        )
 
     return preprocess_mask_arguments
 

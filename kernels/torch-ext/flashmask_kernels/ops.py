@@ -18,6 +18,9 @@ from .dispatch import Plan, plan_of, tiles_of
 from .schedules import Schedules, build_schedule
 from .tiled import tiled_backward, tiled_forward
 
+_is_batched = torch._C._functorch.is_batchedtensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
 
 def with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -133,9 +136,19 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        _refuse_batches(d_out, d_lse)
         if torch.is_grad_enabled():  # somebody may differentiate the gradients
             return _refusing_gradients(saved, d_out, d_lse, lambda: _planned_gradients(ctx, saved, d_out, d_lse))
         return _planned_gradients(ctx, saved, d_out, d_lse)
+
+
+def _refuse_batches(*gradients: Tensor | None) -> None:
+    for gradient in gradients:
+        if gradient is not None and (_is_batched(gradient) or _is_legacy_batched(gradient)):
+            raise RuntimeError(
+                "flashmask_attention computes one gradient at a time, not those of `is_grads_batched=True`, "
+                "`vectorize=True` or torch.vmap over torch.autograd.grad: use torch.func.vjp or torch.func.jacrev"
+            )
 
 
 def _planned_gradients(
