@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ class LayerMask:
     def __init__(self, bounds: Tensor | None, q_len: int, *, is_causal: bool = False) -> None:
         self.bounds, self.is_causal = bounds, is_causal and bounds is None
         self.schedules = None if bounds is None else Schedules(bounds, q_len)
-        self._made: dict[tuple[object, ...], Tensor] = {}
+        self._made: dict[tuple[object, ...], Any] = {}
 
-    def once(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: tuple[object, ...], build: Callable[[], T]) -> T:
         """What is made of the bounds, once for equal keys, which hold no lengths."""
         if key not in self._made:
             self._made[key] = build()
