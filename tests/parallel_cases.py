@@ -52,6 +52,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-window", "mistral", "right_padding", mode)
         yield Case(f"{mode}-narrow_values", "deepseek_v3", mode=mode)
         yield Case(f"{mode}-learned_positions", "gpt2", mode=mode)
+        yield Case(f"{mode}-mask_alone", "llama", "mask_alone", mode)
+        yield Case(f"{mode}-short", "gpt_oss", "short", mode)
+        yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
@@ -92,21 +95,26 @@ def make_example(kind: str, config: Any) -> Example:
 
     from hf_flashmask import bounds
 
-    if kind in ("left_padding", "right_padding"):
+    if kind in ("left_padding", "right_padding", "mask_alone"):
         documents = tiny_models.random_documents([21, 13, 29])
-        batch = tiny_models.padded(documents, kind.partition("_")[0])
+        batch = tiny_models.padded(documents, "right" if kind == "right_padding" else "left")
         # Padding on the left predicts the first token, which nothing predicts in a document alone.
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
         batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
+        if kind == "mask_alone":  # the distances in the row are those in the document
+            del batch["position_ids"]
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
-    lengths = [45] if kind == "one_document" else [17, 3, 25, 1, 9, 6]
+    lengths = {"one_document": [45], "short": [2, 1]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
     batch = tiny_models.packed(documents)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     if kind == "one_document":
         del batch["position_ids"]
+    elif kind == "encoder":  # `shard` pads these with 0
+        del batch["labels"]
+        batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
     elif kind == "cu_seq_lens":
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
         batch["max_length_q"] = batch["max_length_k"] = max(lengths)
@@ -165,12 +173,20 @@ def truth(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tenso
     total, count = torch.zeros(()), 0
     for example in examples:
         for tokens, labels in example.sequences:
+            if "labels" not in example.batch:
+                total = total + loss_of_encoder(model(tokens, token_type_ids=torch.ones_like(tokens)).logits)
+                count += tokens.numel()
+                continue
             logits = model(tokens, **(example.dense or {})).logits[0, :-1].float()
             total = total + nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED)
             count += int((labels[0, 1:] != IGNORED).sum())
     loss = total / count
     loss.backward()
     return loss.detach(), _gradients(model)
+
+
+def loss_of_encoder(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).square().mean(-1).sum()
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -201,12 +217,20 @@ def run_case(case: Case) -> dict[str, Any]:
     if case.checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
-    called = with_engine(case.engine, model, mesh)
+    called = with_engine(case.engine, model)
     with hf_flashmask.sequence_parallel(called, mesh["sp"], mode=case.mode, data_mesh=mesh["dp"]) as parallel:
         part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
         with count_masks() as masks:
-            loss = called(**part).loss
+            output = called(**part)
+        if "labels" in part:
+            loss = output.loss
+        else:
+            tokens = sum(example.batch["input_ids"].numel() for example in examples)
+            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
         loss.backward()
+        if "labels" in part and not case.engine:
+            with torch.no_grad():
+                assert torch.allclose(called(**part).loss, loss, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
     found = [loss.detach().float(), *_gradients(model)]
     for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
         dist.all_reduce(tensor)
@@ -221,16 +245,17 @@ def run_case(case: Case) -> dict[str, Any]:
     return result
 
 
-def with_engine(engine: str | None, model: nn.Module, mesh: Any) -> nn.Module:
+def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = mesh._flatten()
+        everyone = init_device_mesh("cpu", (WORLD,))
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=everyone)
+        fully_shard(model, mesh=everyone)
     return model
 
 

@@ -71,9 +71,7 @@ class WholeSequence:
         return self._last[1]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotImplementedError(
+        raise AttributeError(
             f"this model reads `attention_mask.{name}` itself, but the tokens of the whole sequence are on several "
             "ranks: it cannot be trained with sequence_parallel"
         )
