@@ -14,9 +14,12 @@ import pytest
 import tiny_models
 import torch
 from parallel_cases import CASES, FAULTS, WORLD, Case
+from transformers import AttentionInterface
+from transformers.masking_utils import create_causal_mask
 
+import hf_flashmask
 from hf_flashmask import bounds
-from hf_flashmask.parallel.deal import block_length, deal, visible_tiles
+from hf_flashmask.parallel.deal import block_length, deal, padded_length, visible_tiles
 from hf_flashmask.parallel.models import choose_mode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,3 +122,41 @@ def test_visible_tiles_are_those_of_the_dense_mask(block: int) -> None:
     ):
         tiles = bounds.tile_occupancy(mask, tile_size=block) > 0
         assert visible_tiles(mask, block).tolist() == tiles.sum((0, 1, 3)).tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_padded_rows_can_be_dealt(ranks: int) -> None:
+    for length in [*range(1, 300), 1023, 1025, 4000, 9000, 9217]:
+        padded = padded_length(length, ranks)
+        assert length <= padded <= max(length * 9 / 8, length + ranks)
+        assert padded % (ranks * block_length(padded, ranks)) == 0
+
+
+def drop_masks(module: torch.nn.Module, *parts: Any, **_: Any) -> Any:
+    """As engines do that exchange heads against tokens: twice the tokens, and no mask."""
+    query, key, value = (torch.cat([part, part], dim=2) for part in parts[:3])
+    return hf_flashmask.integration.flashmask_attention_forward(module, query, key, value, None)
+
+
+def test_an_engine_that_drops_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build("llama")
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    mask = bounds.from_position_ids(batch["position_ids"])
+    with monkeypatch.context() as patch:
+        patch.setitem(AttentionInterface._global_mapping, "flashmask", drop_masks)
+        with pytest.raises(ValueError, match="DeepSpeed Ulysses, has dropped it"):
+            model(**batch, attention_mask=mask)
+        with pytest.raises(RuntimeError):  # whose output does not fit into this model
+            model(**batch)
+    model(**batch, attention_mask=mask)
+
+
+def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
+    model = tiny_models.build("llama")
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    embeds = torch.zeros(1, 8, 32)
+    mask = create_causal_mask(model.config, embeds, None, None, batch["position_ids"])
+    heads = torch.zeros(1, 4, 16, 8)
+    layer = model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match=r"made for 8 queries and 8 keys, .* called with 16 queries and 16 keys"):
+        hf_flashmask.integration.flashmask_attention_forward(layer, heads, heads, heads, mask)

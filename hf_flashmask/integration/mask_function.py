@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
+from .dropped import called_with_bounds
 from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
@@ -55,11 +56,15 @@ def prepare(
         return early_exit, made, None, *sizes
     batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
+        if not torch.compiler.is_compiling():
+            called_with_bounds.note(config, length)
         early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
             return True, mask, None, *sizes
         return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
+    if not torch.compiler.is_compiling():
+        called_with_bounds.forget(config)
     early_exit, is_token, _, *sizes = find_sizes(inputs_embeds, attention_mask)
     if early_exit:
         return early_exit, is_token, None, *sizes

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..bounds.algebra import disjoint
 from ..bounds.form import hidden_intervals
 
-__all__ = ["block_length", "deal", "visible_tiles"]
+__all__ = ["block_length", "deal", "padded_length", "visible_tiles"]
 
 _BLOCK = 128
 """Rows of a block: those of the largest tiles of the kernels."""
@@ -20,6 +20,12 @@ def block_length(length: int, ranks: int) -> int:
     """Rows that stay together: 128, or a lower power of two where the sequence is short."""
     longest = max(1, length // (ranks * _FEWEST_BLOCKS))
     return min(_BLOCK, 1 << (longest.bit_length() - 1))
+
+
+def padded_length(length: int, ranks: int) -> int:
+    """The next length whose blocks the ranks share out; the blocks of that length, if they are longer, as well."""
+    unit = ranks * block_length(length, ranks)
+    return -(-length // unit) * unit
 
 
 def visible_tiles(bounds: Tensor, block: int) -> Tensor:

@@ -16,7 +16,7 @@ from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
 from .agreement import check_agreement
-from .deal import block_length, deal, visible_tiles
+from .deal import block_length, deal, padded_length, visible_tiles
 from .exchanges import AllGather, Ulysses
 from .group import Group
 from .models import Mode, check_labels, check_model, choose_mode, find_model
@@ -167,10 +167,9 @@ class SequenceParallel:
         return (total / (self._group.size * self._data_group.size)).float()
 
     def _padded_length(self, length: int) -> int:
-        unit = self._group.size
         if self.mode == "all_gather":
-            unit *= block_length(length, self._group.size)
-        return -(-length // unit) * unit
+            return padded_length(length, self._group.size)
+        return -(-length // self._group.size) * self._group.size
 
     def _deal(self, batch: Batch) -> Tensor:
         """The rows of the sequence in the order of the ranks: blocks of them, dealt by what their layers see."""
