@@ -34,6 +34,7 @@ class Case:
     checkpointing: str | None = None
     dtype: str = "float32"
     engine: str | None = None
+    nodes: int = 1
 
 
 def _cases() -> Iterator[Case]:
@@ -67,6 +68,17 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
+    for kind, model in (
+        ("packed", "gpt_oss"),
+        ("left_padding", "llama"),
+        ("bounds_of_heads", "llama"),
+        ("tree", "gemma3"),
+        ("short", "gpt_oss"),
+        ("encoder", "bert"),
+    ):
+        yield Case(f"nodes-{kind}", model, kind, "auto", nodes=2)
+    yield Case("nodes-one_kv_head", "llama", mode="auto", changes={"num_key_value_heads": 1}, nodes=2)
+    yield Case("nodes-six_heads_three_kv_heads", "llama", mode="auto", changes=SIX_HEADS, nodes=2)
     yield Case("all_gather-heads_not_divided", "llama", "packed", "all_gather", 4, SIX_HEADS)
     yield Case("auto-heads_not_divided", "llama", "packed", "auto", 4, SIX_HEADS)
     yield Case("auto-one_kv_head", "llama", "packed", "auto", 4, {"num_key_value_heads": 1})
@@ -206,7 +218,9 @@ def run_case(case: Case) -> dict[str, Any]:
 
     import hf_flashmask
 
-    mesh = init_device_mesh("cpu", (WORLD // case.ranks, case.ranks), mesh_dim_names=("dp", "sp"))
+    shape = WORLD // case.ranks, case.nodes, case.ranks // case.nodes
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "nodes", "sp"))
+    sequence = mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
     torch.manual_seed(0)
     model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
@@ -218,7 +232,7 @@ def run_case(case: Case) -> dict[str, Any]:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
-    with hf_flashmask.sequence_parallel(called, mesh["sp"], mode=case.mode, data_mesh=mesh["dp"]) as parallel:
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=mesh["dp"]) as parallel:
         part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
         with count_masks() as masks:
             output = called(**part)
@@ -353,7 +367,18 @@ def image_blocks(parallel: Any, model: nn.Module, rank: int) -> None:
 def twice(parallel: Any, model: nn.Module, rank: int) -> None:
     import hf_flashmask
 
-    hf_flashmask.sequence_parallel(model, parallel._group.handle)
+    hf_flashmask.sequence_parallel(model, parallel._groups[0].handle)
+
+
+@fault("torch's context_parallel")
+def ring(parallel: Any, model: nn.Module, rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    parallel.remove()
+    buffer = torch.zeros(1, 8 * WORLD)
+    with context_parallel(init_device_mesh("cpu", (WORLD,)), buffers=[buffer], buffer_seq_dims=[1]):
+        model(**_packed())
 
 
 @fault("after `remove")

@@ -11,7 +11,7 @@ from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
 from .documents import documents_of_layer
-from .dropped import called_with_bounds
+from .engines import called_with_bounds, refuse_ring
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import logger
@@ -70,8 +70,10 @@ def flashmask_attention_forward(
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     if exchange is None:
         refuse_part_alone(module)
-        if attention_mask is None and not torch.compiler.is_compiling():
-            called_with_bounds.refuse_without_mask(module, query)
+        if not torch.compiler.is_compiling():
+            refuse_ring(module)
+            if attention_mask is None:
+                called_with_bounds.refuse_without_mask(module, query)
         documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         of_queries, of_keys = query, key
     else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens

@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
-from .dropped import called_with_bounds
+from .engines import called_with_bounds
 from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ __all__ = ["check_agreement"]
 
 
 def check_agreement(
-    group: Group, device: torch.device, batch: Mapping[str, Any], settings: str, error: Exception | None
+    groups: Sequence[Group], device: torch.device, batch: Mapping[str, Any], settings: str, error: Exception | None
 ) -> None:
     """Raise on every rank when one rank has refused its batch, or when the ranks were given different ones.
 
-    One collective of a few numbers, for whose result the host waits.
+    A collective of a few numbers in each group, for whose result the host waits.
 
     Args:
+        groups: of this rank, the dimensions of the mesh.
         device: of the numbers: one that the group communicates from.
         batch: what this rank was given.
         settings: what else must be equal.
@@ -34,25 +35,28 @@ def check_agreement(
     contents = torch.zeros((), dtype=torch.int64, device=device)
     for number, tensor in enumerate(tensors.values(), start=1):
         contents = contents * 31 + number * _checksum(tensor).to(device)
-    table = all_gather(torch.stack([is_refused, names, contents]), group).tolist()
+    rows, rank, size = torch.stack([is_refused, names, contents])[None], 0, 1
+    for group in groups:
+        rows, rank, size = all_gather(rows, group).flatten(0, 1), rank + size * group.rank, size * group.size
+    table = rows.tolist()
     if error is not None:
         raise error
     refusing = [rank for rank, row in enumerate(table) if row[0]]
     if refusing:
         raise RuntimeError(
             f"rank {refusing[0]} of the sequence-parallel group refused the batch that it was given: its own error "
-            f"says why. Rank {group.rank} was given {described}"
+            f"says why. Rank {rank} was given {described}"
         )
     if any(row[1] != table[0][1] for row in table):
         raise ValueError(
             "the ranks of a sequence-parallel group were given different batches; all of them must get the same one, "
-            f"which `shard` cuts. Rank {group.rank} of {group.size} was given {described} ({settings})"
+            f"which `shard` cuts. Rank {rank} of {size} was given {described} ({settings})"
         )
     if any(row[2] != table[0][2] for row in table):
         raise ValueError(
             "the ranks of a sequence-parallel group were given batches of equal shapes with different contents; all "
             "of them must get the same batch, which `shard` cuts: let the sampler of the data loader depend on the "
-            f"rank among the data-parallel groups only. Rank {group.rank} of {group.size} was given {described}"
+            f"rank among the data-parallel groups only. Rank {rank} of {size} was given {described}"
         )
 
 

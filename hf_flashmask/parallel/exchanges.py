@@ -15,7 +15,7 @@ from ..bounds.form import lower_and_upper
 from ..integration.layer_mask import LayerMask
 from .group import Group, exchange_pieces, gather_rows
 
-__all__ = ["AllGather", "Ulysses", "kv_heads_on_the_wire"]
+__all__ = ["AllGather", "GatherAcrossUlysses", "Ulysses", "kv_heads_on_the_wire"]
 
 
 def kv_heads_on_the_wire(kv_heads: int, ranks: int) -> int:
@@ -109,3 +109,27 @@ class AllGather:
     def _of_all_ranks(self, part: Tensor) -> Tensor:
         """`[B, H, S / P, D]` -> `[B, H, S, D]`."""
         return gather_rows(part.permute(2, 0, 1, 3), self.group).permute(1, 2, 0, 3)
+
+
+class GatherAcrossUlysses:
+    """Groups exchange heads inside, and gather keys and values of their heads across: nodes, and GPUs of a node.
+
+    Args:
+        across: between the groups, each of which holds the rows of one rank of `AllGather`.
+        inside: a group, for these rows.
+    """
+
+    def __init__(self, across: AllGather, inside: Group) -> None:
+        self.across, self.inside = across, Ulysses(inside, across.local_length)
+        self.length, self.local_length = across.length, self.inside.local_length
+
+    def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
+        return self.inside.mask_of_rank(self.across.mask_of_rank(mask, heads), heads)
+
+    def bring(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.across.bring(*self.inside.bring(query, key, value, sinks))
+
+    def take_back(self, output: Tensor) -> Tensor:
+        return self.inside.take_back(output)

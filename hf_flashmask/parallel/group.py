@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "all_gather", "exchange_pieces", "gather_rows"]
+__all__ = ["Group", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
 
 _all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
 
@@ -22,22 +22,25 @@ class Group(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, mesh: DeviceMesh | dist.ProcessGroup, name: str) -> Group:
-        if isinstance(mesh, DeviceMesh):
-            if mesh.ndim != 1:
-                raise ValueError(
-                    f"`{name}` has the dimensions {mesh.mesh_dim_names or mesh.ndim}, one is expected: pass that of "
-                    'the sequence, as in mesh["sp"]'
-                )
-            mesh = mesh.get_group()
-        if not isinstance(mesh, dist.ProcessGroup):
-            raise TypeError(
-                f"`{name}` must be a DeviceMesh of one dimension or a process group, got {type(mesh).__name__}"
-            )
-        rank = dist.get_rank(mesh)
+    def of(cls, handle: dist.ProcessGroup, name: str) -> Group:
+        rank = dist.get_rank(handle)
         if rank < 0:
             raise ValueError(f"this process, rank {dist.get_rank()}, is not in the group that `{name}` names")
-        return cls(mesh, rank, dist.get_world_size(mesh))
+        return cls(handle, rank, dist.get_world_size(handle))
+
+
+def groups_of(mesh: DeviceMesh | dist.ProcessGroup, name: str, dimensions: int) -> list[Group]:
+    """The groups of a mesh with up to so many dimensions, that of the last dimension first."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return [Group.of(mesh, name)]
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"`{name}` must be a DeviceMesh or a process group, got {type(mesh).__name__}")
+    if mesh.ndim > dimensions:
+        raise ValueError(
+            f"`{name}` has the dimensions {mesh.mesh_dim_names or mesh.ndim}, at most {dimensions} expected: pass "
+            'those of the sequence, as in mesh["sp"]'
+        )
+    return [Group.of(mesh.get_group(dimension), name) for dimension in reversed(range(mesh.ndim))]
 
 
 def exchange_pieces(pieces: Tensor, group: Group) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
 from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
-from .exchanges import AllGather, Ulysses
-from .group import Group
+from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
+from .group import groups_of
 from .models import Mode, check_labels, check_model, choose_mode, find_model
 from .shard import IGNORED_LABEL, Batch, read_batch, shard_batch
 
@@ -45,7 +46,8 @@ def sequence_parallel(
     Args:
         model: a causal language model or a backbone with `attn_implementation="flashmask"`, also wrapped by DDP, FSDP2
             or PEFT.
-        mesh: of the ranks that share a sequence, one dimension.
+        mesh: of the ranks that share a sequence. With two dimensions the ranks of the last one exchange heads, as
+            inside of a node, and those of the first one gather keys and values.
         mode: "ulysses" exchanges heads, which the number of ranks must divide; "all_gather" gathers keys and values,
             and deals the rows out by what they see. "auto" takes the one that moves less; the attributes `mode` and
             `reason` say which.
@@ -63,7 +65,7 @@ class SequenceParallel:
     """What `sequence_parallel` returns.
 
     Attributes:
-        mode: "ulysses" or "all_gather".
+        mode: "ulysses", "all_gather", or of a mesh of two dimensions "all_gather_across_ulysses".
         reason: why it was chosen.
     """
 
@@ -82,34 +84,36 @@ class SequenceParallel:
         check_model(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
-        self._group = Group.of(mesh, "mesh")
-        self._data_group = None if data_mesh is None else Group.of(data_mesh, "data_mesh")
+        self._groups = groups_of(mesh, "mesh", 2)
+        self._size = math.prod(group.size for group in self._groups)
+        self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
         self._check_batches = check_batches
         self.mode: Mode
-        chosen, why = choose_mode(self._model, self._group.size)
         if mode == "auto":
-            self.mode, self.reason = chosen, why
-            logger.info(f'sequence_parallel: mode="{chosen}" ({why})')
+            if len(self._groups) > 1:
+                self.mode, self.reason = "all_gather_across_ulysses", "the mesh has two dimensions"
+            else:
+                self.mode, self.reason = choose_mode(self._model, self._size)
+            logger.info(f'sequence_parallel: mode="{self.mode}" ({self.reason})')
+        elif len(self._groups) > 1:
+            raise ValueError(f'`mode` must be "auto" for a mesh of two dimensions, which names both, got {mode!r}')
         else:
             self.mode, self.reason = mode, "asked for"  # type: ignore[assignment]
-            self._check_mode(why)
+        self._check_mode()
         self._marker = PartMarker()
         for part in self._model.modules():
             mark_part(part, self._marker)
 
-    def _check_mode(self, why: str) -> None:
-        heads = self._model.config.get_text_config().num_attention_heads
-        if self.mode == "ulysses" and isinstance(heads, int) and heads % self._group.size:
+    def _check_mode(self) -> None:
+        heads, ranks = self._model.config.get_text_config().num_attention_heads, self._groups[0].size
+        if self.mode != "all_gather" and isinstance(heads, int) and heads % ranks:
             raise ValueError(
-                f'mode="ulysses" shares the heads of a layer out, but {why}: use mode="all_gather" or a group whose '
-                "size divides them"
+                f'mode="{self.mode}" shares the heads of a layer out, but {ranks} ranks do not divide {heads} query '
+                'heads: use mode="all_gather" or a group whose size divides them'
             )
 
     def __repr__(self) -> str:
-        return (
-            f'SequenceParallel({type(self._model).__name__}, {self._group.size} ranks, mode="{self.mode}": '
-            f"{self.reason})"
-        )
+        return f'SequenceParallel({type(self._model).__name__}, {self._size} ranks, mode="{self.mode}": {self.reason})'
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The part of a batch that this rank calls the model with. All ranks of the group give the same batch.
@@ -134,7 +138,7 @@ class SequenceParallel:
                 raise
             error = refused
         if self._check_batches:
-            check_agreement(self._group, self._device_on_the_wire(), batch, f'mode "{self.mode}"', error)
+            check_agreement(self._groups, self._device_on_the_wire(), batch, f'mode "{self.mode}"', error)
         assert part is not None
         if part.get("labels") is not None:
             part["num_items_in_batch"] = self._label_share(part["num_items_in_batch"])
@@ -148,32 +152,36 @@ class SequenceParallel:
             check_labels(self._model)
         order: Tensor | slice
         exchange: Exchange
+        inside, across = self._groups[0], self._groups[-1]
+        first = inside.rank * (whole.length // self._size)
+        own = slice(first, first + whole.length // self._size)
         if self.mode == "ulysses":
-            exchange = Ulysses(self._group, whole.length)
-            first = self._group.rank * exchange.local_length
-            order = slice(first, first + exchange.local_length)
+            exchange, order = Ulysses(inside, whole.length), own
         else:
-            exchange = AllGather(self._group, self._deal(whole))
-            order = exchange.rows
+            gather = AllGather(across, self._deal(whole, across.size))
+            if self.mode == "all_gather":
+                exchange, order = gather, gather.rows
+            else:
+                exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
         given = whole.options.get("num_items_in_batch")
         return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given)
 
     def _label_share(self, count: Tensor | float) -> Tensor | float:
         """What each rank divides the sum of its losses by, so that their average is the mean over all labels."""
         if self._data_group is None:
-            return count / self._group.size
+            return count / self._size
         total = torch.as_tensor(count, dtype=torch.float64).to(self._device_on_the_wire(), copy=True)
         dist.all_reduce(total, group=self._data_group.handle)
-        return (total / (self._group.size * self._data_group.size)).float()
+        return (total / (self._size * self._data_group.size)).float()
 
     def _padded_length(self, length: int) -> int:
-        if self.mode == "all_gather":
-            return padded_length(length, self._group.size)
-        return -(-length // self._group.size) * self._group.size
+        if self.mode == "ulysses":
+            return -(-length // self._size) * self._size
+        return padded_length(length, self._size)
 
-    def _deal(self, batch: Batch) -> Tensor:
+    def _deal(self, batch: Batch, ranks: int) -> Tensor:
         """The rows of the sequence in the order of the ranks: blocks of them, dealt by what their layers see."""
-        block = block_length(batch.length, self._group.size)
+        block = block_length(batch.length, self._size)
         work = torch.zeros(batch.length // block, dtype=torch.int64, device=batch.device)
         config: Any = self._model.config.get_text_config()
         types = getattr(config, "layer_types", None) or [None]
@@ -184,7 +192,7 @@ class SequenceParallel:
             key_ranges = [getattr(config, limit, None) for limit in limits if limit is not None]
             key_range = min([batch.length, *filter(None, key_ranges)])
             work += types.count(kind) * tiles.clamp(max=-(-key_range // block) + 1)
-        return deal(work, self._group.size, block)
+        return deal(work, ranks, block)
 
     def _estimate(self, batch: Batch, kind: str | None) -> Tensor:
         """Bounds close to those that the model will make for a type of layers; windows are not in them."""
@@ -200,7 +208,7 @@ class SequenceParallel:
 
     def _device_on_the_wire(self) -> torch.device:
         """Where the group communicates from."""
-        if "nccl" not in dist.get_backend(self._group.handle):
+        if "nccl" not in dist.get_backend(self._groups[0].handle):
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 

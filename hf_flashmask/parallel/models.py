@@ -16,7 +16,7 @@ from .exchanges import kv_heads_on_the_wire
 
 __all__ = ["Mode", "check_labels", "check_model", "choose_mode", "find_model"]
 
-Mode = Literal["ulysses", "all_gather"]
+Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
 

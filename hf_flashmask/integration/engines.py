@@ -1,8 +1,8 @@
-"""Bounds of the user that an engine for sequence parallelism drops between the model and its layers.
+"""Other engines for sequence parallelism, where they would be silently wrong.
 
 Some engines wrap the attention function, exchange heads against tokens and pass no mask: what `position_ids` say
 reaches the layers all the same, bounds do not. A layer sees it by its rows, which are more than the model was called
-with.
+with. The ring of torch's context parallelism replaces SDPA alone, and leaves other attention within its rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-__all__ = ["called_with_bounds"]
+__all__ = ["called_with_bounds", "refuse_ring"]
 
 
 class _CalledWithBounds(threading.local):
@@ -45,3 +45,12 @@ class _CalledWithBounds(threading.local):
 
 
 called_with_bounds = _CalledWithBounds()
+
+
+def refuse_ring(module: nn.Module) -> None:
+    """Raise inside of torch's `context_parallel`."""
+    if "_distribute_function" in getattr(nn.functional.scaled_dot_product_attention, "__qualname__", ""):
+        raise NotImplementedError(
+            "torch's context_parallel (the ring, also as accelerate's `cp_size`) replaces SDPA alone: with flashmask "
+            f"{type(module).__name__} would attend only to the tokens of its rank. Use hf_flashmask.sequence_parallel"
+        )
