@@ -3,6 +3,7 @@
 from . import bounds
 from ._old_paths import keep_old_paths
 from .integration import register
+from .parallel import sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
     PackedDataCollator,
@@ -26,6 +27,7 @@ __all__ = [
     "register_tree_attention",
     "reset_loss",
     "reward_loss",
+    "sequence_parallel",
     "set_loss",
     "share_prefixes",
 ]

@@ -18,6 +18,7 @@ ARROWS = {
     "sharing": {"bounds", "integration"},
     "training": {"bounds", "integration", "sharing"},
     "visualization": {"bounds"},
+    "parallel": {"bounds", "integration"},
 }
 KERNEL_ARROWS = {
     "common": {"configs", "dropout", "launch", "schedule"},

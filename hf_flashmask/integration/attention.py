@@ -11,9 +11,11 @@ from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
 from .documents import documents_of_layer
+from .engines import called_with_bounds, refuse_ring
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import logger
+from .whole_sequence import check_tokens, refuse_part_alone, stand_in_for
 
 __all__ = ["flashmask_attention_forward"]
 
@@ -65,13 +67,33 @@ def flashmask_attention_forward(
     if isinstance(attention_mask, Mask) and attention_mask.is_users:
         _refuse_router_losses(kwargs)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+    exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
+    if exchange is None:
+        refuse_part_alone(module)
+        if not torch.compiler.is_compiling():
+            refuse_ring(module)
+            if attention_mask is None:
+                called_with_bounds.refuse_without_mask(module, query)
+        documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+        of_queries, of_keys = query, key
+    else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens
+        check_tokens(exchange, query, key)
+        documents, of_queries, of_keys = None, stand_in_for(query, exchange.length), stand_in_for(key, exchange.length)
     mask = layer_mask(
-        attention_mask, module, query, key, documents, is_causal=is_causal, sliding_window=sliding_window or None
+        attention_mask,
+        module,
+        of_queries,
+        of_keys,
+        documents,
+        is_causal=is_causal,
+        sliding_window=sliding_window or None,
     )
     target_dtype = _target_dtype(module, query)
     if target_dtype != query.dtype:
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
+    if exchange is not None:
+        mask = exchange.mask_of_rank(mask, query.shape[1])
+        query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
     if are_few_rows(query, key, mask) and softcap is None and s_aux is None and dropout == 0:
         output = attend_few_rows(query, key, value, mask, scaling)
     else:
@@ -88,6 +110,8 @@ def flashmask_attention_forward(
             deterministic=bool(kwargs.get("deterministic")),
             schedules=mask.schedules,
         )
+    if exchange is not None:
+        output = exchange.take_back(output)
     return output.transpose(1, 2).contiguous(), None
 
 

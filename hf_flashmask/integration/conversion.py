@@ -37,7 +37,7 @@ from .closures import (
 from .evaluation import Call, evaluate, search
 from .name import logger
 
-__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree"]
+__all__ = ["Tree", "counts_positions", "from_dense_mask", "from_mask_function", "in_tree"]
 
 
 class Tree(NamedTuple):
@@ -193,6 +193,18 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     if end_depth is None:
         return tree.bounds
     return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
+
+
+def counts_positions(mask_function: Callable) -> bool:
+    """Whether a mask function is one of positions alone, and looks nothing up by the index of a token."""
+    if is_plain(mask_function):
+        return True
+    if factory_of(mask_function) in ("and_masks", "or_masks"):
+        return all(map(counts_positions, closure_of(mask_function)["mask_functions"]))
+    return factory_of(mask_function) in _OF_POSITIONS
+
+
+_OF_POSITIONS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
 
 
 def _read(mask_function: Callable, call: Call) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ class LayerMask:
     def __init__(self, bounds: Tensor | None, q_len: int, *, is_causal: bool = False) -> None:
         self.bounds, self.is_causal = bounds, is_causal and bounds is None
         self.schedules = None if bounds is None else Schedules(bounds, q_len)
-        self._made: dict[tuple[object, ...], Tensor] = {}
+        self._made: dict[tuple[object, ...], Any] = {}
 
-    def once(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: tuple[object, ...], build: Callable[[], T]) -> T:
         """What is made of the bounds, once for equal keys, which hold no lengths."""
         if key not in self._made:
             self._made[key] = build()
@@ -73,6 +73,8 @@ def layer_mask(
             raise ValueError(
                 f"`attention_mask` is on {mask.device}, the queries are on {query.device}; move it there with .to()"
             )
+        if mask.bounds is not None and mask.place is not None:
+            _refuse_other_tokens(mask.place, query, key)
         if mask.is_final:
             assert mask.bounds is not None
             build = functools.partial(_of_user, mask.bounds, module, query, key)
@@ -94,6 +96,18 @@ def layer_mask(
     sources = () if documents is None else documents.tensors
     build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)
     return recent.get(("no mask", *described), sources, module, build, query.device)
+
+
+def _refuse_other_tokens(place: Place, query: Tensor, key: Tensor) -> None:
+    """Engines that bring the tokens of several ranks together behind the mask leave it that of one rank."""
+    if torch.compiler.is_compiling() or (place.q_len == query.shape[2] and place.kv_len == key.shape[2]):
+        return
+    raise ValueError(
+        f"the mask was made for {place.q_len} queries and {place.kv_len} keys, but the layer was called with "
+        f"{query.shape[2]} queries and {key.shape[2]} keys. An engine for sequence or context parallelism that "
+        "exchanges heads or gathers keys has to make the mask of the whole sequence, as "
+        "hf_flashmask.sequence_parallel does"
+    )
 
 
 def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> LayerMask:

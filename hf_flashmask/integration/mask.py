@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .conversion import Tree
 from .memo import Memo
+from .whole_sequence import Exchange
 
 __all__ = ["Hints", "Mask", "Place", "register_tree"]
 
@@ -54,6 +55,7 @@ class Mask:
         is_token: bool `[B, S_k]`, False for padding. None without padding.
         place: of queries and keys; None in final masks, which no documents are added to.
         tree: the prefix tree that each layer narrows to its own window or chunk.
+        exchange: how layers attend that hold a part of the sequence; the mask is that of the whole sequence.
         memo: what the layers share.
     """
 
@@ -74,6 +76,7 @@ class Mask:
         is_token: Tensor | None = None,
         place: Place | None = None,
         tree: Tree | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.bounds, self.is_causal, self.is_final, self.is_users = bounds, is_causal, is_final, is_users
         self.has_ranges, self.has_documents, self.is_token, self.place, self.tree = (
@@ -85,6 +88,7 @@ class Mask:
         )
         self.shape = torch.Size((1, 1, 1, kv_len)) if bounds is None else bounds.shape
         self.device = device
+        self.exchange = exchange
         self.memo = Memo()
         self._moved: dict[torch.device, Mask] = {}
 
@@ -124,6 +128,7 @@ class Mask:
             is_token=None if self.is_token is None else move(self.is_token),
             place=self.place,
             tree=None if tree is None else tree._replace(bounds=move(tree.bounds), depth=move(tree.depth)),
+            exchange=self.exchange,
         )
 
     def __getitem__(self, index: Any) -> NoReturn:
@@ -167,6 +172,7 @@ class Hints:
             document of each.
         position_ids: `[B or 1, S_q]`, beside a cache, where the documents among the queries are not yet found.
         tree: the prefix tree of the row.
+        exchange: where the tokens of the call are a part of the sequence that the hints describe.
     """
 
     ndim = 2
@@ -180,7 +186,9 @@ class Hints:
         document_ends: Tensor | None = None,
         position_ids: Tensor | None = None,
         tree: Tree | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        self.exchange = exchange
         self.shape, self.device = torch.Size(shape), device
         self.is_token, self.document_ends, self.position_ids, self.tree = is_token, document_ends, position_ids, tree
 

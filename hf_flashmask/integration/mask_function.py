@@ -11,18 +11,20 @@ from transformers import PreTrainedConfig, masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from .. import bounds as _bounds
-from .conversion import Tree, from_mask_function, in_tree
+from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
+from .engines import called_with_bounds
 from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
+from .whole_sequence import Exchange, WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
 
 
 def prepare(
-    find_sizes: Callable[[Tensor | None], tuple],
+    find_sizes: Callable[[Tensor, Tensor | None], tuple],
     creator: object,
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
@@ -38,7 +40,7 @@ def prepare(
     always found.
 
     Args:
-        find_sizes: Transformers' function of the mask alone.
+        find_sizes: Transformers' function, of `inputs_embeds` and the mask alone.
         creator: what tells the functions that make masks apart: one that comes again makes those of another pass.
     """
     if isinstance(attention_mask, dict):  # models with several types of layers take theirs before this
@@ -46,14 +48,28 @@ def prepare(
             f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
             f"{config.model_type} see the same keys: pass the tensor itself"
         )
+    if isinstance(attention_mask, WholeSequence):
+        whole = attention_mask
+        embeds = whole.stand_in(inputs_embeds)
+        early_exit, made, _, *sizes = prepare(
+            find_sizes, creator, config, embeds, whole.mask, whole.position_ids, has_static_cache=has_static_cache
+        )
+        if not isinstance(made, (Mask, Hints)):
+            made = Hints((embeds.shape[0], embeds.shape[1]), embeds.device, is_token=made)
+        made.exchange = whole.exchange
+        return early_exit, made, None, *sizes
     batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
-        early_exit, _, _, *sizes = find_sizes(None)
+        if not torch.compiler.is_compiling():
+            called_with_bounds.note(config, length)
+        early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
             return True, mask, None, *sizes
         return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
-    early_exit, is_token, _, *sizes = find_sizes(attention_mask)
+    if not torch.compiler.is_compiling():
+        called_with_bounds.forget(config)
+    early_exit, is_token, _, *sizes = find_sizes(inputs_embeds, attention_mask)
     if early_exit:
         return early_exit, is_token, None, *sizes
     place = Place(*sizes)
@@ -150,10 +166,12 @@ def flashmask_mask(
                 "read: pass bounds that hold the windows, which have more than one plane"
             )
         bounds = in_tree(mask_function, hints.tree)
-        return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
+        return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True, exchange=hints.exchange)
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
+    if hints.exchange is not None:
+        _check_whole_sequence(hints.exchange, mask_function, place)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
     if (place.is_square or is_last_row) and hints.document_ends is None:
@@ -165,7 +183,14 @@ def flashmask_mask(
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
         if needs_no_bounds and (is_token is None or (is_last_row and _has_no_padding(is_token))):
-            return Mask(None, kv_len=kv_length, device=device, is_causal=place.is_square and is_causal, place=place)
+            return Mask(
+                None,
+                kv_len=kv_length,
+                device=device,
+                is_causal=place.is_square and is_causal,
+                place=place,
+                exchange=hints.exchange,
+            )
     bounds = from_mask_function(
         mask_function,
         document_ends=hints.document_ends,
@@ -194,7 +219,24 @@ def flashmask_mask(
         has_documents=has_documents,
         is_token=is_token,
         place=place,
+        exchange=hints.exchange,
     )
+
+
+def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Place) -> None:
+    if not place.is_square or place.q_len != exchange.length:
+        raise NotImplementedError(
+            f"sequence_parallel does not work with a cache: the mask is one of {place.q_len} queries and "
+            f"{place.kv_len} keys, the whole sequence has {exchange.length} tokens. Train with `use_cache=False`, and "
+            "generate after `parallel.remove()`"
+        )
+    if not counts_positions(mask_function):
+        raise NotImplementedError(
+            "this model adds to its mask a function that looks tokens up (image blocks, a function of the model or of "
+            "the user), but a rank of sequence_parallel holds only a part of them: pass bounds of the whole sequence "
+            "as `attention_mask` in the batch that is cut, such as hf_flashmask.bounds.causal_with_blocks makes, for "
+            "models with several types of layers a dict of bounds"
+        )
 
 
 def _hide_padding(bounds: Tensor, is_token: Tensor) -> Tensor:

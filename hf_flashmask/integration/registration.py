@@ -116,8 +116,8 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
             position_ids, kwargs["position_ids"] = kwargs.get("position_ids"), None
         creator = None if torch.compiler.is_compiling() else sys._getframe(1).f_code
 
-        def find_sizes(mask: Tensor | None) -> tuple:
-            return original(config, inputs_embeds, mask, *args, **kwargs)
+        def find_sizes(embeds: Tensor, mask: Tensor | None) -> tuple:
+            return original(config, embeds, mask, *args, **kwargs)
 
         has_static_cache = getattr(cache, "is_compileable", False)
         return prepare(

@@ -1,0 +1,59 @@
+"""Which rank holds which rows of a sequence, so that all compute as many tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bounds.algebra import disjoint
+from ..bounds.form import hidden_intervals
+
+__all__ = ["block_length", "deal", "padded_length", "visible_tiles"]
+
+_BLOCK = 128
+"""Rows of a block: those of the largest tiles of the kernels."""
+_FEWEST_BLOCKS = 8
+"""Blocks that each rank gets at least, of shorter rows: fewer do not balance."""
+
+
+def block_length(length: int, ranks: int) -> int:
+    """Rows that stay together: 128, or a lower power of two where the sequence is short."""
+    longest = max(1, length // (ranks * _FEWEST_BLOCKS))
+    return min(_BLOCK, 1 << (longest.bit_length() - 1))
+
+
+def padded_length(length: int, ranks: int) -> int:
+    """The next length whose blocks the ranks share out; the blocks of that length, if they are longer, as well."""
+    unit = ranks * block_length(length, ranks)
+    return -(-length // unit) * unit
+
+
+def visible_tiles(bounds: Tensor, block: int) -> Tensor:
+    """How many tiles of `block` rows by `block` keys the kernels visit for each block of rows, int64 `[S / block]`.
+
+    Over batch and heads. A tile is skipped where one interval hides it from end to end.
+    """
+    length = bounds.shape[3]
+    start, end = disjoint(*(edge.clamp(0, length) for edge in hidden_intervals(bounds, length)))
+    first = start.unflatten(3, (-1, block)).amax(4).add(block - 1).div(block, rounding_mode="floor")
+    last = torch.maximum(first, end.unflatten(3, (-1, block)).amin(4).div(block, rounding_mode="floor"))
+    one = torch.ones((), dtype=torch.int64, device=bounds.device).expand(first.numel())
+    hidden = torch.zeros(length // block + 1, dtype=torch.int64, device=bounds.device)
+    hidden.index_add_(0, first.flatten(), one).index_add_(0, last.flatten(), -one)
+    return bounds.shape[0] * bounds.shape[1] * (length // block) - hidden[:-1].cumsum(0)
+
+
+def deal(work: Tensor, ranks: int, block: int) -> Tensor:
+    """The rows in the order of the ranks, int64 `[S]`, rising on each rank. The host does not wait for it.
+
+    Blocks are sorted by their work and dealt to the ranks to and fro.
+
+    Args:
+        work: `[S / block]`, of each block of rows; a multiple of `ranks` of them.
+        block: rows that stay together.
+    """
+    hands = work.argsort(descending=True, stable=True).unflatten(0, (-1, ranks))
+    is_back = torch.arange(len(hands), device=work.device)[:, None] % 2 == 1
+    hands = torch.where(is_back, hands.flip(1), hands)
+    blocks = hands.T.sort(dim=1).values.flatten()
+    return (blocks[:, None] * block + torch.arange(block, device=work.device)).flatten()

@@ -1,0 +1,93 @@
+"""The ranks that share a sequence, and what they send to each other, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Group", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
+
+_all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
+
+
+class Group(NamedTuple):
+    """The ranks that share a sequence."""
+
+    handle: dist.ProcessGroup
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, handle: dist.ProcessGroup, name: str) -> Group:
+        rank = dist.get_rank(handle)
+        if rank < 0:
+            raise ValueError(f"this process, rank {dist.get_rank()}, is not in the group that `{name}` names")
+        return cls(handle, rank, dist.get_world_size(handle))
+
+
+def groups_of(mesh: DeviceMesh | dist.ProcessGroup, name: str, dimensions: int) -> list[Group]:
+    """The groups of a mesh with up to so many dimensions, that of the last dimension first."""
+    if isinstance(mesh, dist.ProcessGroup):
+        return [Group.of(mesh, name)]
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"`{name}` must be a DeviceMesh or a process group, got {type(mesh).__name__}")
+    if mesh.ndim > dimensions:
+        raise ValueError(
+            f"`{name}` has the dimensions {mesh.mesh_dim_names or mesh.ndim}, at most {dimensions} expected: pass "
+            'those of the sequence, as in mesh["sp"]'
+        )
+    return [Group.of(mesh.get_group(dimension), name) for dimension in reversed(range(mesh.ndim))]
+
+
+def exchange_pieces(pieces: Tensor, group: Group) -> Tensor:
+    """`[P, ...]`: piece p goes to rank p, and what rank p sends comes back at p. The same for the gradient."""
+    return _ExchangePieces.apply(pieces, group)
+
+
+def gather_rows(rows: Tensor, group: Group) -> Tensor:
+    """`[S / P, ...]` of each rank -> `[S, ...]` on all, in the order of the ranks.
+
+    The gradients of the ranks travel in their own dtype, and are summed in float32.
+    """
+    return _GatherRows.apply(rows, group)
+
+
+def all_gather(values: Tensor, group: Group) -> Tensor:
+    """`[P, ...]`, without gradients."""
+    gathered = values.new_empty(group.size, *values.shape)
+    _all_gather_into(gathered.flatten(), values.contiguous().flatten(), group=group.handle)
+    return gathered
+
+
+class _ExchangePieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pieces: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_to_all(pieces, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(gradient, ctx.group), None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(rows, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        pieces = gradient.unflatten(0, (ctx.group.size, -1))
+        return _all_to_all(pieces, ctx.group).sum(0, dtype=torch.float32).to(gradient.dtype), None
+
+
+def _all_to_all(pieces: Tensor, group: Group) -> Tensor:
+    pieces = pieces.contiguous()
+    received = torch.empty_like(pieces)
+    dist.all_to_all_single(received, pieces, group=group.handle)
+    return received

@@ -1,0 +1,235 @@
+"""`sequence_parallel`: a model whose rows are shared out to the ranks of a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import bounds as _bounds
+from ..integration.name import logger
+from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
+from .agreement import check_agreement
+from .deal import block_length, deal, padded_length, visible_tiles
+from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
+from .group import groups_of
+from .models import Mode, check_labels, check_model, choose_mode, find_model
+from .shard import IGNORED_LABEL, Batch, read_batch, shard_batch
+
+__all__ = ["SequenceParallel", "sequence_parallel"]
+
+
+def sequence_parallel(
+    model: nn.Module,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    mode: Literal["auto", "ulysses", "all_gather"] = "auto",
+    data_mesh: DeviceMesh | dist.ProcessGroup | None = None,
+    check_batches: bool = True,
+) -> SequenceParallel:
+    """Share the tokens of each row out to the ranks of a group, from now on or inside a `with` block::
+
+        mesh = init_device_mesh("cuda", (dp, sp), mesh_dim_names=("dp", "sp"))
+        parallel = hf_flashmask.sequence_parallel(model, mesh["sp"], data_mesh=mesh["dp"])
+        loss = model(**parallel.shard(batch)).loss
+
+    Losses and gradients, averaged over all ranks of the mesh, are those of one process with the whole batch. This is
+    the average that DDP and FSDP2 take when they are given the whole mesh.
+
+    Args:
+        model: a causal language model or a backbone with `attn_implementation="flashmask"`, also wrapped by DDP, FSDP2
+            or PEFT.
+        mesh: of the ranks that share a sequence. With two dimensions the ranks of the last one exchange heads, as
+            inside of a node, and those of the first one gather keys and values.
+        mode: "ulysses" exchanges heads, which the number of ranks must divide; "all_gather" gathers keys and values,
+            and deals the rows out by what they see. "auto" takes the one that moves less; the attributes `mode` and
+            `reason` say which.
+        data_mesh: of the ranks that hold other batches. With it the loss is the mean over the labels of all batches,
+            without it that of the batch, as in one process of data parallelism.
+        check_batches: whether the ranks compare their batches in each `shard`, which waits for the device once.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: for a model or a mesh that this does not work with.
+    """
+    return SequenceParallel(model, mesh, mode=mode, data_mesh=data_mesh, check_batches=check_batches)
+
+
+class SequenceParallel:
+    """What `sequence_parallel` returns.
+
+    Attributes:
+        mode: "ulysses", "all_gather", or of a mesh of two dimensions "all_gather_across_ulysses".
+        reason: why it was chosen.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh | dist.ProcessGroup,
+        *,
+        mode: str = "auto",
+        data_mesh: DeviceMesh | dist.ProcessGroup | None = None,
+        check_batches: bool = True,
+    ) -> None:
+        if mode not in ("auto", "ulysses", "all_gather"):
+            raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
+        self._model = find_model(model)
+        check_model(self._model)
+        if is_part(self._model):
+            raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
+        self._groups = groups_of(mesh, "mesh", 2)
+        self._size = math.prod(group.size for group in self._groups)
+        self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
+        self._check_batches = check_batches
+        self.mode: Mode
+        if mode == "auto":
+            if len(self._groups) > 1:
+                self.mode, self.reason = "all_gather_across_ulysses", "the mesh has two dimensions"
+            else:
+                self.mode, self.reason = choose_mode(self._model, self._size)
+            logger.info(f'sequence_parallel: mode="{self.mode}" ({self.reason})')
+        elif len(self._groups) > 1:
+            raise ValueError(f'`mode` must be "auto" for a mesh of two dimensions, which names both, got {mode!r}')
+        else:
+            self.mode, self.reason = mode, "asked for"  # type: ignore[assignment]
+        self._check_mode()
+        self._marker = PartMarker()
+        for part in self._model.modules():
+            mark_part(part, self._marker)
+
+    def _check_mode(self) -> None:
+        heads, ranks = self._model.config.get_text_config().num_attention_heads, self._groups[0].size
+        if self.mode != "all_gather" and isinstance(heads, int) and heads % ranks:
+            raise ValueError(
+                f'mode="{self.mode}" shares the heads of a layer out, but {ranks} ranks do not divide {heads} query '
+                'heads: use mode="all_gather" or a group whose size divides them'
+            )
+
+    def __repr__(self) -> str:
+        return f'SequenceParallel({type(self._model).__name__}, {self._size} ranks, mode="{self.mode}": {self.reason})'
+
+    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a batch that this rank calls the model with. All ranks of the group give the same batch.
+
+        Rows are padded until the ranks can share them out. Labels are shifted before they are cut; the loss is divided
+        such that its average over the ranks is that of the whole batch.
+
+        Args:
+            batch: what a collator returns: `input_ids` or `inputs_embeds`, `labels` or `shift_labels`, `position_ids`,
+                `cu_seq_lens_q`, `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
+                layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by).
+
+        Raises:
+            NotImplementedError, TypeError, ValueError: for what cannot be cut, and on every rank of the group when the
+                ranks are given different batches.
+        """
+        part, error = None, None
+        try:
+            part = self._shard(batch)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as refused:
+            if not self._check_batches:
+                raise
+            error = refused
+        if self._check_batches:
+            check_agreement(self._groups, self._device_on_the_wire(), batch, f'mode "{self.mode}"', error)
+        assert part is not None
+        if part.get("labels") is not None:
+            part["num_items_in_batch"] = self._label_share(part["num_items_in_batch"])
+        return part
+
+    def _shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        if not is_part(self._model):
+            raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
+        whole = read_batch(batch, self._padded_length, self._device())
+        if whole.labels is not None:
+            check_labels(self._model)
+        order: Tensor | slice
+        exchange: Exchange
+        inside, across = self._groups[0], self._groups[-1]
+        first = inside.rank * (whole.length // self._size)
+        own = slice(first, first + whole.length // self._size)
+        if self.mode == "ulysses":
+            exchange, order = Ulysses(inside, whole.length), own
+        else:
+            gather = AllGather(across, self._deal(whole, across.size))
+            if self.mode == "all_gather":
+                exchange, order = gather, gather.rows
+            else:
+                exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
+        given = whole.options.get("num_items_in_batch")
+        return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given)
+
+    def _label_share(self, count: Tensor | float) -> Tensor | float:
+        """What each rank divides the sum of its losses by, so that their average is the mean over all labels."""
+        if self._data_group is None:
+            return count / self._size
+        total = torch.as_tensor(count, dtype=torch.float64).to(self._device_on_the_wire(), copy=True)
+        dist.all_reduce(total, group=self._data_group.handle)
+        return (total / (self._size * self._data_group.size)).float()
+
+    def _padded_length(self, length: int) -> int:
+        if self.mode == "ulysses":
+            return -(-length // self._size) * self._size
+        return padded_length(length, self._size)
+
+    def _deal(self, batch: Batch, ranks: int) -> Tensor:
+        """The rows of the sequence in the order of the ranks: blocks of them, dealt by what their layers see."""
+        block = block_length(batch.length, self._size)
+        work = torch.zeros(batch.length // block, dtype=torch.int64, device=batch.device)
+        config: Any = self._model.config.get_text_config()
+        types = getattr(config, "layer_types", None) or [None]
+        for kind in sorted(set(types)):
+            bounds = self._estimate(batch, kind)
+            tiles = visible_tiles(bounds, block) // (bounds.shape[0] * bounds.shape[1])
+            limits = [KEY_RANGE_OF_LAYER_TYPE.get(kind)] if kind else KEY_RANGE_OF_LAYER_TYPE.values()
+            key_ranges = [getattr(config, limit, None) for limit in limits if limit is not None]
+            key_range = min([batch.length, *filter(None, key_ranges)])
+            work += types.count(kind) * tiles.clamp(max=-(-key_range // block) + 1)
+        return deal(work, ranks, block)
+
+    def _estimate(self, batch: Batch, kind: str | None) -> Tensor:
+        """Bounds close to those that the model will make for a type of layers; windows are not in them."""
+        if isinstance(batch.mask, dict):
+            return batch.mask[kind] if kind in batch.mask else next(iter(batch.mask.values()))
+        if batch.mask is not None and batch.mask.ndim == 4:
+            return batch.mask
+        is_causal = all(getattr(part, "is_causal", True) for part in self._model.modules())
+        if batch.document_positions is not None:
+            return _bounds.from_position_ids(batch.document_positions, is_causal=is_causal)
+        make = _bounds.causal if is_causal else _bounds.bidirectional
+        return make(batch.length, batch.length, device=batch.device)
+
+    def _device_on_the_wire(self) -> torch.device:
+        """Where the group communicates from."""
+        if "nccl" not in dist.get_backend(self._groups[0].handle):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def _device(self) -> torch.device:
+        """Where the model computes; batches may still be on the host."""
+        on_the_wire = self._device_on_the_wire()
+        return next(self._model.parameters()).device if on_the_wire.type == "cpu" else on_the_wire
+
+    def remove(self) -> None:
+        """Switch it off: the model takes whole batches again."""
+        for part in self._model.modules():
+            unmark_part(part, self._marker)
+
+    def __enter__(self) -> SequenceParallel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _count(labels: Tensor | None) -> Tensor | int:
+    return 0 if labels is None else (labels != IGNORED_LABEL).sum()

@@ -1,0 +1,93 @@
+"""Which models can be cut along the sequence, and which exchange costs a model less."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..integration import NAME
+from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from .exchanges import kv_heads_on_the_wire
+
+__all__ = ["Mode", "check_labels", "check_model", "choose_mode", "find_model"]
+
+Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
+
+_ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
+
+
+def find_model(model: nn.Module) -> PreTrainedModel:
+    """The model of Transformers, without what wraps it (DDP, PEFT)."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise TypeError(f"`model` must be or hold a model of Transformers, got {type(model).__name__}")
+
+
+def check_model(base: PreTrainedModel) -> None:
+    """Refuse models that mix tokens elsewhere than in attention layers that run flashmask."""
+    name, config = type(base).__name__, base.config.get_text_config()
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f'sequence_parallel needs attn_implementation="{NAME}", {name} uses "{config._attn_implementation}": call '
+            f'model.set_attn_implementation("{NAME}") first'
+        )
+    if base.config.is_encoder_decoder:
+        raise NotImplementedError(f"sequence_parallel cuts one sequence, {name} has two: an encoder's and a decoder's")
+    other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
+    convolutions = {type(module).__name__ for module in base.modules() if isinstance(module, nn.Conv1d)}
+    if base._is_stateful or other_layers or convolutions:
+        found = ", ".join(sorted(other_layers | convolutions)) or "a recurrent state"
+        raise NotImplementedError(
+            f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
+        )
+    is_backbone = name.endswith("Model")
+    if not is_backbone and base.get_output_embeddings() is None:
+        raise NotImplementedError(
+            f"sequence_parallel does not know how the head of {name} reads the tokens of a row, which are on several "
+            "ranks: use a causal language model, or the model without a head"
+        )
+    if getattr(config, "output_router_logits", False):
+        raise NotImplementedError(
+            "with `output_router_logits=True` each rank would balance the experts over its own tokens, which is not "
+            "the loss of one process: set it to False"
+        )
+
+
+def check_labels(base: PreTrainedModel) -> None:
+    """Refuse labels where the model's loss would not be that of the whole batch."""
+    name = type(base).__name__
+    if base.loss_function is not ForCausalLMLoss:
+        raise NotImplementedError(
+            f"`labels`: {name} does not compute the loss of causal language models, which is the one that `shard` can "
+            "cut: leave the labels out, and compute a loss of the model's outputs"
+        )
+    forward = inspect.unwrap(type(base).forward)
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):  # a class from a notebook
+        return
+    if not re.search(r"self\.loss_function\([^#]{0,400}?\*\*\w*kwargs", source):
+        raise NotImplementedError(
+            f"`labels`: {name} does not hand `shift_labels` and `num_items_in_batch` to its loss function: leave the "
+            "labels out, and compute the loss from the model's logits"
+        )
+
+
+def choose_mode(base: PreTrainedModel, ranks: int) -> tuple[Mode, str]:
+    """The exchange that moves less, and why."""
+    config: Any = base.config.get_text_config()
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    kv_heads = heads if kv_heads is None else kv_heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return "all_gather", "its layers differ in their number of heads"
+    if heads % ranks:
+        return "all_gather", f"{ranks} ranks do not divide {heads} query heads"
+    ratio = kv_heads * ranks / (heads + kv_heads_on_the_wire(kv_heads, ranks))
+    described = f"{heads} query heads, {kv_heads} key heads, {ranks} ranks: all-gather moves {ratio:.2f} times as much"
+    return ("all_gather" if ratio < 1 else "ulysses"), described

@@ -1,0 +1,200 @@
+"""A batch -> the part of it that one rank holds, and the mask of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import bounds as _bounds
+from ..integration import Mask
+from ..integration.whole_sequence import Exchange, WholeSequence
+
+__all__ = ["Batch", "read_batch", "shard_batch"]
+
+IGNORED_LABEL = -100
+
+_BY_TOKEN = {"token_type_ids"}
+"""Arguments `[B, S]` that are cut like `input_ids`, besides those that `Batch` names."""
+_DROPPED = {"max_length_q", "max_length_k", "seq_idx"}
+"""What collators of packed rows say beside the cumulative lengths, which flashmask does not read."""
+_OPTIONS = {"num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "output_attentions"}
+
+
+class Batch(NamedTuple):
+    """A batch of the whole sequence, padded to the length that the ranks share out.
+
+    Attributes:
+        by_token: `[B, S]` and `[B, S, D]`, what is cut as it is.
+        labels: `[B, S]`, for each token the label of the next one; None without labels.
+        position_ids: `[B or 1, S]`, what the model counts.
+        document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
+        mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
+        options: what is handed on.
+        length: S.
+        device: of all of them.
+    """
+
+    by_token: dict[str, Tensor]
+    labels: Tensor | None
+    position_ids: Tensor
+    document_positions: Tensor | None
+    mask: Tensor | dict[str, Tensor] | None
+    options: dict[str, Any]
+    length: int
+    device: torch.device
+
+
+def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device) -> Batch:
+    """Check what a collator returns, and pad it.
+
+    Args:
+        batch: the arguments that the model would be called with in one process.
+        length_of: the length that rows of this length are padded to.
+        device: where the model computes.
+    """
+    kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
+    given = _on_device(kept, device)
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        raise ValueError(
+            f"`batch` must hold `input_ids` [B, S] or `inputs_embeds` [B, S, D], got {sorted(batch) or 'nothing'}"
+        )
+    shape = rows, short = tokens.shape[0], tokens.shape[1]
+    if short == 0:
+        raise ValueError("the batch has no token: its rows have length 0")
+    length = length_of(short)
+    tail = length - short
+
+    def padded(name: str, value: float = 0) -> Tensor:
+        tensor = given.pop(name)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape[:2]) != shape:
+            came = f"{list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"`{name}` must have the sizes of the tokens, {list(shape)}, got {came}")
+        return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, tail), value=value)
+
+    by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *_BY_TOKEN) if name in given}
+    labels = None
+    if "shift_labels" in given:
+        labels = padded("shift_labels", IGNORED_LABEL)
+        given.pop("labels", None)
+    elif "labels" in given:
+        labels = padded("labels", IGNORED_LABEL)
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+    index = torch.arange(length, device=tokens.device)
+    tail_positions = index[:tail]
+    documents = None
+    positions = index[None]
+    if "position_ids" in given:
+        position_ids = given.pop("position_ids")
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != short:
+            raise NotImplementedError(
+                f"`position_ids` must be [{rows} or 1, {short}] for these tokens, got {list(position_ids.shape)}; "
+                "positions of several dimensions (multimodal models) cannot be cut"
+            )
+        tail_positions = tail_positions.to(position_ids).expand(position_ids.shape[0], -1)
+        documents = positions = torch.cat([position_ids, tail_positions], dim=1)
+    cu_seq_lens, of_keys = given.pop("cu_seq_lens_q", None), given.pop("cu_seq_lens_k", None)
+    if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
+        of_keys = None  # else they are compared, which waits for the device
+    if cu_seq_lens is not None:
+        documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
+    mask = _padded_mask(given.pop("attention_mask", None), shape, length)
+    if mask is None and tail and documents is None:
+        mask = (index < short).expand(rows, -1).contiguous()
+    _refuse_others(given)
+    return Batch(by_token, labels, positions, documents, mask, given, length, device)
+
+
+def shard_batch(batch: Batch, exchange: Exchange, order: Tensor | slice, label_share: Tensor | float) -> dict[str, Any]:
+    """The arguments of the model on one rank.
+
+    Args:
+        order: the tokens of this rank.
+        label_share: what the sum of this rank's losses is divided by.
+    """
+    part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
+    part.update(batch.options)
+    part["position_ids"] = batch.position_ids[:, order].contiguous()
+    if batch.labels is not None:
+        # Models compute a loss where there are labels, and read those that are shifted.
+        part["labels"] = part["shift_labels"] = batch.labels[:, order].contiguous()
+        part["num_items_in_batch"] = label_share
+    if isinstance(batch.mask, dict):
+        masks = {name: Mask.of_user(bounds) for name, bounds in batch.mask.items()}
+        for mask in masks.values():
+            mask.exchange = exchange
+        part["attention_mask"] = masks
+    else:
+        part["attention_mask"] = WholeSequence(batch.mask, batch.document_positions, exchange)
+    return part
+
+
+def _on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    moved: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            moved[name] = _on_device(value, device)
+        else:
+            moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return moved
+
+
+def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
+    if rows != 1:
+        raise ValueError(
+            f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {rows} rows; pass "
+            "`position_ids` that restart with every document instead"
+        )
+    if of_keys is not None and not torch.equal(of_keys, cu_seq_lens):
+        raise ValueError("`cu_seq_lens_k` must be `cu_seq_lens_q`: queries and keys are the same tokens")
+    starts = cu_seq_lens.to(index)
+    document = torch.searchsorted(starts, index, right=True) - 1
+    return (index - starts[document])[None]
+
+
+def _padded_mask(mask: Any, shape: tuple[int, int], length: int) -> Tensor | dict[str, Tensor] | None:
+    rows, short = shape
+    if mask is None:
+        return None
+    if isinstance(mask, Mapping):
+        return {name: _padded_bounds(bounds, rows, short, length) for name, bounds in mask.items()}
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _padded_bounds(mask, rows, short, length)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        came = f"{list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"`attention_mask` must be that of the whole sequence, 2-D {list(shape)} or bounds [{rows} or 1, H or 1, "
+            f"C, {short}], got {came}"
+        )
+    return nn.functional.pad(mask, (0, length - short))
+
+
+def _padded_bounds(bounds: Any, rows: int, short: int, length: int) -> Tensor:
+    if isinstance(bounds, Tensor) and bounds.dtype != torch.int32:
+        raise TypeError(
+            f"`attention_mask` is {bounds.dtype} {list(bounds.shape)}: sequence_parallel takes int32 bounds; a dense "
+            "mask is converted with hf_flashmask.bounds.from_dense"
+        )
+    _bounds.check_bounds(bounds, name="attention_mask", batch=rows, kv_len=short)
+    if length == short:
+        return bounds
+    planes, tail = bounds.shape[2], length - short
+    if planes == 1:  # a document of its own, which a prefix tree may hold as well
+        return nn.functional.pad(bounds, (0, tail), value=length)
+    is_tail = torch.arange(length, device=bounds.device)[None] >= short
+    return _bounds.hide_keys(nn.functional.pad(bounds, (0, tail)), is_tail)
+
+
+def _refuse_others(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        is_harmless = isinstance(value, bool) and not (value and name == "output_router_logits")
+        if name not in _OPTIONS and not is_harmless:
+            what = f"{type(value).__name__} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise NotImplementedError(
+                f"`{name}` ({what}) is not known to sequence_parallel, which would have to cut it: take it out of the "
+                "batch if the model can do without it"
+            )

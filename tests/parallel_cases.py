@@ -1,0 +1,438 @@
+"""What `test_parallel.py` computes on several processes: run as a script on each of them, it writes what came out.
+
+The truth is one process with eager attention: each document, each padded row and each path of a tree alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WORLD = 4
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step on all ranks, of which every `ranks` share a sequence."""
+
+    name: str
+    model: str
+    batch: str = "packed"
+    mode: str = "ulysses"
+    ranks: int = WORLD
+    changes: dict[str, Any] = field(default_factory=dict)
+    checkpointing: str | None = None
+    dtype: str = "float32"
+    engine: str | None = None
+    nodes: int = 1
+
+
+def _cases() -> Iterator[Case]:
+    for mode in ("ulysses", "all_gather"):
+        for ranks in (2, 4):
+            for model in ("llama", "gpt_oss", "gemma3"):
+                yield Case(f"{mode}-{ranks}-{model}-packed", model, mode=mode, ranks=ranks)
+            yield Case(
+                f"{mode}-{ranks}-one_kv_head", "llama", mode=mode, ranks=ranks, changes={"num_key_value_heads": 1}
+            )
+            yield Case(f"{mode}-{ranks}-left_padding", "llama", "left_padding", mode, ranks)
+        yield Case(f"{mode}-six_heads_three_kv_heads", "llama", "packed", mode, 2, SIX_HEADS)
+        yield Case(f"{mode}-softcap", "gemma2", mode=mode)
+        yield Case(f"{mode}-chunks", "llama4", mode=mode)
+        yield Case(f"{mode}-chunks_left_padding", "llama4", "left_padding", mode)
+        yield Case(f"{mode}-window", "mistral", "right_padding", mode)
+        yield Case(f"{mode}-narrow_values", "deepseek_v3", mode=mode)
+        yield Case(f"{mode}-learned_positions", "gpt2", mode=mode)
+        yield Case(f"{mode}-mask_alone", "llama", "mask_alone", mode)
+        yield Case(f"{mode}-short", "gpt_oss", "short", mode)
+        yield Case(f"{mode}-encoder", "bert", "encoder", mode)
+        yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
+        yield Case(f"{mode}-one_document", "llama", "one_document", mode)
+        yield Case(f"{mode}-bounds", "llama", "bounds", mode)
+        yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
+        yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
+        yield Case(f"{mode}-tree", "llama", "tree", mode)
+        yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
+        for kind in ("reentrant", "not_reentrant"):
+            yield Case(f"{mode}-checkpointing_{kind}", "gpt_oss", mode=mode, checkpointing=kind)
+        yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
+        for engine in ("ddp", "fsdp2"):
+            yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
+    for kind, model in (
+        ("packed", "gpt_oss"),
+        ("left_padding", "llama"),
+        ("bounds_of_heads", "llama"),
+        ("tree", "gemma3"),
+        ("short", "gpt_oss"),
+        ("encoder", "bert"),
+    ):
+        yield Case(f"nodes-{kind}", model, kind, "auto", nodes=2)
+    yield Case("nodes-one_kv_head", "llama", mode="auto", changes={"num_key_value_heads": 1}, nodes=2)
+    yield Case("nodes-six_heads_three_kv_heads", "llama", mode="auto", changes=SIX_HEADS, nodes=2)
+    yield Case("all_gather-heads_not_divided", "llama", "packed", "all_gather", 4, SIX_HEADS)
+    yield Case("auto-heads_not_divided", "llama", "packed", "auto", 4, SIX_HEADS)
+    yield Case("auto-one_kv_head", "llama", "packed", "auto", 4, {"num_key_value_heads": 1})
+
+
+SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+CASES = list(_cases())
+
+
+# Batches and their truth
+
+
+class Example(NamedTuple):
+    """A batch, and the sequences whose losses it holds, each with its labels: `[1, n]`.
+
+    Only heads that see different keys need the row as it is, under a dense mask.
+    """
+
+    batch: dict[str, Any]
+    sequences: list[tuple[Tensor, Tensor]]
+    dense: dict[str, Tensor] | None = None
+
+
+def make_example(kind: str, config: Any) -> Example:
+    import tiny_models
+
+    from hf_flashmask import bounds
+
+    if kind in ("left_padding", "right_padding", "mask_alone"):
+        documents = tiny_models.random_documents([21, 13, 29])
+        batch = tiny_models.padded(documents, "right" if kind == "right_padding" else "left")
+        # Padding on the left predicts the first token, which nothing predicts in a document alone.
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
+        batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
+        if kind == "mask_alone":  # the distances in the row are those in the document
+            del batch["position_ids"]
+        return Example(batch, [(document, document) for document in documents])
+    if kind == "tree":
+        return _tree()
+    lengths = {"one_document": [45], "short": [2, 1]}.get(kind, [17, 3, 25, 1, 9, 6])
+    documents = tiny_models.random_documents(lengths)
+    batch = tiny_models.packed(documents)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
+    if kind == "one_document":
+        del batch["position_ids"]
+    elif kind == "encoder":  # `shard` pads these with 0
+        del batch["labels"]
+        batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
+    elif kind == "cu_seq_lens":
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
+        batch["max_length_q"] = batch["max_length_k"] = max(lengths)
+    elif kind.startswith("bounds"):
+        mask = bounds.from_position_ids(batch["position_ids"])
+        windowed = bounds.intersect(mask, bounds.sliding_window(tiny_models.WINDOW, mask.shape[-1]))
+        batch["attention_mask"] = mask
+        if kind == "bounds_of_layer_types":
+            batch["attention_mask"] = {"full_attention": mask, "sliding_attention": windowed}
+        elif kind == "bounds_of_heads":
+            batch["attention_mask"] = torch.cat([mask, windowed] * (config.num_attention_heads // 2), dim=1)
+            visible = bounds.to_dense(batch["attention_mask"])
+            dense = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+            whole = {"attention_mask": dense, "position_ids": batch["position_ids"]}
+            return Example(batch, [(batch["input_ids"], batch["labels"])], whole)
+    return Example(batch, [(document, document) for document in documents])
+
+
+def _tree() -> Example:
+    """A shared prompt with three answers, and a document. Only answers have labels."""
+    import tiny_models
+
+    from hf_flashmask import bounds
+
+    prompt, *answers = tiny_models.random_documents([11, 7, 12, 5])
+    document = tiny_models.random_documents([10])[0]
+    parts = [prompt, *answers, document]
+    ends = [35] * 11
+    start, positions, labels = 11, [torch.arange(11)], [torch.full((1, 11), IGNORED)]
+    for answer in answers:
+        length = answer.shape[1]
+        ends += [start + length] * length
+        positions.append(torch.arange(11, 11 + length))
+        labels.append(answer.clone())
+        labels[-1][:, 0] = IGNORED  # the token before it in the row is another branch's
+        start += length
+    ends += [45] * 10
+    positions.append(torch.arange(10))
+    labels.append(document.clone())
+    labels[-1][:, 0] = IGNORED
+    batch = {
+        "input_ids": torch.cat(parts, dim=1),
+        "labels": torch.cat(labels, dim=1),
+        "position_ids": torch.cat(positions)[None],
+        "attention_mask": torch.tensor(ends, dtype=torch.int32)[None, None, None],
+    }
+    assert bounds.to_dense(batch["attention_mask"]).shape[-1] == 45
+    sequences = [(document, document)]
+    for answer, own in zip(answers, labels[1:]):
+        sequences.append((torch.cat([prompt, answer], 1), torch.cat([labels[0], own], 1)))
+    return Example(batch, sequences)
+
+
+def truth(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tensor]]:
+    """The loss over all labels of all examples, and its gradients."""
+    total, count = torch.zeros(()), 0
+    for example in examples:
+        for tokens, labels in example.sequences:
+            if "labels" not in example.batch:
+                total = total + loss_of_encoder(model(tokens, token_type_ids=torch.ones_like(tokens)).logits)
+                count += tokens.numel()
+                continue
+            logits = model(tokens, **(example.dense or {})).logits[0, :-1].float()
+            total = total + nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED)
+            count += int((labels[0, 1:] != IGNORED).sum())
+    loss = total / count
+    loss.backward()
+    return loss.detach(), _gradients(model)
+
+
+def loss_of_encoder(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).square().mean(-1).sum()
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in model.parameters()]
+    found = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in gradients]
+    model.zero_grad()
+    return [part.float() for part in found]
+
+
+# On each rank
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    import tiny_models
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import hf_flashmask
+
+    shape = WORLD // case.ranks, case.nodes, case.ranks // case.nodes
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "nodes", "sp"))
+    sequence = mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+    torch.manual_seed(0)
+    model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
+    torch.manual_seed(7)
+    examples = [make_example(case.batch, model.config) for _ in range(WORLD // case.ranks)]
+    expected: tuple[Tensor, list[Tensor]] | None = None
+    if dist.get_rank() == 0:
+        expected = truth(tiny_models.eager_twin(model), examples)
+    if case.checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
+    called = with_engine(case.engine, model)
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=mesh["dp"]) as parallel:
+        part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
+        with count_masks() as masks:
+            output = called(**part)
+        if "labels" in part:
+            loss = output.loss
+        else:
+            tokens = sum(example.batch["input_ids"].numel() for example in examples)
+            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
+        loss.backward()
+        if "labels" in part and not case.engine:
+            with torch.no_grad():
+                assert torch.allclose(called(**part).loss, loss, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
+    found = [loss.detach().float(), *_gradients(model)]
+    for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
+    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
+    if expected is not None:
+        result["loss"] = [float(found[0]), float(expected[0])]
+        difference = sum((a - b).square().sum() for a, b in zip(found[1:], expected[1])).sqrt()
+        result["gradients"] = float(difference / sum(b.square().sum() for b in expected[1]).sqrt())
+        result["worst"] = max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1]))
+    return result
+
+
+def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
+    if engine == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if engine == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        everyone = init_device_mesh("cpu", (WORLD,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=everyone)
+        fully_shard(model, mesh=everyone)
+    return model
+
+
+@contextlib.contextmanager
+def count_masks() -> Iterator[list[Any]]:
+    """The bounds that are made of mask functions."""
+    from hf_flashmask.integration import mask_function
+
+    made: list[Any] = []
+    original = mask_function.from_mask_function
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    mask_function.from_mask_function = count
+    try:
+        yield made
+    finally:
+        mask_function.from_mask_function = original
+
+
+FAULTS: dict[str, tuple[Callable[..., Any], str]] = {}
+"""Name -> what goes wrong on the ranks of one group, and what the error of each rank says."""
+
+
+def fault(message: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+        FAULTS[function.__name__] = function, message
+        return function
+
+    return keep
+
+
+def _packed() -> dict[str, Any]:
+    torch.manual_seed(3)
+    return make_example("packed", None).batch
+
+
+@fault("were given different batches")
+def unequal_lengths(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    parallel.shard({name: tensor[:, : 61 - rank] for name, tensor in batch.items()})
+
+
+@fault("were given different batches")
+def mask_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    if rank == 1:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    parallel.shard(batch)
+
+
+@fault("with different contents")
+def different_contents(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    batch["input_ids"] = batch["input_ids"].roll(rank, 1)
+    parallel.shard(batch)
+
+
+@fault("refused the batch|is not known to sequence_parallel")
+def refused_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    if rank == 0:
+        batch["pixel_values"] = torch.zeros(1, 3, 2, 2)
+    parallel.shard(batch)
+
+
+@fault("was not given the mask of the whole sequence")
+def batch_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
+    model(**_packed())
+
+
+@fault("call the model with all that")
+def tokens_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    model(**{**parallel.shard(batch), "input_ids": batch["input_ids"], "position_ids": batch["position_ids"]})
+
+
+@fault("looks tokens up")
+def image_blocks(parallel: Any, model: nn.Module, rank: int) -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    part = parallel.shard(_packed())
+    create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(*part["input_ids"].shape, 32),
+        attention_mask=part["attention_mask"],
+        block_sequence_ids=torch.zeros_like(part["input_ids"]),
+        **{"past_key_values": None},
+    )
+
+
+@fault("already")
+def twice(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    hf_flashmask.sequence_parallel(model, parallel._groups[0].handle)
+
+
+@fault("torch's context_parallel")
+def ring(parallel: Any, model: nn.Module, rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    parallel.remove()
+    buffer = torch.zeros(1, 8 * WORLD)
+    with context_parallel(init_device_mesh("cpu", (WORLD,)), buffers=[buffer], buffer_seq_dims=[1]):
+        model(**_packed())
+
+
+@fault("after `remove")
+def after_remove(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.remove()
+    assert model(**_packed()).loss > 0
+    parallel.shard(_packed())
+
+
+def run_fault(name: str) -> dict[str, Any]:
+    """What the ranks of a group of all processes raise."""
+    import tiny_models
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    model = tiny_models.build("llama")
+    error = "none"
+    with hf_flashmask.sequence_parallel(model, dist.group.WORLD) as parallel:
+        try:
+            FAULTS[name][0](parallel, model, dist.get_rank())
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    errors: list[Any] = [None] * WORLD
+    dist.all_gather_object(errors, error)
+    return {"errors": errors}
+
+
+def main(rank: int, folder: Path, names: list[str]) -> None:
+    import datetime
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    results: dict[str, Any] = {}
+    runs: dict[str, Callable[[], dict[str, Any]]] = {case.name: lambda case=case: run_case(case) for case in CASES}
+    runs |= {name: lambda name=name: run_fault(name) for name in FAULTS}
+    for name in names or runs:
+        try:
+            results[name] = runs[name]()
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+            (folder / f"{rank}.json").write_text(json.dumps(results))
+            raise
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
