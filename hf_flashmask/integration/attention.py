@@ -6,14 +6,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
-from .documents import documents_of_layer
+from .documents import documents_of_layer, is_cross_attention
+from .engines import refuse_cut_call, refuse_dropped_mask, refuse_local_bounds, refuse_ring
 from .layer_mask import layer_mask
 from .mask import Mask
-from .name import logger
+from .name import NAME, logger
 
 __all__ = ["flashmask_attention_forward"]
 
@@ -62,10 +64,19 @@ def flashmask_attention_forward(
         NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
     """
     _refuse_unsupported_arguments(module, kwargs)
-    if isinstance(attention_mask, Mask) and attention_mask.is_users:
-        _refuse_router_losses(kwargs)
+    refuse_ring()
+    if isinstance(attention_mask, Mask):
+        if attention_mask.is_users:
+            _refuse_router_losses(kwargs)
+        refuse_local_bounds(attention_mask, module, query, key)
+    refuse_cut_call(module, query, _bounds_of_user(attention_mask), cu_seq_lens_q, s_aux)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+    if attention_mask is None and not is_cross_attention(module, is_causal, kwargs):
+        is_wrapped = ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward
+        refuse_dropped_mask(
+            module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None, is_wrapped=is_wrapped
+        )
     mask = layer_mask(
         attention_mask, module, query, key, documents, is_causal=is_causal, sliding_window=sliding_window or None
     )
@@ -89,6 +100,13 @@ def flashmask_attention_forward(
             schedules=mask.schedules,
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _bounds_of_user(mask: Mask | Tensor | None) -> Tensor | None:
+    """A tensor reaches a layer past the mask function: a user's dict of bounds, or a model's own mask."""
+    if isinstance(mask, Mask):
+        return mask.bounds if mask.is_users else None
+    return mask
 
 
 def _target_dtype(module: nn.Module, query: Tensor) -> torch.dtype:

@@ -31,7 +31,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .. import bounds
 
-__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree"]
+__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree", "range_of"]
 
 logger = logging.get_logger(__name__)
 
@@ -241,6 +241,24 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     if end_depth is None:
         return tree.bounds
     return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
+
+
+def range_of(mask_function: Callable) -> tuple[bool, int | None] | None:
+    """Whether a mask function is causal, and its sliding window, None without one. None for any other function.
+
+    Packed documents may be in it as well.
+    """
+    is_causal, window = False, None
+    for leaf in _leaves_of_and(mask_function, None):
+        factory = _factory(leaf.function)
+        if factory in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+            # Layers are told of the window on either side as a window with the token itself.
+            size = int(_closure(leaf.function)["sliding_window"]) + (factory != "sliding_window_overlay")
+            window = size if window is None else min(size, window)
+        elif factory != "packed_sequence_mask_function" and not _is_plain(leaf.function):
+            return None
+        is_causal = is_causal or leaf.function is masking_utils.causal_mask_function
+    return is_causal, window
 
 
 def _read(mask_function: Callable, call: _Call) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .conversion import Tree, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
+from .engines import note_made
 from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
@@ -49,7 +51,7 @@ def prepare(
         early_exit, _, _, *sizes = find_sizes(None)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
-            return True, mask, None, *sizes
+            return True, note_made(mask, config, length, position_ids, None), None, *sizes
         return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
     early_exit, is_token, _, *sizes = find_sizes(attention_mask)
     if early_exit:
@@ -72,7 +74,8 @@ def prepare(
         lambda: _bounds.document_ends(position_ids, of_keys),
         inputs_embeds.device,
     )
-    return early_exit, Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends), None, *sizes
+    hints = Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends, position_ids=position_ids)
+    return early_exit, hints, None, *sizes
 
 
 def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
@@ -141,6 +144,13 @@ def flashmask_mask(
         hints = attention_mask
     else:
         hints = Hints((batch_size, kv_length), device, is_token=attention_mask)
+    note = functools.partial(
+        note_made,
+        config=kwargs.get("config"),
+        num_rows=q_length,
+        position_ids=hints.position_ids,
+        mask_function=mask_function,
+    )
     if hints.tree is not None:
         if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
             raise NotImplementedError(
@@ -148,7 +158,7 @@ def flashmask_mask(
                 "read: pass bounds that hold the windows, which have more than one plane"
             )
         bounds = in_tree(mask_function, hints.tree)
-        return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True)
+        return note(Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True))
     place = Place(q_length, kv_length, q_offset, kv_offset)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
@@ -161,11 +171,14 @@ def flashmask_mask(
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
         if needs_no_bounds and (is_token is None or (is_last_row and _has_no_padding(is_token))):
-            return Mask(None, kv_len=kv_length, device=device, is_causal=place.is_square and is_causal, place=place)
+            is_causal = is_causal and place.is_square
+            return note(Mask(None, kv_len=kv_length, device=device, is_causal=is_causal, place=place))
+    has_documents = hints.document_ends is not None
+    of_cache = None if has_documents else hints.position_ids
     bounds = from_mask_function(
         mask_function,
         document_ends=hints.document_ends,
-        counted_from=None if hints.position_ids is None else first_slots(hints.position_ids, hints.is_token, place),
+        counted_from=None if of_cache is None else first_slots(of_cache, hints.is_token, place),
         is_token=is_token,
         batch_size=batch_size,
         q_len=q_length,
@@ -175,14 +188,13 @@ def flashmask_mask(
         device=device,
         has_user_functions=use_vmap,
     )
-    has_documents = hints.document_ends is not None
     has_ranges = mask_function is not masking_utils.causal_mask_function and (local_size or 0) < kv_offset + kv_length
-    if hints.position_ids is not None:
-        apart = after_cache(hints.position_ids, is_token, place, has_ranges=has_ranges)
+    if of_cache is not None:
+        apart = after_cache(of_cache, is_token, place, has_ranges=has_ranges)
         bounds, has_documents = _bounds.intersect(bounds, apart, q_len=q_length), True
     if is_token is not None:
         bounds = _hide_padding(bounds, is_token)
-    return Mask(
+    mask = Mask(
         bounds,
         kv_len=kv_length,
         device=device,
@@ -191,6 +203,7 @@ def flashmask_mask(
         is_token=is_token,
         place=place,
     )
+    return note(mask)
 
 
 def _hide_padding(bounds: Tensor, is_token: Tensor) -> Tensor:
