@@ -40,14 +40,20 @@ _WAY_OUT = (
 
 def refuse_ring() -> None:
     """Refuse torch's `context_parallel`: attention would stay within this rank's part of the sequence."""
-    function = functional.scaled_dot_product_attention
-    is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
-    if is_replaced and function.__module__.startswith("torch.distributed."):
+    if _is_in_ring():
         raise NotImplementedError(
             "torch's `context_parallel` (also accelerate's `cp_size`) replaces scaled_dot_product_attention only: with "
             'attn_implementation="flashmask" each rank would attend to its own part of the sequence. It needs "sdpa". '
             f"{_WAY_OUT}."
         )
+
+
+@torch.compiler.assume_constant_result
+def _is_in_ring() -> bool:
+    """In a graph the answer is that of the time when it was traced."""
+    function = functional.scaled_dot_product_attention
+    is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
+    return is_replaced and function.__module__.startswith("torch.distributed.")
 
 
 def refuse_cut_call(
@@ -108,8 +114,8 @@ def _part_of_heads(module: nn.Module) -> tuple[int, int] | None:
         return None
     from torch.distributed.tensor import DTensor, Shard
 
-    for name, weight in module.named_parameters():
-        if not name.startswith("o_") and isinstance(weight, DTensor):
+    for weight in module.parameters():
+        if isinstance(weight, DTensor):
             for dimension, placement in enumerate(weight.placements):
                 if isinstance(placement, Shard) and placement.dim == weight.ndim - 2:
                     mesh = weight.device_mesh
