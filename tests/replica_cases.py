@@ -348,6 +348,56 @@ def train_with_trainer(name: str) -> dict[str, float]:
     return {"loss": 0.0, "gradients": float(torch.stack(difference).norm() / torch.stack(moved).norm())}
 
 
+def train_with_trl(folder: Path) -> dict[str, float]:
+    """Two steps of DPOTrainer under DDP with `share_prefixes`, against the same trainer under eager attention."""
+    import datasets
+    from test_trl import build_model as build_for_trl
+    from test_trl import make_tokenizer, preferences
+    from transformers import LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    def train(attention: str) -> tuple[dict[str, Tensor], share_prefixes | None]:
+        path = folder / f"dpo_{attention}"
+        build_for_trl(LlamaForCausalLM).save_pretrained(path)  # the first process does
+        dist.barrier()
+        arguments = DPOConfig(
+            str(path),
+            use_cpu=True,
+            bf16=False,
+            max_steps=2,
+            per_device_train_batch_size=3,
+            gradient_checkpointing=False,
+            optim="sgd",
+            learning_rate=0.3,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            model_init_kwargs={"attn_implementation": attention},
+        )
+        data, tokenizer = preferences(), make_tokenizer()
+        trainer = DPOTrainer(model=str(path), args=arguments, train_dataset=data, processing_class=tokenizer)
+        sharing = None
+        with contextlib.ExitStack() as stack:
+            if attention == "flashmask":
+                sharing = stack.enter_context(share_prefixes(trainer.model, trainer.ref_model))
+            trainer.train()
+        weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        return weights, sharing
+
+    datasets.config.HF_DATASETS_CACHE = folder / f"cache_{dist.get_rank()}"
+    expected, _ = train("eager")
+    trained, sharing = train("flashmask")
+    assert sharing is not None
+    assert sharing.computed_tokens < sharing.given_tokens
+    start = build_for_trl(LlamaForCausalLM).state_dict()
+    difference = torch.stack([(trained[name] - value).norm() for name, value in expected.items()]).norm()
+    moved = torch.stack([(value - start[name]).norm() for name, value in expected.items()]).norm()
+    return {"loss": 0.0, "gradients": float(difference / moved)}
+
+
 def train_tensor_parallel(name: str, kind: str, folder: Path) -> dict[str, float]:
     """Each process has the same batch, and some of the heads."""
     model = build_model(name)
@@ -457,7 +507,7 @@ def train_ulysses(name: str, kind: str) -> dict[str, float]:
 
 
 def _ulysses_batch(kind: str, model: transformers.PreTrainedModel) -> dict[str, Any]:
-    batch = batch_of(kind if kind in ("bounds", "images") else "packed", 0, model)
+    batch = batch_of(kind if kind in ("bounds", "heads", "images") else "packed", 0, model)
     length = batch["input_ids"].shape[1]
     if kind == "right padding":
         batch["input_ids"] = nn.functional.pad(batch["input_ids"], (0, 8))
@@ -489,6 +539,7 @@ def after_the_ring(name: str) -> dict[str, float]:
     return train_step("ddp", name, "packed")
 
 
+HAS_TRL = sys.version_info >= (3, 11)
 MODELS = ["llama", "llama_one_kv_head", "gpt_oss", "gemma3"]
 
 CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
@@ -517,6 +568,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
             for name, kind in (
                 ("gpt_oss", "packed"),
                 ("gpt_oss", "bounds"),
+                ("gemma3", "padded"),
                 ("llama", "heads"),
                 ("gemma3_images", "images"),
                 ("gemma3", "tree"),
@@ -524,6 +576,8 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
             )
         },
         **{f"fsdp1 {name} packed": functools.partial(train_step, "fsdp1", name, "packed") for name in MODELS},
+        "fsdp1 gpt_oss bounds": functools.partial(train_step, "fsdp1", "gpt_oss", "bounds"),
+        "fsdp1 gemma3 padded": functools.partial(train_step, "fsdp1", "gemma3", "padded"),
         "fsdp1 llama heads": functools.partial(train_step, "fsdp1", "llama", "heads"),
         "fsdp1 gemma3_images images reentrant": functools.partial(
             train_step, "fsdp1", "gemma3_images", "images", "reentrant"
@@ -538,6 +592,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
         "accelerate ddp gemma3 packed": functools.partial(train_with_accelerate, "gemma3", False),
         "accelerate fsdp2 gpt_oss packed": functools.partial(train_with_accelerate, "gpt_oss", True),
         "trainer ddp gemma3 packed": functools.partial(train_with_trainer, "gemma3"),
+        **({"trl dpo ddp llama": train_with_trl} if HAS_TRL else {}),
         **{
             f"tensor {name} {kind}": functools.partial(train_tensor_parallel, name, kind)
             for name, kind in (
@@ -563,6 +618,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 ("llama", "left padding"),
                 ("llama", "left padding of a whole part"),
                 ("llama", "bounds"),
+                ("llama", "heads"),
                 ("gemma3", "bounds"),
                 ("gemma3", "tree"),
                 ("gemma3_images", "images"),
@@ -574,8 +630,10 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
         "after the ring": functools.partial(after_the_ring, "llama"),
     },
     4: {
-        **{f"hsdp {name} packed": functools.partial(train_step, "hsdp", name, "packed") for name in MODELS[::2]},
+        **{f"hsdp {name} packed": functools.partial(train_step, "hsdp", name, "packed") for name in MODELS},
         "hsdp gemma3_images images": functools.partial(train_step, "hsdp", "gemma3_images", "images"),
+        "hsdp gpt_oss bounds": functools.partial(train_step, "hsdp", "gpt_oss", "bounds"),
+        "hsdp gemma3 padded": functools.partial(train_step, "hsdp", "gemma3", "padded"),
         "hsdp llama heads": functools.partial(train_step, "hsdp", "llama", "heads"),
         "hsdp gpt_oss tree": functools.partial(train_step, "hsdp", "gpt_oss", "tree"),
         "ddp gpt_oss packed": functools.partial(train_step, "ddp", "gpt_oss", "packed"),
@@ -605,7 +663,9 @@ def run_rank(rank: int, ranks: int, folder: Path, port: int, only: list[str]) ->
     for name, case in CASES[ranks].items():
         if not only or any(word in name for word in only):
             start = time.perf_counter()
-            results[name] = run_case(functools.partial(case, folder) if "tensor" in name else case)
+            results[name] = run_case(
+                functools.partial(case, folder=folder) if name.startswith(("tensor", "trl")) else case
+            )
             results[name]["seconds"] = time.perf_counter() - start
             print(rank, name, results[name], flush=True)
             dist.barrier()

@@ -15,8 +15,9 @@ Processes on one machine, connected by gloo, against one process under eager att
 | Ulysses of DeepSpeed, which drops masks | exact (3) | refused (4) | refused | refused | refused | exact |
 | torch's `context_parallel` | refused | refused | refused | refused | refused | refused |
 
-"Trees" are `share_prefixes` under a loss that compares answers. (1) `cu_seq_lens_q` is refused. (2) Bounds of batch 1
-beside several rows are refused. (3) Sinks and chunks are refused. (4) Padding after the last token is exact.
+"Trees" are `share_prefixes` under a loss that compares answers, and under DDP in TRL's DPOTrainer. (1)
+`cu_seq_lens_q` is refused. (2) Bounds of batch 1 beside several rows are refused. (3) Sinks and chunks are refused.
+(4) Padding after the last token is exact.
 
 `nn.DataParallel` itself drops the rows of the batch for which a tensor of batch 1 has no part. The layer sees it only
 where a replica has several rows. Ulysses is that of `replica_cases.ulysses`, which does what DeepSpeed's does.
@@ -52,6 +53,7 @@ REFUSED = {
     "ulysses llama left padding": "DeepSpeed's Ulysses does this.* has dropped the padding",
     "ulysses llama left padding of a whole part": "has dropped the padding",
     "ulysses llama bounds": "has dropped the bounds or the tree.*Use DDP or FSDP",
+    "ulysses llama heads": "has dropped the bounds or the tree",
     "ulysses gemma3 bounds": "has dropped the masks for its types of layers",
     "ulysses gemma3 tree": "has dropped the bounds or the tree",
     "ulysses gemma3_images images": "has dropped image blocks",
