@@ -72,11 +72,10 @@ def flashmask_attention_forward(
     refuse_cut_call(module, query, _bounds_of_user(attention_mask), cu_seq_lens_q, s_aux)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
-    if attention_mask is None and not is_cross_attention(module, is_causal, kwargs):
-        is_wrapped = ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward
-        refuse_dropped_mask(
-            module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None, is_wrapped=is_wrapped
-        )
+    # Whether an engine has put a function of its own in the place of this one.
+    is_wrapped = attention_mask is None and ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward
+    if is_wrapped and not is_cross_attention(module, is_causal, kwargs):
+        refuse_dropped_mask(module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None)
     mask = layer_mask(
         attention_mask, module, query, key, documents, is_causal=is_causal, sliding_window=sliding_window or None
     )

@@ -134,12 +134,14 @@ class _Made(NamedTuple):
         num_rows: how many rows of the sequence the model has been called with.
         position_ids: `[B or 1, num_rows]`.
         mask_function: None for final masks.
+        is_token: bool `[B, num_rows]`, False for padding, until a layer has found that no token sees it.
     """
 
     config: Any
     num_rows: int
     position_ids: Tensor | None
     mask_function: Callable | None
+    is_token: Tensor | None
 
 
 class _AliveMasks(threading.local):
@@ -157,7 +159,7 @@ def note_made(
 ) -> Mask:
     """Remember, as long as the mask exists, that a model has it. Nothing else reads this than `refuse_dropped_mask`."""
     if config is not None and not torch.compiler.is_compiling():
-        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function)
+        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function, mask.is_token)
     return mask
 
 
@@ -168,15 +170,12 @@ def refuse_dropped_mask(
     *,
     is_causal: bool,
     sliding_window: int | None,
-    is_wrapped: bool,
 ) -> None:
-    """For a layer of self-attention without a mask: refuse where an engine has dropped what it is not told otherwise.
+    """For a layer of self-attention that an engine calls without a mask: refuse where it has dropped what the layer is
+    not told otherwise.
 
     Sequence parallelism gathers the rows of all ranks for a layer; DeepSpeed's Ulysses (ALST) hands it None as the
     mask. The layer knows `is_causal`, its window and the documents in `position_ids`.
-
-    Args:
-        is_wrapped: whether an engine has replaced the attention function that Transformers calls.
     """
     if torch.compiler.is_compiling():
         return
@@ -184,7 +183,7 @@ def refuse_dropped_mask(
     of_model = [(mask, call) for mask, call in _alive.made.items() if call.config is config]
     made = [(mask, call) for mask, call in of_model if num_rows > call.num_rows or mask.is_final]
     lost = _lost(made, documents, is_causal, sliding_window)
-    if not of_model and is_wrapped and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
+    if not of_model and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
         lost = "the masks for its types of layers in `attention_mask`"
     if lost is not None:
         _alive.made.clear()  # an error keeps the masks of its pass alive
@@ -210,8 +209,10 @@ def _lost(
     for mask, call in made:
         if mask.is_final:
             return "the bounds or the tree in `attention_mask`"
-        if mask.is_token is not None and _hides_padding(mask.is_token, call.position_ids, gathered, is_causal):
-            return "the padding in `attention_mask`"
+        if call.is_token is not None:
+            if _sees_padding(call.is_token, call.position_ids, gathered, is_causal):
+                return "the padding in `attention_mask`"
+            _alive.made[mask] = call._replace(is_token=None)  # the other layers need not read it again
         assert call.mask_function is not None
         seen = range_of(call.mask_function)
         if seen is None:
@@ -222,7 +223,7 @@ def _lost(
     return None
 
 
-def _hides_padding(is_token: Tensor, position_ids: Tensor | None, gathered: Tensor | None, is_causal: bool) -> bool:
+def _sees_padding(is_token: Tensor, position_ids: Tensor | None, gathered: Tensor | None, is_causal: bool) -> bool:
     """Whether some token would see padding. Padding after the last token of a causal row, or in documents of its own,
     is seen by no token.
 
