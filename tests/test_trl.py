@@ -49,8 +49,7 @@ CHAT_TEMPLATE = (
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
@@ -63,6 +62,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
 
 
 def build_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:

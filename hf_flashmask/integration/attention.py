@@ -6,15 +6,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
-from .documents import documents_of_layer
-from .engines import called_with_bounds, refuse_ring
+from .documents import documents_of_layer, is_cross_attention
+from .engines import refuse_cut_call, refuse_dropped_mask, refuse_local_bounds, refuse_ring
 from .layer_mask import layer_mask
 from .mask import Mask
-from .name import logger
+from .name import NAME, logger
 from .whole_sequence import check_tokens, refuse_part_alone, stand_in_for
 
 __all__ = ["flashmask_attention_forward"]
@@ -64,18 +65,22 @@ def flashmask_attention_forward(
         NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
     """
     _refuse_unsupported_arguments(module, kwargs)
-    if isinstance(attention_mask, Mask) and attention_mask.is_users:
-        _refuse_router_losses(kwargs)
+    refuse_ring()
+    if isinstance(attention_mask, Mask):
+        if attention_mask.is_users:
+            _refuse_router_losses(kwargs)
+        refuse_local_bounds(attention_mask, module, query, key)
+    refuse_cut_call(module, query, _bounds_of_user(attention_mask), cu_seq_lens_q, s_aux)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     if exchange is None:
         refuse_part_alone(module)
-        if not torch.compiler.is_compiling():
-            refuse_ring(module)
-            if attention_mask is None:
-                called_with_bounds.refuse_without_mask(module, query)
         documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
         of_queries, of_keys = query, key
+        # Whether an engine has put a function of its own in the place of this one.
+        is_wrapped = attention_mask is None and ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward
+        if is_wrapped and not is_cross_attention(module, is_causal, kwargs):
+            refuse_dropped_mask(module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None)
     else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens
         check_tokens(exchange, query, key)
         documents, of_queries, of_keys = None, stand_in_for(query, exchange.length), stand_in_for(key, exchange.length)
@@ -113,6 +118,13 @@ def flashmask_attention_forward(
     if exchange is not None:
         output = exchange.take_back(output)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _bounds_of_user(mask: Mask | Tensor | None) -> Tensor | None:
+    """A tensor reaches a layer past the mask function: a user's dict of bounds, or a model's own mask."""
+    if isinstance(mask, Mask):
+        return mask.bounds if mask.is_users else None
+    return mask
 
 
 def _target_dtype(module: nn.Module, query: Tensor) -> torch.dtype:

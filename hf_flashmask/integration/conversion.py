@@ -37,7 +37,7 @@ from .closures import (
 from .evaluation import Call, evaluate, search
 from .name import logger
 
-__all__ = ["Tree", "counts_positions", "from_dense_mask", "from_mask_function", "in_tree"]
+__all__ = ["Tree", "counts_positions", "from_dense_mask", "from_mask_function", "in_tree", "range_of"]
 
 
 class Tree(NamedTuple):
@@ -205,6 +205,24 @@ def counts_positions(mask_function: Callable) -> bool:
 
 
 _OF_POSITIONS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
+
+
+def range_of(mask_function: Callable) -> tuple[bool, int | None] | None:
+    """Whether a mask function is causal, and its sliding window, None without one. None for any other function.
+
+    Packed documents may be in it as well.
+    """
+    is_causal, window = False, None
+    for leaf in leaves_of_and(mask_function, None):
+        factory = factory_of(leaf.function)
+        if factory in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+            # Layers are told of the window on either side as a window with the token itself.
+            size = int(closure_of(leaf.function)["sliding_window"]) + (factory != "sliding_window_overlay")
+            window = size if window is None else min(size, window)
+        elif factory != "packed_sequence_mask_function" and not is_plain(leaf.function):
+            return None
+        is_causal = is_causal or leaf.function is masking_utils.causal_mask_function
+    return is_causal, window
 
 
 def _read(mask_function: Callable, call: Call) -> Tensor:

@@ -11,7 +11,14 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .mask import Place
 
-__all__ = ["Documents", "after_cache", "are_of_tokens", "check_lengths_beside_cache", "documents_of_layer"]
+__all__ = [
+    "Documents",
+    "after_cache",
+    "are_of_tokens",
+    "check_lengths_beside_cache",
+    "documents_of_layer",
+    "is_cross_attention",
+]
 
 
 class Documents(NamedTuple):
@@ -57,7 +64,7 @@ def documents_of_layer(
 ) -> Documents | None:
     """What an attention layer is told about documents. Cumulative lengths go before positions."""
     batch, _, q_len, _ = query.shape
-    if _is_cross_attention(module, is_causal, kwargs):
+    if is_cross_attention(module, is_causal, kwargs):
         return None
     if cu_seq_lens_q is not None:
         if batch != 1:
@@ -70,7 +77,7 @@ def documents_of_layer(
     return Documents(position_ids) if are_of_tokens(position_ids, batch, q_len) else None
 
 
-def _is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
+def is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
     """Whether keys come from elsewhere. `position_ids` then describe the queries only, even if the lengths agree."""
     return (
         kwargs.get("encoder_hidden_states") is not None

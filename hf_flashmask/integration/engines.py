@@ -1,56 +1,254 @@
-"""Other engines for sequence parallelism, where they would be silently wrong.
+"""What engines for several GPUs do to a call on its way to a layer. What would change the result silently is an error.
 
-Some engines wrap the attention function, exchange heads against tokens and pass no mask: what `position_ids` say
-reaches the layers all the same, bounds do not. A layer sees it by its rows, which are more than the model was called
-with. The ring of torch's context parallelism replaces SDPA alone, and leaves other attention within its rank.
+Replicas and shards of parameters (DDP, FSDP, HSDP, ZeRO) leave calls alone. Others move heads, rows or masks:
+
+* tensor parallelism leaves each rank some heads: a mask that differs between heads is cut likewise (`heads_of_rank`);
+* `nn.DataParallel` cuts every tensor along its first dimension;
+* sequence parallelism gathers the rows of a layer after the masks were made, and may drop those;
+* torch's `context_parallel` replaces `scaled_dot_product_attention`, and nothing else.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
-from weakref import ref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["called_with_bounds", "refuse_ring"]
+from .conversion import range_of
+from .documents import Documents
+from .mask import Mask
+
+__all__ = [
+    "heads_of_rank",
+    "note_made",
+    "refuse_cut_call",
+    "refuse_dropped_mask",
+    "refuse_local_bounds",
+    "refuse_ring",
+]
+
+_WAY_OUT = (
+    "Use DDP or FSDP for this model, or an engine that hands attention layers the mask of the whole sequence as "
+    "`attention_mask`"
+)
 
 
-class _CalledWithBounds(threading.local):
-    """The configuration of the model that this thread has last called with bounds, and the tokens of its rows."""
+def refuse_ring() -> None:
+    """Refuse torch's `context_parallel`: attention would stay within this rank's part of the sequence."""
+    if _is_in_ring():
+        raise NotImplementedError(
+            "torch's `context_parallel` (also accelerate's `cp_size`) replaces scaled_dot_product_attention only: with "
+            'attn_implementation="flashmask" each rank would attend to its own part of the sequence. It needs "sdpa". '
+            f"{_WAY_OUT}."
+        )
+
+
+@torch.compiler.assume_constant_result
+def _is_in_ring() -> bool:
+    """In a graph the answer is that of the time when it was traced."""
+    function = functional.scaled_dot_product_attention
+    is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
+    return is_replaced and function.__module__.startswith("torch.distributed.")
+
+
+def refuse_cut_call(
+    module: nn.Module,
+    query: Tensor,
+    bounds: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """Refuse heads that do not fit their sinks, and what `nn.DataParallel` has cut along the wrong dimension.
+
+    It gives each replica a part of every tensor. Where some have fewer parts than others, the rows of the other
+    replicas are never computed, without a word.
+
+    Args:
+        bounds: what the model was called with, None for masks that were made in this replica.
+    """
+    heads = query.shape[1]
+    if sinks is not None and sinks.ndim == 1 and sinks.shape[0] > heads and sinks.shape[0] % heads == 0:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends with {heads} query heads, and has attention sinks for "
+            f"{sinks.shape[0]}: an engine has split its heads between ranks (Ulysses, tensor parallelism) without its "
+            f"sinks, and the layer is not told which heads it has. {_WAY_OUT}."
+        )
+    if not getattr(module, "_is_replica", False):
+        return
+    if cu_seq_lens_q is not None:
+        raise NotImplementedError(
+            "nn.DataParallel cuts `cu_seq_lens_q` into parts, as if it had a row for each row of the batch: leave it "
+            "out and pass `position_ids` [B, S] that restart with every document, or use DDP"
+        )
+    if bounds is not None and bounds.shape[0] == 1 < query.shape[0]:
+        raise ValueError(
+            "nn.DataParallel cuts every tensor along its first dimension, and drops the rows of the batch that an "
+            "`attention_mask` of batch 1 has no part for: expand it to the batch, or use DDP"
+        )
+
+
+# Tensor parallelism
+
+
+def heads_of_rank(module: nn.Module, mask: Tensor, heads: int) -> Tensor:
+    """A mask `[B, H, C, S_k]` that differs between heads, cut to the `heads` of this rank under tensor parallelism.
+
+    The ranks of the mesh hold equal, consecutive parts of the heads.
+    """
+    if mask.ndim != 4 or mask.shape[1] in (1, heads) or torch.compiler.is_compiling():
+        return mask
+    part = _part_of_heads(module)
+    if part is None or part[1] * heads != mask.shape[1]:
+        return mask
+    return mask[:, part[0] * heads : (part[0] + 1) * heads]
+
+
+def _part_of_heads(module: nn.Module) -> tuple[int, int] | None:
+    """Which of how many parts of the output of its projections a layer computes, by the placement of their weights."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor, Shard
+
+    for weight in module.parameters():
+        if isinstance(weight, DTensor):
+            for dimension, placement in enumerate(weight.placements):
+                if isinstance(placement, Shard) and placement.dim == weight.ndim - 2:
+                    mesh = weight.device_mesh
+                    return mesh.get_local_rank(dimension), mesh.size(dimension)
+    return None
+
+
+# Masks that do not arrive
+
+
+class _Made(NamedTuple):
+    """What is known of a mask when it is made.
+
+    Attributes:
+        config: of the model.
+        num_rows: how many rows of the sequence the model has been called with.
+        position_ids: `[B or 1, num_rows]`.
+        mask_function: None for final masks.
+        is_token: bool `[B, num_rows]`, False for padding, until a layer has found that no token sees it.
+    """
+
+    config: Any
+    num_rows: int
+    position_ids: Tensor | None
+    mask_function: Callable | None
+    is_token: Tensor | None
+
+
+class _AliveMasks(threading.local):
+    """The masks of this thread that still exist: those of the running pass, and what is kept for backward."""
 
     def __init__(self) -> None:
-        self._config: ref[Any] | None = None
-        self._length = 0
-
-    def note(self, config: Any, length: int) -> None:
-        self._config, self._length = ref(config), length
-
-    def forget(self, config: Any) -> None:
-        if self._config is not None and self._config() is config:
-            self._config = None
-
-    def refuse_without_mask(self, module: nn.Module, query: Tensor) -> None:
-        """Raise for a layer that gets no mask and more rows than its model, which was called with bounds."""
-        config = None if self._config is None else self._config()
-        if config is None or query.shape[2] <= self._length:
-            return
-        if getattr(module, "config", None) is config:
-            raise ValueError(
-                f"the model was called with bounds for {self._length} tokens as `attention_mask`, but "
-                f"{type(module).__name__} is called with {query.shape[2]} tokens and without a mask: an engine for "
-                "sequence parallelism, such as DeepSpeed Ulysses, has dropped it. Use hf_flashmask.sequence_parallel, "
-                "which keeps bounds, or tell documents apart by `position_ids` instead of bounds"
-            )
+        self.made: WeakKeyDictionary[Mask, _Made] = WeakKeyDictionary()
 
 
-called_with_bounds = _CalledWithBounds()
+_alive = _AliveMasks()
 
 
-def refuse_ring(module: nn.Module) -> None:
-    """Raise inside of torch's `context_parallel`."""
-    if "_distribute_function" in getattr(nn.functional.scaled_dot_product_attention, "__qualname__", ""):
+def note_made(
+    mask: Mask, config: Any, num_rows: int, position_ids: Tensor | None, mask_function: Callable | None
+) -> Mask:
+    """Remember, as long as the mask exists, that a model has it. Nothing else reads this than `refuse_dropped_mask`."""
+    if config is not None and not torch.compiler.is_compiling():
+        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function, mask.is_token)
+    return mask
+
+
+def refuse_dropped_mask(
+    module: nn.Module,
+    query: Tensor,
+    documents: Documents | None,
+    *,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> None:
+    """For a layer of self-attention that an engine calls without a mask: refuse where it has dropped what the layer is
+    not told otherwise.
+
+    Sequence parallelism gathers the rows of all ranks for a layer; DeepSpeed's Ulysses (ALST) hands it None as the
+    mask. The layer knows `is_causal`, its window and the documents in `position_ids`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    config, num_rows = getattr(module, "config", None), query.shape[2]
+    of_model = [(mask, call) for mask, call in _alive.made.items() if call.config is config]
+    made = [(mask, call) for mask, call in of_model if num_rows > call.num_rows or mask.is_final]
+    lost = _lost(made, documents, is_causal, sliding_window)
+    if not of_model and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
+        lost = "the masks for its types of layers in `attention_mask`"
+    if lost is not None:
+        _alive.made.clear()  # an error keeps the masks of its pass alive
         raise NotImplementedError(
-            "torch's context_parallel (the ring, also as accelerate's `cp_size`) replaces SDPA alone: with flashmask "
-            f"{type(module).__name__} would attend only to the tokens of its rank. Use hf_flashmask.sequence_parallel"
+            f"{type(module).__name__} attends over {num_rows} rows without a mask: an engine for sequence parallelism "
+            f"(DeepSpeed's Ulysses does this) has dropped {lost}, and the result would silently be another one. Under "
+            "such an engine causal masks, sliding windows, documents that `position_ids` tell apart and padding after "
+            f"the last token work. {_WAY_OUT}."
+        )
+
+
+def _takes_dict(config: Any) -> bool:
+    """Whether a model may have been called with masks for its types of layers: then the mask function was not asked."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1
+
+
+def _lost(
+    made: list[tuple[Mask, _Made]], documents: Documents | None, is_causal: bool, sliding_window: int | None
+) -> str | None:
+    """What a layer does not know of the masks that its model has made."""
+    gathered = None if documents is None else documents.position_ids
+    ranges = []
+    for mask, call in made:
+        if mask.is_final:
+            return "the bounds or the tree in `attention_mask`"
+        if call.is_token is not None:
+            if _sees_padding(call.is_token, call.position_ids, gathered, is_causal):
+                return "the padding in `attention_mask`"
+            _alive.made[mask] = call._replace(is_token=None)  # the other layers need not read it again
+        assert call.mask_function is not None
+        seen = range_of(call.mask_function)
+        if seen is None:
+            return "image blocks, chunks or another overlay of the mask"
+        ranges.append(seen)
+    if ranges and (is_causal, sliding_window) not in ranges:
+        return "a sliding window or the direction of the mask"
+    return None
+
+
+def _sees_padding(is_token: Tensor, position_ids: Tensor | None, gathered: Tensor | None, is_causal: bool) -> bool:
+    """Whether some token would see padding. Padding after the last token of a causal row, or in documents of its own,
+    is seen by no token.
+
+    Args:
+        is_token: bool `[B, S]`, of this rank's part of the sequence.
+        position_ids: `[B or 1, S]`, of this part.
+        gathered: `[B or 1, P x S]`, of the whole sequence.
+    """
+    length = is_token.shape[1]
+    if not is_causal or position_ids is None or gathered is None or gathered.shape[1] <= length:
+        return not bool(is_token.all())
+    within = ~is_token[:, :-1] & is_token[:, 1:] & (position_ids[:, 1:] > position_ids[:, :-1])
+    is_first_part = position_ids[:, :1] == gathered[:, :1]
+    goes_on = gathered[:, length : length + 1] > gathered[:, length - 1 : length]
+    starts_empty = ~is_token.any(1, keepdim=True) & is_first_part & goes_on
+    return bool(within.any() | starts_empty.any())
+
+
+def refuse_local_bounds(mask: Mask, module: nn.Module, query: Tensor, key: Tensor) -> None:
+    """Refuse the bounds of one rank's rows where a layer is given the rows of several."""
+    if mask.bounds is None or torch.compiler.is_compiling():
+        return
+    if mask.shape[-1] < key.shape[2] and key.shape[2] % mask.shape[-1] == 0 and mask.shape[-1] > 1:
+        raise ValueError(
+            f"`attention_mask` holds bounds of {mask.shape[-1]} keys, and {type(module).__name__} attends over "
+            f"{key.shape[2]}: an engine for sequence parallelism has gathered the keys of all ranks, and not the "
+            f"mask. {_WAY_OUT}."
         )

@@ -19,6 +19,7 @@ from flashmask_kernels import Schedules
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
 from .documents import Documents, after_cache, check_lengths_beside_cache
+from .engines import heads_of_rank
 from .final_bounds import warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
@@ -202,6 +203,7 @@ def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> Lay
         mask = recent.get("dense", (mask,), module, convert, query.device)
     else:
         _refuse_dense_integers(mask, query.shape[2])
+    mask = heads_of_rank(module, mask, query.shape[1])
     _bounds.check_bounds(
         mask,
         name="attention_mask",

@@ -170,7 +170,7 @@ class Hints:
         is_token: bool `[B, S]`, False for padding, for all tokens so far. None without padding.
         document_ends: int32 `[B or 1, S]`, where queries and keys are the same tokens: past-the-last row of the
             document of each.
-        position_ids: `[B or 1, S_q]`, beside a cache, where the documents among the queries are not yet found.
+        position_ids: `[B or 1, S_q]`. Beside a cache the documents among the queries are not yet found.
         tree: the prefix tree of the row.
         exchange: where the tokens of the call are a part of the sequence that the hints describe.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.utils.import_utils import is_tracing
 from .. import bounds as _bounds
 from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
-from .engines import called_with_bounds
+from .engines import note_made
 from .final_bounds import warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
@@ -60,15 +61,11 @@ def prepare(
         return early_exit, made, None, *sizes
     batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
-        if not torch.compiler.is_compiling():
-            called_with_bounds.note(config, length)
         early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
-            return True, mask, None, *sizes
+            return True, note_made(mask, config, length, position_ids, None), None, *sizes
         return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
-    if not torch.compiler.is_compiling():
-        called_with_bounds.forget(config)
     early_exit, is_token, _, *sizes = find_sizes(inputs_embeds, attention_mask)
     if early_exit:
         return early_exit, is_token, None, *sizes
@@ -90,7 +87,8 @@ def prepare(
         lambda: _bounds.document_ends(position_ids, of_keys),
         inputs_embeds.device,
     )
-    return early_exit, Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends), None, *sizes
+    hints = Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends, position_ids=position_ids)
+    return early_exit, hints, None, *sizes
 
 
 def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
@@ -159,6 +157,13 @@ def flashmask_mask(
         hints = attention_mask
     else:
         hints = Hints((batch_size, kv_length), device, is_token=attention_mask)
+    note = functools.partial(
+        note_made,
+        config=kwargs.get("config"),
+        num_rows=q_length,
+        position_ids=hints.position_ids,
+        mask_function=mask_function,
+    )
     if hints.tree is not None:
         if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
             raise NotImplementedError(
@@ -166,7 +171,9 @@ def flashmask_mask(
                 "read: pass bounds that hold the windows, which have more than one plane"
             )
         bounds = in_tree(mask_function, hints.tree)
-        return Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True, exchange=hints.exchange)
+        return note(
+            Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True, exchange=hints.exchange)
+        )
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
@@ -183,7 +190,7 @@ def flashmask_mask(
             mask_function is masking_utils.bidirectional_mask_function and allow_is_bidirectional_skip
         )
         if needs_no_bounds and (is_token is None or (is_last_row and _has_no_padding(is_token))):
-            return Mask(
+            mask = Mask(
                 None,
                 kv_len=kv_length,
                 device=device,
@@ -191,10 +198,13 @@ def flashmask_mask(
                 place=place,
                 exchange=hints.exchange,
             )
+            return note(mask)
+    has_documents = hints.document_ends is not None
+    of_cache = None if has_documents else hints.position_ids
     bounds = from_mask_function(
         mask_function,
         document_ends=hints.document_ends,
-        counted_from=None if hints.position_ids is None else first_slots(hints.position_ids, hints.is_token, place),
+        counted_from=None if of_cache is None else first_slots(of_cache, hints.is_token, place),
         is_token=is_token,
         batch_size=batch_size,
         q_len=q_length,
@@ -204,14 +214,13 @@ def flashmask_mask(
         device=device,
         has_user_functions=use_vmap,
     )
-    has_documents = hints.document_ends is not None
     has_ranges = mask_function is not masking_utils.causal_mask_function and (local_size or 0) < kv_offset + kv_length
-    if hints.position_ids is not None:
-        apart = after_cache(hints.position_ids, is_token, place, has_ranges=has_ranges)
+    if of_cache is not None:
+        apart = after_cache(of_cache, is_token, place, has_ranges=has_ranges)
         bounds, has_documents = _bounds.intersect(bounds, apart, q_len=q_length), True
     if is_token is not None:
         bounds = _hide_padding(bounds, is_token)
-    return Mask(
+    mask = Mask(
         bounds,
         kv_len=kv_length,
         device=device,
@@ -221,6 +230,7 @@ def flashmask_mask(
         place=place,
         exchange=hints.exchange,
     )
+    return note(mask)
 
 
 def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Place) -> None:

@@ -1,0 +1,262 @@
+"""Models on several GPUs: loss and gradients of one process, or an error that names the engine and the way that works.
+
+Processes on one machine, connected by gloo, against one process under eager attention with each document alone.
+
+| engine | packed, windows, sinks | bounds, padding | bounds of heads | image blocks | trees | one kv head |
+|---|---|---|---|---|---|---|
+| DDP, also by accelerate and Trainer | exact | exact | exact | exact | exact | exact |
+| FSDP2, also by accelerate; HSDP; FSDP1 | exact | exact | exact | exact | exact | exact |
+| with checkpointing, both kinds | exact | exact | exact | exact | exact | exact |
+| with LoRA (DDP, FSDP2) | exact | | | | | |
+| in bfloat16 (FSDP2) | as eager | | | as eager | as eager | as eager |
+| `tp_plan="auto"` (gpt-oss keeps its heads whole) | exact | exact | exact | exact | exact | Transformers fails |
+| `nn.DataParallel` | exact (1) | exact (2) | | | exact | |
+| hooks of `device_map` | exact | exact | | exact | exact | |
+| Ulysses of DeepSpeed, which drops masks | exact (3) | refused (4) | refused | refused | refused | exact |
+| torch's `context_parallel` | refused | refused | refused | refused | refused | refused |
+
+"Trees" are `share_prefixes` under a loss that compares answers, and under DDP in TRL's DPOTrainer. (1)
+`cu_seq_lens_q` is refused. (2) Bounds of batch 1 beside several rows are refused. (3) Sinks and chunks are refused.
+(4) Padding after the last token is exact.
+
+`nn.DataParallel` itself drops the rows of the batch for which a tensor of batch 1 has no part. The layer sees it only
+where a replica has several rows. Ulysses is that of `replica_cases.ulysses`, which does what DeepSpeed's does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import replica_cases
+import torch
+from accelerate import dispatch_model
+from replica_cases import CASES, batch_of, build_model, documents_of, errors, gradients_of, loss_of_documents, true_loss
+from tiny_models import VOCABULARY, eager_twin, padded
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_flashmask import bounds, share_prefixes
+
+LOSS, GRADIENTS = 1e-6, 1e-5
+
+REFUSED = {
+    "ulysses llama left padding": "DeepSpeed's Ulysses does this.* has dropped the padding",
+    "ulysses llama left padding of a whole part": "has dropped the padding",
+    "ulysses llama bounds": "has dropped the bounds or the tree.*Use DDP or FSDP",
+    "ulysses llama heads": "has dropped the bounds or the tree",
+    "ulysses gemma3 bounds": "has dropped the masks for its types of layers",
+    "ulysses gemma3 tree": "has dropped the bounds or the tree",
+    "ulysses gemma3_images images": "has dropped image blocks",
+    "ulysses llama4 packed": "has dropped image blocks, chunks",
+    "ulysses gpt_oss packed": "2 query heads, and has attention sinks for 4.*Ulysses",
+    "ring llama": '`context_parallel`.*needs "sdpa"',
+    "tensor llama_one_kv_head packed": "shape '.*' is invalid for input",  # an error of Transformers
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each process found, by the number of processes."""
+    folder = tmp_path_factory.mktemp("replicas")
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, replica_cases.__file__, str(folder)]
+        status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=400)
+    assert status.returncode == 0, (folder / "log").read_text()[-5000:]
+    return {
+        ranks: [json.loads((folder / f"results_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
+        for ranks in CASES
+    }
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, cases in CASES.items() for name in cases])
+def test_several_processes_equal_one(results: dict[int, list[dict[str, Any]]], ranks: int, name: str) -> None:
+    for result in (of_rank[name] for of_rank in results[ranks]):
+        if name in REFUSED:
+            assert re.search(REFUSED[name], result.get("error", ""), re.DOTALL), result
+            continue
+        assert "error" not in result, result["traceback"]
+        if "eager_loss" in result:
+            assert result["loss"] < 2 * result["eager_loss"] + 5e-4
+            assert result["gradients"] < 1.5 * result["eager_gradients"]
+        else:
+            assert max(result["loss"] / LOSS, result["gradients"] / GRADIENTS) < 1, result
+        if name.startswith("tensor"):
+            assert result["is_sharded"] == ("gpt_oss" not in name)
+
+
+# nn.DataParallel: on the CPU it has no replicas, so that here they are made as it makes them
+
+
+def data_parallel(model: nn.Module, **batch: Any) -> list[Any]:
+    """Outputs of two replicas in two threads. Every tensor is cut along its first dimension; a dict is as long as the
+    tensor with the fewest parts.
+    """
+    parts = [_scatter(value) for value in batch.values()]
+    calls = [dict(zip(batch, values)) for values in zip(*parts)]
+    outputs: list[Any] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            outputs[index] = _replica(model)(**calls[index])
+        except Exception as error:
+            outputs[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for output in outputs:
+        if isinstance(output, Exception):
+            raise output
+    return outputs
+
+
+def _scatter(value: Any) -> list[Any]:
+    if isinstance(value, Tensor):
+        return list(value.chunk(2))
+    if isinstance(value, dict):
+        return [dict(zip(value, values)) for values in zip(*map(_scatter, value.values()))]
+    return [value, value]
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """A copy that shares parameters, as `torch.nn.parallel.replicate` makes it."""
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = dict(module._parameters)
+    for name, child in module._modules.items():
+        replica._modules[name] = None if child is None else _replica(child)
+    return replica
+
+
+def rows_of_two() -> tuple[dict[str, Tensor], list[list[Tensor]]]:
+    """A packed row of 24 tokens for each of two replicas."""
+    documents = [documents_of(0), [documents_of(1)[1], documents_of(1)[1] % 7]]
+    rows = [replica_cases.packed(row) for row in documents]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, documents
+
+
+@pytest.mark.parametrize("kind", ["packed", "bounds"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3"])
+def test_data_parallel(name: str, kind: str) -> None:
+    model = build_model(name)
+    twin = eager_twin(model)
+    batch, documents = rows_of_two()
+    call: dict[str, Any] = dict(batch)
+    if kind == "bounds":
+        own = bounds.from_position_ids(batch["position_ids"])
+        call["attention_mask"] = own
+        if name != "llama":
+            window = bounds.sliding_window(model.config.sliding_window, own.shape[-1])
+            windowed = bounds.intersect(own, window)
+            call["attention_mask"] = {"full_attention": own, "sliding_attention": windowed}
+    outputs = data_parallel(model, **call, use_cache=False)
+    assert len(outputs) == 2
+    loss = torch.stack([loss_of_documents(output.logits, row) for output, row in zip(outputs, documents)]).sum()
+    loss.backward()
+    alone = [torch.cat([twin(document).logits for document in row], dim=1) for row in documents]
+    expected = torch.stack([loss_of_documents(logits, row) for logits, row in zip(alone, documents)]).sum()
+    expected.backward()
+    error = errors(loss, gradients_of(model), (expected.detach(), gradients_of(twin)))
+    assert max(error["loss"] / LOSS, error["gradients"] / GRADIENTS) < 1, error
+
+
+def test_data_parallel_shares_prefixes() -> None:
+    model = build_model("gemma3")
+    rows = [documents_of(0)[2][0], documents_of(0)[2][0].clone(), documents_of(0)[3][0], documents_of(0)[3][0].clone()]
+    rows[1][-2:] = rows[3][-1:] = 5
+    batch = padded([row[None] for row in rows], "right")
+    del batch["position_ids"]
+    expected = [eager_twin(model)(row[None]).logits[0] for row in rows]
+    with share_prefixes(model) as sharing:
+        outputs = data_parallel(model, **batch, use_cache=False)
+    assert sharing.computed_tokens < sharing.given_tokens
+    logits = [row for output in outputs for row in output.logits]
+    for row, truth in zip(logits, expected):
+        torch.testing.assert_close(row[: len(truth)], truth, rtol=1e-4, atol=1e-5)
+
+
+def test_data_parallel_refuses_what_it_cuts() -> None:
+    model = build_model("llama")
+    batch = {"input_ids": torch.randint(1, VOCABULARY, (4, 6)), "use_cache": False}
+    with pytest.raises(ValueError, match=r"nn.DataParallel cuts .* expand it to the batch, or use DDP"):
+        data_parallel(model, **batch, attention_mask=bounds.causal(6))
+    with pytest.raises(NotImplementedError, match=r"nn.DataParallel cuts `cu_seq_lens_q` .* use DDP"):
+        data_parallel(
+            model,
+            input_ids=batch["input_ids"][:1],
+            use_cache=False,
+            cu_seq_lens_q=torch.tensor([0, 2, 3, 6], dtype=torch.int32),
+            cu_seq_lens_k=torch.tensor([0, 2, 3, 6], dtype=torch.int32),
+            max_length_q=3,
+            max_length_k=3,
+        )
+
+
+# device_map
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", "packed"), ("gpt_oss", "bounds"), ("gemma3", "padded"), ("gemma3_images", "images"), ("gemma3", "tree")],
+)
+def test_hooks_of_a_device_map(name: str, kind: str) -> None:
+    """The hooks that move the arguments of each layer, with the CPU as every device."""
+    model = build_model(name)
+    twin = eager_twin(model)
+    dispatched = dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
+    with share_prefixes(dispatched) if kind == "tree" else contextlib.nullcontext():
+        loss = replica_cases.loss_of_batch(dispatched, kind, 0, model)
+    loss.backward()
+    expected = true_loss(twin, kind, 0)
+    expected.backward()
+    error = errors(loss, gradients_of(dispatched), (expected.detach(), gradients_of(twin)))
+    assert max(error["loss"] / LOSS, error["gradients"] / GRADIENTS) < 1, error
+
+
+# Masks that do not arrive, in one process
+
+
+@pytest.fixture
+def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    def replace(change: Callable) -> None:
+        inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+            query, key, value, mask = change(query, key, value, mask)
+            output, _ = inner(module, query, key, value, mask, **kwargs)
+            return output[:, : output.shape[1] // 2], None
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flashmask", attend)
+
+    return replace
+
+
+def twice(*tensors: Tensor) -> list[Tensor]:
+    return [torch.cat([tensor, tensor], dim=2) for tensor in tensors]
+
+
+def test_bounds_of_one_part_beside_gathered_queries(replace_attention: Callable[[Callable], None]) -> None:
+    model = build_model("llama")
+    replace_attention(lambda query, key, value, mask: (*twice(query, key, value), mask))
+    with pytest.raises(ValueError, match=r"bounds of 24 keys, and LlamaAttention attends over 48.* has gathered"):
+        model(**batch_of("packed", 0, model), use_cache=False)
+
+
+def test_after_an_error_other_calls_work(replace_attention: Callable[[Callable], None]) -> None:
+    model = build_model("llama")
+    replace_attention(lambda query, key, value, mask: (*twice(query, key, value), None))
+    with pytest.raises(NotImplementedError, match="has dropped the bounds") as kept:
+        model(**batch_of("bounds", 0, model), use_cache=False)
+    model(input_ids=torch.cat(documents_of(0), dim=1), use_cache=False)
+    assert kept.value.__traceback__ is not None
