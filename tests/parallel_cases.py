@@ -6,7 +6,9 @@ The truth is one process with eager attention: each document, each padded row an
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -55,6 +57,7 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-learned_positions", "gpt2", mode=mode)
         yield Case(f"{mode}-mask_alone", "llama", "mask_alone", mode)
         yield Case(f"{mode}-short", "gpt_oss", "short", mode)
+        yield Case(f"{mode}-2-long", "gemma3", "long", mode, 2)
         yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
@@ -118,7 +121,7 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
-    lengths = {"one_document": [45], "short": [2, 1]}.get(kind, [17, 3, 25, 1, 9, 6])
+    lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
     batch = tiny_models.packed(documents)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
@@ -383,8 +386,10 @@ def ring(parallel: Any, model: nn.Module, rank: int) -> None:
 
 @fault("after `remove")
 def after_remove(parallel: Any, model: nn.Module, rank: int) -> None:
+    expected = [copy.deepcopy(model)(**_packed()).loss, pickle.loads(pickle.dumps(model))(**_packed()).loss]
     parallel.remove()
-    assert model(**_packed()).loss > 0
+    loss = model(**_packed()).loss
+    assert loss == expected[0] == expected[1]
     parallel.shard(_packed())
 
 
