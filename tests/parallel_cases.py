@@ -132,6 +132,7 @@ def make_example(kind: str, config: Any) -> Example:
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
     elif kind == "cu_seq_lens":
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
+        batch["num_items_in_batch"] = int((batch["labels"] != IGNORED).sum())
         batch["max_length_q"] = batch["max_length_k"] = max(lengths)
     elif kind.startswith("bounds"):
         mask = bounds.from_position_ids(batch["position_ids"])
@@ -235,7 +236,8 @@ def run_case(case: Case) -> dict[str, Any]:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
-    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=mesh["dp"]) as parallel:
+    data_mesh = mesh["dp"] if len(examples) > 1 else None
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=data_mesh) as parallel:
         part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
         with count_masks() as masks:
             output = called(**part)
@@ -350,6 +352,16 @@ def batch_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
 def tokens_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
     batch = _packed()
     model(**{**parallel.shard(batch), "input_ids": batch["input_ids"], "position_ids": batch["position_ids"]})
+
+
+@fault("must be a tensor|refused the batch")
+def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
+
+
+@fault("must be a mapping|refused the batch")
+def no_batch_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard(None if rank == 3 else _packed())
 
 
 @fault("looks tokens up")
