@@ -6,7 +6,9 @@ The truth is one process with eager attention: each document, each padded row an
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -55,6 +57,7 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-learned_positions", "gpt2", mode=mode)
         yield Case(f"{mode}-mask_alone", "llama", "mask_alone", mode)
         yield Case(f"{mode}-short", "gpt_oss", "short", mode)
+        yield Case(f"{mode}-2-long", "gemma3", "long", mode, 2)
         yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
@@ -118,7 +121,7 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
-    lengths = {"one_document": [45], "short": [2, 1]}.get(kind, [17, 3, 25, 1, 9, 6])
+    lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
     batch = tiny_models.packed(documents)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
@@ -129,6 +132,7 @@ def make_example(kind: str, config: Any) -> Example:
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
     elif kind == "cu_seq_lens":
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
+        batch["num_items_in_batch"] = int((batch["labels"] != IGNORED).sum())
         batch["max_length_q"] = batch["max_length_k"] = max(lengths)
     elif kind.startswith("bounds"):
         mask = bounds.from_position_ids(batch["position_ids"])
@@ -232,7 +236,8 @@ def run_case(case: Case) -> dict[str, Any]:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
-    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=mesh["dp"]) as parallel:
+    data_mesh = mesh["dp"] if len(examples) > 1 else None
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=data_mesh) as parallel:
         part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
         with count_masks() as masks:
             output = called(**part)
@@ -349,6 +354,16 @@ def tokens_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
     model(**{**parallel.shard(batch), "input_ids": batch["input_ids"], "position_ids": batch["position_ids"]})
 
 
+@fault("must be a tensor|refused the batch")
+def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
+
+
+@fault("must be a mapping|refused the batch")
+def no_batch_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard(None if rank == 3 else _packed())
+
+
 @fault("looks tokens up")
 def image_blocks(parallel: Any, model: nn.Module, rank: int) -> None:
     from transformers.masking_utils import create_causal_mask
@@ -383,8 +398,10 @@ def ring(parallel: Any, model: nn.Module, rank: int) -> None:
 
 @fault("after `remove")
 def after_remove(parallel: Any, model: nn.Module, rank: int) -> None:
+    expected = [copy.deepcopy(model)(**_packed()).loss, pickle.loads(pickle.dumps(model))(**_packed()).loss]
     parallel.remove()
-    assert model(**_packed()).loss > 0
+    loss = model(**_packed()).loss
+    assert loss == expected[0] == expected[1]
     parallel.shard(_packed())
 
 

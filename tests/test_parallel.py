@@ -56,6 +56,15 @@ def test_averaged_losses_and_gradients_are_those_of_one_process(results: list[di
     assert found["worst"] < close
 
 
+def test_the_page_names_cases() -> None:
+    page = (ROOT / "docs" / "many_gpus.md").read_text()
+    table = page.partition("| | cases |")[2].partition("\n\n")[0]
+    for pattern in re.findall("`([^`]+)`", re.sub(r"by `[a-z_]+`|without `[a-z_]+`", "", table)):
+        for ranks in ("2", "4") if "{2,4}" in pattern else ("",):
+            name = re.escape(pattern.replace("{2,4}", ranks)).replace(r"\*", ".*")
+            assert any(re.search(f"(^|-){name}$", case.name) for case in CASES), pattern
+
+
 def test_masks_are_made_once_for_each_type_of_layers(results: list[dict[str, Any]]) -> None:
     for case in CASES:
         expected = 0 if case.batch.startswith(("bounds", "tree")) else results[0][case.name]["layer_types"]

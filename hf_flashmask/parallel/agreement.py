@@ -15,7 +15,7 @@ __all__ = ["check_agreement"]
 
 
 def check_agreement(
-    groups: Sequence[Group], device: torch.device, batch: Mapping[str, Any], settings: str, error: Exception | None
+    groups: Sequence[Group], device: torch.device, batch: Any, settings: str, error: Exception | None
 ) -> None:
     """Raise on every rank when one rank has refused its batch, or when the ranks were given different ones.
 
@@ -28,7 +28,7 @@ def check_agreement(
         settings: what else must be equal.
         error: why this rank refuses its batch.
     """
-    tensors = dict(sorted(_tensors(batch)))
+    tensors = dict(sorted(_tensors(batch))) if isinstance(batch, Mapping) else {}
     described = ", ".join(f"`{name}` {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
     is_refused = torch.tensor(error is not None, dtype=torch.int64, device=device)
     names = torch.tensor(zlib.crc32(f"{settings}; {described}".encode()), device=device)

@@ -37,7 +37,7 @@ class Ulysses:
         if bounds is None or bounds.shape[1] == 1:
             return mask
         own = self._own_heads(heads)
-        return mask.once(("heads of rank",), lambda: LayerMask(bounds[:, own].contiguous(), self.length))
+        return mask.once(("heads of rank", heads), lambda: LayerMask(bounds[:, own].contiguous(), self.length))
 
     def bring(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

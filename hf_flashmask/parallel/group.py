@@ -11,8 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Group", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
 
-_all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13
-
 
 class Group(NamedTuple):
     """The ranks that share a sequence."""
@@ -59,7 +57,8 @@ def gather_rows(rows: Tensor, group: Group) -> Tensor:
 def all_gather(values: Tensor, group: Group) -> Tensor:
     """`[P, ...]`, without gradients."""
     gathered = values.new_empty(group.size, *values.shape)
-    _all_gather_into(gathered.flatten(), values.contiguous().flatten(), group=group.handle)
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
+    gather_into(gathered.flatten(), values.contiguous().flatten(), group=group.handle)
     return gathered
 
 

@@ -87,6 +87,8 @@ class SequenceParallel:
         self._groups = groups_of(mesh, "mesh", 2)
         self._size = math.prod(group.size for group in self._groups)
         self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
+        of_model = next(self._model.parameters()).device.type
+        self._device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else of_model
         self._check_batches = check_batches
         self.mode: Mode
         if mode == "auto":
@@ -133,7 +135,7 @@ class SequenceParallel:
         part, error = None, None
         try:
             part = self._shard(batch)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as refused:
+        except Exception as refused:  # whatever it is, the other ranks must learn of it
             if not self._check_batches:
                 raise
             error = refused
@@ -207,15 +209,15 @@ class SequenceParallel:
         return make(batch.length, batch.length, device=batch.device)
 
     def _device_on_the_wire(self) -> torch.device:
-        """Where the group communicates from."""
-        if "nccl" not in dist.get_backend(self._groups[0].handle):
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
+        """Where the group communicates from, beside what the layers exchange: from the host, if it can."""
+        backend = dist.get_backend(self._groups[0].handle)
+        return torch.device("cpu") if "gloo" in backend or backend in ("mpi", "undefined") else self._device()
 
     def _device(self) -> torch.device:
-        """Where the model computes; batches may still be on the host."""
-        on_the_wire = self._device_on_the_wire()
-        return next(self._model.parameters()).device if on_the_wire.type == "cpu" else on_the_wire
+        """Where the model computes; batches may still be on the host, and offloaded weights as well."""
+        if self._device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self._device_type, torch.accelerator.current_device_index())
 
     def remove(self) -> None:
         """Switch it off: the model takes whole batches again."""

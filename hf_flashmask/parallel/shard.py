@@ -55,6 +55,8 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
         length_of: the length that rows of this length are padded to.
         device: where the model computes.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
     given = _on_device(kept, device)
     tokens = given.get("input_ids", given.get("inputs_embeds"))
@@ -90,6 +92,10 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     positions = index[None]
     if "position_ids" in given:
         position_ids = given.pop("position_ids")
+        if not isinstance(position_ids, Tensor):
+            raise TypeError(
+                f"`position_ids` must be a tensor [{rows} or 1, {short}], got {type(position_ids).__name__}"
+            )
         if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != short:
             raise NotImplementedError(
                 f"`position_ids` must be [{rows} or 1, {short}] for these tokens, got {list(position_ids.shape)}; "
