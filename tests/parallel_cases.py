@@ -385,7 +385,7 @@ def twice(parallel: Any, model: nn.Module, rank: int) -> None:
     hf_flashmask.sequence_parallel(model, parallel._groups[0].handle)
 
 
-@fault("torch's context_parallel")
+@fault("torch's `context_parallel`")
 def ring(parallel: Any, model: nn.Module, rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _WAY_OUT = (
-    "Use DDP or FSDP for this model, or an engine that hands attention layers the mask of the whole sequence as "
+    "Use hf_flashmask.sequence_parallel, or an engine that hands attention layers the mask of the whole sequence as "
     "`attention_mask`"
 )
 
