@@ -435,7 +435,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=240),
     )
     results: dict[str, Any] = {}
     runs: dict[str, Callable[[], dict[str, Any]]] = {case.name: lambda case=case: run_case(case) for case in CASES}

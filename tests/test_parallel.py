@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,41 @@ SCRIPT = Path(__file__).with_name("parallel_cases.py")
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process has found. A process that waits for another one fails after a minute."""
-    folder = tmp_path_factory.mktemp("parallel")
+    """What each process has found. The workers of pytest-xdist share it: the first one that asks computes."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "parallel"
+    finished = folder / "finished"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + 500
+        while not finished.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+    else:
+        try:
+            compute(folder)
+        finally:
+            finished.touch()
+    found = [folder / f"{rank}.json" for rank in range(WORLD)]
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log")))
+    assert (folder / "succeeded").exists(), logs
+    return [json.loads(path.read_text()) for path in found]
+
+
+def compute(folder: Path) -> None:
+    """All cases, on processes whose collectives fail after some minutes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(WORLD):
-        log = (folder / f"{rank}.log").open("w")
-        command = [sys.executable, str(SCRIPT), str(rank), str(folder)]
-        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder))
+        with (folder / f"{rank}.log").open("w") as log:
+            command = [sys.executable, str(SCRIPT), str(rank), str(folder)]
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder))
     try:
-        codes = [process.wait(timeout=420) for process in processes]
+        if not any(process.wait(timeout=420) for process in processes):
+            (folder / "succeeded").touch()
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD) if codes[rank])
-    assert not any(codes), logs
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
