@@ -173,7 +173,7 @@ def test_an_engine_that_drops_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = bounds.from_position_ids(batch["position_ids"])
     with monkeypatch.context() as patch:
         patch.setitem(AttentionInterface._global_mapping, "flashmask", drop_masks)
-        with pytest.raises(NotImplementedError, match="has dropped the bounds.*hf_flashmask.sequence_parallel"):
+        with pytest.raises(NotImplementedError, match=r"has dropped the bounds.*hf_flashmask.sequence_parallel"):
             model(**batch, attention_mask=mask)
         with pytest.raises(RuntimeError):  # whose output does not fit into this model
             model(**batch)
