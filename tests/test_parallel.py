@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -184,7 +185,9 @@ def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
     model = tiny_models.build("llama")
     batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
     embeds = torch.zeros(1, 8, 32)
-    mask = create_causal_mask(model.config, embeds, None, None, batch["position_ids"])
+    cache = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+    call = {"attention_mask": None, cache: None, "position_ids": batch["position_ids"]}
+    mask = create_causal_mask(config=model.config, inputs_embeds=embeds, **call)
     heads = torch.zeros(1, 4, 16, 8)
     layer = model.model.layers[0].self_attn
     with pytest.raises(ValueError, match=r"bounds of 8 keys, and .* attends over 16.*hf_flashmask.sequence_parallel"):
