@@ -183,7 +183,8 @@ def refuse_dropped_mask(
     of_model = [(mask, call) for mask, call in _alive.made.items() if call.config is config]
     made = [(mask, call) for mask, call in of_model if num_rows > call.num_rows or mask.is_final]
     lost = _lost(made, documents, is_causal, sliding_window)
-    if not of_model and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
+    has_lengths = documents is not None and documents.cu_seq_lens_q is not None  # vision towers make no masks
+    if not of_model and not has_lengths and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
         lost = "the masks for its types of layers in `attention_mask`"
     if lost is not None:
         _alive.made.clear()  # an error keeps the masks of its pass alive
