@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from random_trees import random_sequences
 from tiny_models import (
@@ -354,3 +355,60 @@ def test_device_map(name: str, placement: str, tmp_path: Path) -> None:
     del batch["position_ids"]
     greedy = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**batch, **greedy), twin.generate(**batch, **greedy))
+
+
+def tiny_t5gemma() -> transformers.PreTrainedModel:
+    part = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 64,
+        "layer_types": ["full_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    }
+    config = transformers.T5GemmaConfig(encoder=part, decoder={**part, "cross_attention_hidden_size": 32})
+    torch.manual_seed(1)
+    model = transformers.T5GemmaForConditionalGeneration._from_config(config, attn_implementation="flashmask").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def pairs_alone(model: transformers.PreTrainedModel, texts: list[Tensor], targets: list[Tensor]) -> Tensor:
+    twin = eager_twin(model)
+    logits = [twin(input_ids=text, decoder_input_ids=target).logits for text, target in zip(texts, targets)]
+    return torch.cat(logits, dim=1)
+
+
+def test_cu_seq_lens_keep_the_documents_of_an_encoder_and_its_decoder_apart() -> None:
+    model = tiny_t5gemma()
+    texts, targets = random_documents(LENGTHS), random_documents(LENGTHS)
+    row = {"input_ids": torch.cat(texts, 1), "decoder_input_ids": torch.cat(targets, 1)}
+    logits = model(**row, cu_seq_lens_q=cumulative_lengths(texts)).logits
+    torch.testing.assert_close(logits, pairs_alone(model, texts, targets), **TOLERANCE)
+
+
+def test_documents_of_other_lengths_in_the_decoder_need_bounds_of_their_own() -> None:
+    model = tiny_t5gemma()
+    texts, targets = random_documents(LENGTHS), random_documents([3, 2, 4, 1, 6])
+    row = {"input_ids": torch.cat(texts, 1), "decoder_input_ids": torch.cat(targets, 1)}
+    of_encoder, of_decoder = cumulative_lengths(texts), cumulative_lengths(targets)
+    text_length, target_length = sum(LENGTHS), int(of_decoder[-1])
+    with pytest.raises(NotImplementedError, match="which of them belong together is not known"):
+        model(**row, cu_seq_lens_q=of_encoder)
+    within = bounds.from_cu_seqlens(of_encoder, text_length, is_causal=False)
+    causal = bounds.from_cu_seqlens(of_decoder, target_length)
+    with pytest.raises(ValueError, match="bounds of the encoder"):
+        model(**row, attention_mask=within, decoder_attention_mask=causal)
+    between = bounds.from_cu_seqlens(
+        of_decoder, target_length, cu_seqlens_k=of_encoder, kv_len=text_length, is_causal=False
+    )
+    del row["input_ids"]
+    encoded = model.model.encoder(torch.cat(texts, 1), attention_mask=within)
+    logits = model(**row, encoder_outputs=encoded, attention_mask=between, decoder_attention_mask=causal).logits
+    torch.testing.assert_close(logits, pairs_alone(model, texts, targets), **TOLERANCE)

@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
-from .documents import documents_of_layer, is_cross_attention
-from .engines import refuse_cut_call, refuse_dropped_mask, refuse_local_bounds, refuse_ring
+from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention
+from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import NAME, logger
@@ -66,20 +66,25 @@ def flashmask_attention_forward(
     """
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
-    if isinstance(attention_mask, Mask):
-        if attention_mask.is_users:
-            _refuse_router_losses(kwargs)
-        refuse_local_bounds(attention_mask, module, query, key)
-    refuse_cut_call(module, query, _bounds_of_user(attention_mask), cu_seq_lens_q, s_aux)
+    if isinstance(attention_mask, Mask) and attention_mask.is_users:
+        _refuse_router_losses(kwargs)
+    of_user = _mask_of_user(attention_mask)
+    refuse_cut_call(module, query, of_user, cu_seq_lens_q, s_aux)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     if exchange is None:
         refuse_part_alone(module)
-        documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
+        if isinstance(attention_mask, Mask):
+            refuse_other_tokens(attention_mask, module, query, key)
+        is_cross = is_cross_attention(module, is_causal, kwargs)
+        if is_cross:
+            documents = documents_of_cross_attention(module, query, key, of_user is not None, cu_seq_lens_q)
+        else:
+            documents = documents_of_layer(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         of_queries, of_keys = query, key
         # Whether an engine has put a function of its own in the place of this one.
         is_wrapped = attention_mask is None and ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward
-        if is_wrapped and not is_cross_attention(module, is_causal, kwargs):
+        if is_wrapped and not is_cross:
             refuse_dropped_mask(module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None)
     else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens
         check_tokens(exchange, query, key)
@@ -120,7 +125,7 @@ def flashmask_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _bounds_of_user(mask: Mask | Tensor | None) -> Tensor | None:
+def _mask_of_user(mask: Mask | Tensor | None) -> Tensor | None:
     """A tensor reaches a layer past the mask function: a user's dict of bounds, or a model's own mask."""
     if isinstance(mask, Mask):
         return mask.bounds if mask.is_users else None

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import masking_utils
-from transformers.utils.import_utils import is_tracing
 
 from .. import bounds
 from .closures import (
@@ -36,6 +35,7 @@ from .closures import (
 )
 from .evaluation import Call, evaluate, search
 from .name import logger
+from .reading import may_be_read
 
 __all__ = ["Tree", "counts_positions", "from_dense_mask", "from_mask_function", "in_tree", "range_of"]
 
@@ -136,10 +136,10 @@ def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
             f"`attention_mask` is a dense mask of shape {list(mask.shape)}; expected [B or 1, H or 1, {q_len} (the "
             "number of queries) or 1, S_k]"
         )
-    if is_tracing(mask):
+    if not may_be_read(mask):
         raise NotImplementedError(
-            "`attention_mask` is a dense mask, which cannot be read inside of torch.compile: convert it before with "
-            "hf_flashmask.bounds.from_dense"
+            "`attention_mask` is a dense mask, which cannot be read inside of torch.compile or a CUDA graph: convert "
+            "it before with hf_flashmask.bounds.from_dense"
         )
     logger.warning_once(
         'attn_implementation="flashmask" converts a dense 4-D `attention_mask` to bounds in O(S_q x S_k) time and '

@@ -6,16 +6,17 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.import_utils import is_tracing
 
 from .. import bounds as _bounds
 from .mask import Place
+from .reading import may_be_read
 
 __all__ = [
     "Documents",
     "after_cache",
     "are_of_tokens",
     "check_lengths_beside_cache",
+    "documents_of_cross_attention",
     "documents_of_layer",
     "is_cross_attention",
 ]
@@ -54,27 +55,48 @@ def are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeG
 
 
 def documents_of_layer(
-    module: nn.Module,
     query: Tensor,
-    is_causal: bool,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
-    kwargs: dict[str, Any],
 ) -> Documents | None:
-    """What an attention layer is told about documents. Cumulative lengths go before positions."""
+    """What a layer of self-attention is told about documents. Cumulative lengths go before positions."""
     batch, _, q_len, _ = query.shape
-    if is_cross_attention(module, is_causal, kwargs):
+    if cu_seq_lens_q is None:
+        return Documents(position_ids) if are_of_tokens(position_ids, batch, q_len) else None
+    _check_one_row(batch)
+    differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
+    return Documents(cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k if differ else None)
+
+
+def documents_of_cross_attention(
+    module: nn.Module, query: Tensor, key: Tensor, has_users_mask: bool, cu_seq_lens_q: Tensor | None
+) -> Documents | None:
+    """What a layer of cross-attention is told about documents: a model hands the same lengths to all its layers.
+
+    Raises:
+        NotImplementedError: where the lengths cannot be those of both sides.
+    """
+    if cu_seq_lens_q is None or has_users_mask:
         return None
-    if cu_seq_lens_q is not None:
-        if batch != 1:
-            raise ValueError(
-                f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {batch} rows; "
-                "pass `position_ids` that restart with every document instead"
-            )
-        differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
-        return Documents(cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k if differ else None)
-    return Documents(position_ids) if are_of_tokens(position_ids, batch, q_len) else None
+    if query.shape[2] != key.shape[2]:
+        raise NotImplementedError(
+            f"`cu_seq_lens_q` packs documents, and {type(module).__name__} attends from {query.shape[2]} tokens to "
+            f"{key.shape[2]} others: which of them belong together is not known. Pass one document in each row; or "
+            "run the encoder by itself, and pass `encoder_outputs` with "
+            "attention_mask=bounds.from_cu_seqlens(decoder_lengths, S_q, cu_seqlens_k=encoder_lengths, kv_len=S_k, "
+            "is_causal=False)"
+        )
+    _check_one_row(query.shape[0])
+    return Documents(cu_seq_lens_q=cu_seq_lens_q)
+
+
+def _check_one_row(batch: int) -> None:
+    if batch != 1:
+        raise ValueError(
+            f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {batch} rows; pass "
+            "`position_ids` that restart with every document instead"
+        )
 
 
 def is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
@@ -169,7 +191,7 @@ def check_lengths_beside_cache(place: Place) -> None:
 
 def _refuse(refused: Tensor, reason: str) -> None:
     """One value is read, in a call that takes more than that."""
-    if is_tracing(refused) or (refused.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not may_be_read(refused):
         torch._assert_async(~refused.any(), reason)
     elif bool(refused.any()):
         raise NotImplementedError(reason)

@@ -28,7 +28,7 @@ __all__ = [
     "note_made",
     "refuse_cut_call",
     "refuse_dropped_mask",
-    "refuse_local_bounds",
+    "refuse_other_tokens",
     "refuse_ring",
 ]
 
@@ -243,13 +243,17 @@ def _sees_padding(is_token: Tensor, position_ids: Tensor | None, gathered: Tenso
     return bool(within.any() | starts_empty.any())
 
 
-def refuse_local_bounds(mask: Mask, module: nn.Module, query: Tensor, key: Tensor) -> None:
-    """Refuse the bounds of one rank's rows where a layer is given the rows of several."""
+def refuse_other_tokens(mask: Mask, module: nn.Module, query: Tensor, key: Tensor) -> None:
+    """Refuse the mask of one rank's tokens where a layer is given those of several. A user's mask tells keys alone."""
     if mask.bounds is None or torch.compiler.is_compiling():
         return
-    if mask.shape[-1] < key.shape[2] and key.shape[2] % mask.shape[-1] == 0 and mask.shape[-1] > 1:
+    q_len, kv_len = query.shape[2], key.shape[2]
+    made_for = (q_len, mask.shape[-1]) if mask.place is None else mask.place[:2]
+    # Other lengths of a user's bounds are the user's mistake, which `check_bounds` explains.
+    is_users_mistake = mask.place is None and (made_for[1] <= 1 or kv_len % made_for[1] != 0)
+    if made_for != (q_len, kv_len) and not is_users_mistake:
         raise ValueError(
-            f"`attention_mask` holds bounds of {mask.shape[-1]} keys, and {type(module).__name__} attends over "
-            f"{key.shape[2]}: an engine for sequence parallelism has gathered the keys of all ranks, and not the "
-            f"mask. {_WAY_OUT}."
+            f"the mask of {type(module).__name__} is one of {made_for[0]} queries and {made_for[1]} keys, but the "
+            f"layer was called with {q_len} queries and {kv_len} keys: an engine for sequence or context parallelism "
+            f"has brought the tokens of several ranks together, and not their masks. {_WAY_OUT}."
         )

@@ -1,4 +1,4 @@
-"""What is said once about bounds that users pass: they are final, and hold documents only if the user put them in."""
+"""What is said about bounds that users pass: they are final, and mean what the user put in, in the place it is for."""
 
 from __future__ import annotations
 
@@ -7,19 +7,43 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
 from .. import bounds as _bounds
 from .documents import are_of_tokens
 from .name import logger
+from .reading import may_be_read
 
-__all__ = ["warn_of_meeting_documents"]
+__all__ = ["refuse_bounds_of_encoder", "warn_of_meeting_documents"]
 
 _MOST_STARTS = 64
 """Documents that are looked at in a call. All of them leak, or none does, if bounds and positions do not match."""
 
 _seen: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Configurations of models whose calls were looked at: reading a value from a GPU in every step would slow it down."""
+
+
+_of_self_attention: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""The bounds that models were called with for attention within one sequence, as long as they exist."""
+
+
+def refuse_bounds_of_encoder(mask: Tensor, *, is_cross_attention: bool) -> None:
+    """Models with an encoder and a decoder use one `attention_mask` in the encoder and in cross-attention.
+
+    Bounds count the rows of one of them. Between 2-D masks there is no such difference.
+
+    Raises:
+        ValueError: for cross-attention under the tensor that the encoder was called with.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not is_cross_attention:
+        _of_self_attention[id(mask)] = mask
+    elif id(mask) in _of_self_attention:
+        raise ValueError(
+            "`attention_mask` holds bounds of the encoder, but the model also uses them in cross-attention, where rows "
+            "are the tokens of the decoder: run the encoder by itself with them, and pass `encoder_outputs` and, as "
+            "`attention_mask`, bounds [B or 1, 1, C, S_encoder] whose rows are those of the decoder, or a 2-D mask"
+        )
 
 
 def warn_of_meeting_documents(config: Any, bounds: Tensor, position_ids: Tensor | None) -> None:
@@ -33,11 +57,11 @@ def warn_of_meeting_documents(config: Any, bounds: Tensor, position_ids: Tensor 
         position_ids: what the model was called with.
     """
     length = bounds.shape[-1]
-    if bounds.dtype != torch.int32 or bounds.ndim != 4 or is_tracing(bounds) or position_ids is None:
+    if bounds.dtype != torch.int32 or bounds.ndim != 4 or not may_be_read(bounds) or position_ids is None:
         return
     if not are_of_tokens(position_ids, position_ids.shape[0], length) or position_ids.device != bounds.device:
         return
-    if bounds.is_cuda and (id(config) in _seen or torch.cuda.is_current_stream_capturing()):
+    if bounds.is_cuda and id(config) in _seen:
         return
     _seen[id(config)] = config
     row = _first_row_that_sees_another_document(bounds, position_ids)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.import_utils import is_tracing
 
 from flashmask_kernels import Schedules
 
@@ -23,6 +22,7 @@ from .engines import heads_of_rank
 from .final_bounds import warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
+from .reading import may_be_read
 
 __all__ = ["LayerMask", "layer_mask"]
 
@@ -74,8 +74,6 @@ def layer_mask(
             raise ValueError(
                 f"`attention_mask` is on {mask.device}, the queries are on {query.device}; move it there with .to()"
             )
-        if mask.bounds is not None and mask.place is not None:
-            _refuse_other_tokens(mask.place, query, key)
         if mask.is_final:
             assert mask.bounds is not None
             build = functools.partial(_of_user, mask.bounds, module, query, key)
@@ -97,18 +95,6 @@ def layer_mask(
     sources = () if documents is None else documents.tensors
     build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)
     return recent.get(("no mask", *described), sources, module, build, query.device)
-
-
-def _refuse_other_tokens(place: Place, query: Tensor, key: Tensor) -> None:
-    """Engines that bring the tokens of several ranks together behind the mask leave it that of one rank."""
-    if torch.compiler.is_compiling() or (place.q_len == query.shape[2] and place.kv_len == key.shape[2]):
-        return
-    raise ValueError(
-        f"the mask was made for {place.q_len} queries and {place.kv_len} keys, but the layer was called with "
-        f"{query.shape[2]} queries and {key.shape[2]} keys. An engine for sequence or context parallelism that "
-        "exchanges heads or gathers keys has to make the mask of the whole sequence, as "
-        "hf_flashmask.sequence_parallel does"
-    )
 
 
 def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> LayerMask:
@@ -227,7 +213,7 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
             "dense mask [B or 1, H or 1, S_q or 1, S_k] is bool, or float with 0 and -inf. Call .to(torch.int32) on "
             "bounds, .bool() on a dense mask of 0 and 1"
         )
-    if mask.ndim != 4 or q_len < 2 or is_tracing(mask):
+    if mask.ndim != 4 or q_len < 2 or not may_be_read(mask):
         return
     looks_dense = mask.shape[2] == q_len or (mask.shape[2] == 1 and mask.is_cpu)
     # In one plane the first token of a row may have LTS = 1, as a document of its own; no other key that is seen has.

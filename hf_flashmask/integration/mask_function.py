@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
-from transformers.utils.import_utils import is_tracing
 
 from .. import bounds as _bounds
 from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
 from .engines import note_made
-from .final_bounds import warn_of_meeting_documents
+from .final_bounds import refuse_bounds_of_encoder, warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
+from .reading import may_be_read
 from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
 from .whole_sequence import Exchange, WholeSequence
 
@@ -33,6 +33,7 @@ def prepare(
     position_ids: Tensor | None,
     *,
     has_static_cache: bool,
+    is_cross_attention: bool,
 ) -> tuple:
     """What Transformers' `_preprocess_mask_arguments` returns, with `Hints` in the place of the 2-D mask.
 
@@ -53,7 +54,14 @@ def prepare(
         whole = attention_mask
         embeds = whole.stand_in(inputs_embeds)
         early_exit, made, _, *sizes = prepare(
-            find_sizes, creator, config, embeds, whole.mask, whole.position_ids, has_static_cache=has_static_cache
+            find_sizes,
+            creator,
+            config,
+            embeds,
+            whole.mask,
+            whole.position_ids,
+            has_static_cache=has_static_cache,
+            is_cross_attention=is_cross_attention,
         )
         if not isinstance(made, (Mask, Hints)):
             made = Hints((embeds.shape[0], embeds.shape[1]), embeds.device, is_token=made)
@@ -62,6 +70,8 @@ def prepare(
     batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
         early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
+        if isinstance(attention_mask, Tensor):
+            refuse_bounds_of_encoder(attention_mask, is_cross_attention=is_cross_attention)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
             return True, note_made(mask, config, length, position_ids, None), None, *sizes
@@ -165,7 +175,7 @@ def flashmask_mask(
         mask_function=mask_function,
     )
     if hints.tree is not None:
-        if hints.tree.max_branches is None and hints.tree.bounds.is_cuda and torch.cuda.is_current_stream_capturing():
+        if hints.tree.max_branches is None and not may_be_read(hints.tree.bounds):
             raise NotImplementedError(
                 "windows and chunks inside prefix trees depend on the number of branches, which a CUDA graph cannot "
                 "read: pass bounds that hold the windows, which have more than one plane"
@@ -257,7 +267,7 @@ def _hide_padding(bounds: Tensor, is_token: Tensor) -> Tensor:
 
 def _has_no_padding(is_token: Tensor) -> bool:
     """Read on the host: in a decoding step that is less than a mask costs, and the step waits for its token anyway."""
-    return not is_tracing(is_token) and bool(is_token.all())
+    return may_be_read(is_token) and bool(is_token.all())
 
 
 def _of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:

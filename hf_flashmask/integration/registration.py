@@ -114,6 +114,7 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
         else:
             cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
             position_ids, kwargs["position_ids"] = kwargs.get("position_ids"), None
+        of_encoder = args[3] if len(args) > 3 else kwargs.get("encoder_hidden_states")
         creator = None if torch.compiler.is_compiling() else sys._getframe(1).f_code
 
         def find_sizes(embeds: Tensor, mask: Tensor | None) -> tuple:
@@ -128,6 +129,7 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
             attention_mask,
             position_ids,
             has_static_cache=has_static_cache,
+            is_cross_attention=of_encoder is not None,
         )
 
     return preprocess_mask_arguments
