@@ -6,6 +6,7 @@ found, that pieces of a run come together, and that the report says what the row
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import attention_gpu  # noqa: E402
 import masking_gpu  # noqa: E402
 import masks  # noqa: E402
 import measurement  # noqa: E402
+import parallel_gpu  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import training_gpu  # noqa: E402
@@ -439,6 +441,60 @@ def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
     weights = [parameter.clone() for parameter in trainee.model.parameters()]
     trainee.step(batch)
     assert not any(torch.equal(old, new) for old, new in zip(weights, trainee.model.parameters()))
+
+
+# Several GPUs
+
+
+def test_the_benchmark_of_several_gpus_trains_on_two_processes(tmp_path: Path) -> None:
+    script = [sys.executable, str(BENCHMARKS / "parallel_gpu.py"), "--smoke", "--output", str(tmp_path)]
+    workloads = ["--workloads", "tiny:1:1500:packed", "tiny:1:64:one"]
+    done = subprocess.run([*script, *workloads], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    rows = json.loads(path.read_text())["rows"]
+    bandwidth, *rows = rows
+    assert bandwidth["all_to_all"] > 0
+    assert [row["way"] for row in rows] == [*parallel_gpu.SMOKE_WAYS] * 2
+    for row in rows:
+        assert "error" not in row, row["error"]
+        assert max(row["relative_error"].values()) < 1e-5  # in float32, each document alone
+        assert row["tokens_per_second"] > 0
+        assert len(row["peak_mib"]) == 2
+
+
+def test_a_process_that_fails_does_not_end_the_others_work(tmp_path: Path) -> None:
+    parse = parallel_gpu.Workload.parse
+    setting = parallel_gpu.Setting(2, is_smoke=True, vocabulary=97, port=0)
+    good, bad = parse("tiny:1:64:one"), parse("tiny:1:63:one")  # two processes cannot share 63 tokens out by chunks
+    cases = [(bad, "Ulysses with sdpa"), (good, "ulysses")]
+    failed, right = (row for _, row in parallel_gpu.measure_all(setting, cases, 100))
+    assert "error" in failed
+    assert "milliseconds" in right
+    (late,) = (row for _, row in parallel_gpu.measure_all(setting, cases[1:], -parallel_gpu.START_UP))
+    assert "TimeoutError" in late["error"]
+
+
+def test_wrong_training_is_found() -> None:
+    truth = parallel_gpu.Trained(2.0, 3.0, torch.ones(4))
+    assert truth.check(truth) == {"loss": 0, "norm": 0, "gradient": 0}
+    for wrong in (truth._replace(loss=2.01), truth._replace(norm=3.1), truth._replace(gradient=torch.arange(4.0))):
+        with pytest.raises(ValueError, match="wrong result"):
+            wrong.check(truth)
+
+
+def test_the_time_that_intervals_cover() -> None:
+    assert parallel_gpu.covered([]) == 0
+    assert parallel_gpu.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+def test_workloads_are_read() -> None:
+    workload = parallel_gpu.Workload.parse("8b:2:131072:one")
+    assert (str(workload), workload.model["num_hidden_layers"]) == ("8b:2:131072:one", 2)
+    assert workload.lengths(0) == [131072]
+    for text in ("8b:2:131072", "9b:2:131072:one", "8b:two:131072:one", "8b:2:131072:some"):
+        with pytest.raises(argparse.ArgumentTypeError, match="shape:layers:tokens:documents"):
+            parallel_gpu.Workload.parse(text)
 
 
 # Tuning
