@@ -1,10 +1,10 @@
-"""Write what `benchmarks/results/` say into README.md and docs/performance.md, between their markers, and draw it.
+"""Write what `benchmarks/results/` say into README.md and the pages in docs/, between their markers, and draw it.
 
 python benchmarks/report.py          # rewrite the sections and the pictures
 python benchmarks/report.py --check  # fail when a page does not hold what the results say
 
-attention_gpu and training_gpu collect several runs. Of the runs that have its rows, each table shows the one that was
-changed last.
+attention_gpu, training_gpu and parallel_gpu collect several runs. Of the runs that have its rows, each table shows the
+one that was changed last.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from measurement import RESULTS, latest_run, runs_of
+from parallel_cost import Links, Prediction, Step, larger_groups, predict
+from parallel_gpu import BANDWIDTH, Workload
+from parallel_ways import ONE_GPU, WAYS
 from peers import PEERS
 
 README = Path(__file__).parent.parent / "README.md"
 PICTURE = README.parent / "docs" / "shared_prompts.png"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 PERFORMANCE = README.parent / "docs" / "performance.md"
+MANY_GPUS = README.parent / "docs" / "many_gpus.md"
 PUBLISHED = Path(__file__).parent / "published.json"
 MASK_NAMES = {
     "full": "full",
@@ -284,6 +288,98 @@ def shape_name(settings: Json, shape: str) -> str:
     return f"{name}, {settings['shapes'][shape]['num_hidden_layers']} layers"
 
 
+def parallel_section(run: Json) -> list[str]:
+    """Training on several GPUs: what was measured, beside what the model of costs says, and what it says of more."""
+    environment, settings = run["environment"], run["settings"]
+    bandwidth = next((row for row in run["rows"] if row["workload"] == BANDWIDTH and "error" not in row), None)
+    rows = sorted((row for row in run["rows"] if row["workload"] != BANDWIDTH), key=place_among_ways)
+    steps = {row["workload"]: step_of(settings, row) for row in measured_ways(rows) if row["way"] == ONE_GPU}
+    links = Links(bandwidth["all_to_all"]) if bandwidth else None
+    body, larger = [], []
+    for row in rows:
+        guess = prediction(row["way"], steps.get(row["workload"]), row["gpus"], links)
+        body.append(
+            [workload_name(row), row["way"], *figures_of_way(row), f"{guess.milliseconds:.0f}" if guess else "-"]
+        )
+    for text, step in steps.items():
+        for ranks, way in larger_groups(step):
+            if links:
+                guess = predict(way, step, ranks, links)
+                speedup = step.milliseconds / guess.milliseconds
+                times = [
+                    f"{guess.milliseconds:.0f}",
+                    f"{guess.exchanges:.0f}",
+                    f"{guess.balance:.2f}",
+                    f"{speedup:.1f}",
+                ]
+                larger.append([workload_name({"workload": text}), way, str(ranks), *times])
+    header = ["model", "way", "tokens/s", "GiB", "step, ms", "attention", "balance", "exposed", "predicted step"]
+    lines = [
+        f"**{rows[0]['gpus']} x {environment['device']}**, bfloat16, gradient checkpointing, AdamW, vocabulary "
+        f"{settings['vocabulary']:,}, random weights, NCCL {settings['nccl']}. {versions(environment)} All ways but "
+        f"`{ONE_GPU}` shard the weights by FSDP2; `data parallel` has a row for each GPU. `attention` are its kernels "
+        "on the rank where they take longest, `balance` is that over the mean, `exposed` is the time in which nothing "
+        "but collectives runs (with waits for the other rank), all in ms. *Predicted*: from the step of one GPU, the "
+        "visible tiles and the bytes on the wire, by `benchmarks/parallel_cost.py`.",
+        "",
+        *table(header, body, left=2),
+    ]
+    if links and larger:
+        header = ["model", "way", "GPUs", "step, ms", "exchanges, ms", "balance", "times one GPU"]
+        lines += [
+            "",
+            f"**Predicted, not measured**: the same rows on more GPUs, with {links.inside:.0f} GB/s between GPUs of a "
+            f"node (measured) and {links.across:.0f} GB/s from each GPU to other nodes (assumed); nodes have 8 GPUs.",
+            "",
+            *table(header, larger, left=2),
+        ]
+    return lines
+
+
+def measured_ways(rows: list[Json]) -> list[Json]:
+    return [row for row in rows if "error" not in row and "attention" in row]
+
+
+def place_among_ways(row: Json) -> tuple[str, int]:
+    return row["workload"], list(WAYS).index(row["way"])
+
+
+def workload_name(row: Json) -> str:
+    workload = Workload.parse(row["workload"])
+    name = {"1b": "Llama 3.2 1B's shape", "8b": "Llama 3.1 8B's shape"}.get(workload.shape, workload.shape)
+    documents = "one document" if workload.documents == "one" else "packed documents"
+    return f"{name}, {workload.layers} layers, {workload.length:,} tokens, {documents}"
+
+
+def figures_of_way(row: Json) -> list[str]:
+    if "error" in row:
+        return ["out of memory" if row["error"].startswith("OutOfMemory") else row["error"].split(":")[0], *["-"] * 5]
+    times = [f"{max(row[name]):.0f}" if name in row else "-" for name in ("attention", "exposed")]
+    balance = f"{row['balance']:.2f}" if "balance" in row else "-"
+    memory = f"{max(row['peak_mib']) / 1024:.0f}"
+    return [f"{row['tokens_per_second']:,}", memory, f"{row['milliseconds']:.0f}", times[0], balance, times[1]]
+
+
+def step_of(settings: Json, row: Json) -> Step:
+    workload, shape = Workload.parse(row["workload"]), settings["shapes"][row["shape"]]
+    return Step(
+        row["milliseconds"],
+        statistics.mean(row["attention"]),
+        workload.lengths(seed=0),
+        workload.layers,
+        shape["num_attention_heads"],
+        shape["num_key_value_heads"],
+        shape["head_dim"],
+        row["bytes_of_weights"],
+    )
+
+
+def prediction(way: str, step: Step | None, ranks: int, links: Links | None) -> Prediction | None:
+    if step is None or links is None or way not in ("data parallel", "ulysses", "all_gather"):
+        return None
+    return predict(way, step, ranks, links)
+
+
 def masking_section(result: Json) -> list[str]:
     """What a training step does about masks, at the length nearest to the headline's."""
     rows = result["rows"]
@@ -522,6 +618,11 @@ def performance_section() -> str:
     return "\n".join([*lines, *(failures(bar, "bar") if bar else [])]).strip()
 
 
+def many_gpus_section() -> str:
+    run = latest_run("parallel_gpu", way=ONE_GPU)
+    return "\n".join(parallel_section(run)) if run else "Not measured yet."
+
+
 def draw() -> None:
     draw_shared_prompts(results("shared_prompts_gpu"))
     bar, sparsity = headline_run(), latest_run("attention_gpu", protocol="sparsity")
@@ -540,7 +641,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     arguments = parser.parse_args()
-    for page, section in ((README, readme_section()), (PERFORMANCE, performance_section())):
+    pages = ((README, readme_section()), (PERFORMANCE, performance_section()), (MANY_GPUS, many_gpus_section()))
+    for page, section in pages:
         text = page.read_text()
         updated = f"{text.split(BEGIN)[0]}{BEGIN}\n{section}\n{END}{text.split(END)[1]}"
         if not arguments.check:

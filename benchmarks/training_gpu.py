@@ -116,7 +116,10 @@ def packed_batch(
     length: int, seed: int, vocabulary: int, device: str = "cuda", is_whole: bool = False
 ) -> dict[str, Any]:
     """One packed row of random tokens, as Transformers' DataCollatorWithFlattening makes it, and the lengths for it."""
-    lengths = document_lengths(length, seed, is_whole)
+    return batch_of_documents(document_lengths(length, seed, is_whole), seed, vocabulary, device)
+
+
+def batch_of_documents(lengths: list[int], seed: int, vocabulary: int, device: str = "cuda") -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(vocabulary, (1, sum(lengths)), generator=generator)
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -6,6 +6,7 @@ found, that pieces of a run come together, and that the report says what the row
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,6 +31,8 @@ import attention_gpu  # noqa: E402
 import masking_gpu  # noqa: E402
 import masks  # noqa: E402
 import measurement  # noqa: E402
+import parallel_cost  # noqa: E402
+import parallel_gpu  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import training_gpu  # noqa: E402
@@ -439,6 +442,125 @@ def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
     weights = [parameter.clone() for parameter in trainee.model.parameters()]
     trainee.step(batch)
     assert not any(torch.equal(old, new) for old, new in zip(weights, trainee.model.parameters()))
+
+
+# Several GPUs
+
+
+def test_the_benchmark_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way from the command line to the file, on two processes: figures that are checked, and one failure."""
+    failing = "tiny:1:63:one"  # tokens that the last way cannot share out
+    workloads = ["--workloads", failing, "tiny:1:1500:packed"]
+    monkeypatch.setattr(sys, "argv", ["parallel_gpu.py", "--smoke", "--output", str(tmp_path), *workloads])
+    parallel_gpu.main()
+    (path,) = tmp_path.iterdir()
+    bandwidth, *rows = json.loads(path.read_text())["rows"]
+    assert bandwidth["all_to_all"] > 0
+    assert [row["way"] for row in rows] == [*parallel_gpu.SMOKE_WAYS] * 2
+    failed = rows.pop(len(parallel_gpu.SMOKE_WAYS) - 1)
+    assert failed["workload"] == failing
+    assert "milliseconds" not in failed
+    assert "Error" in failed["error"]
+    for row in rows:
+        assert "error" not in row, row["error"]
+        assert max(row["relative_error"].values()) < 1e-5  # in float32, each document alone
+        assert row["tokens_per_second"] > 0
+        assert len(row["peak_mib"]) == 2
+
+
+def test_a_case_that_takes_too_long_is_recorded() -> None:
+    setting = parallel_gpu.Setting(2, is_smoke=True, vocabulary=97, port=0)
+    case = parallel_gpu.Workload.parse("tiny:1:64:one"), "ulysses"
+    ((_, row),) = parallel_gpu.measure_all(setting, [case], seconds_of_case=-parallel_gpu.START_UP)
+    assert "TimeoutError" in row["error"]
+
+
+def test_wrong_training_is_found() -> None:
+    truth = parallel_gpu.Trained(2.0, 3.0, torch.ones(4))
+    assert truth.check(truth) == {"loss": 0, "norm": 0, "gradient": 0}
+    for wrong in (truth._replace(loss=2.01), truth._replace(norm=3.1), truth._replace(gradient=torch.arange(4.0))):
+        with pytest.raises(ValueError, match="wrong result"):
+            wrong.check(truth)
+
+
+def test_the_time_that_intervals_cover() -> None:
+    assert parallel_gpu.covered([]) == 0
+    assert parallel_gpu.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+def test_workloads_are_read() -> None:
+    workload = parallel_gpu.Workload.parse("8b:2:131072:one")
+    assert (str(workload), workload.model["num_hidden_layers"]) == ("8b:2:131072:one", 2)
+    assert workload.lengths(0) == [131072]
+    for text in ("8b:2:131072", "9b:2:131072:one", "8b:two:131072:one", "8b:2:131072:some"):
+        with pytest.raises(argparse.ArgumentTypeError, match="shape:layers:tokens:documents"):
+            parallel_gpu.Workload.parse(text)
+
+
+@pytest.fixture
+def step() -> parallel_cost.Step:
+    return parallel_cost.Step(1000.0, 600.0, [32768], 4, heads=32, kv_heads=8, head_dim=128, bytes_of_weights=10**9)
+
+
+def test_the_bytes_on_the_wire_are_those_of_what_is_sent() -> None:
+    """By the sizes of the tensors that leave a rank in one direction: queries, keys, values and the output."""
+    length, heads, kv_heads, dim, ranks = 4096, 32, 8, 128, 4
+    held = 2 * (length // ranks) * dim * (heads + 2 * kv_heads + heads)
+    shape = (length, heads, kv_heads, dim)
+    assert parallel_cost.bytes_on_the_wire("ulysses", ranks, *shape) == held * (ranks - 1) / ranks
+    keys_and_values = 2 * (length // ranks) * dim * 2 * kv_heads
+    assert parallel_cost.bytes_on_the_wire("all_gather", ranks, *shape) == keys_and_values * (ranks - 1)
+    # One key head is sent to every rank.
+    one = 2 * (length // ranks) * dim * (heads + 2 * ranks + heads) * (ranks - 1) / ranks
+    assert parallel_cost.bytes_on_the_wire("ulysses", ranks, length, heads, 1, dim) == one
+
+
+def test_predicted_steps(step: parallel_cost.Step) -> None:
+    free = parallel_cost.Links(1e9, 1e9)
+    for way in ("ulysses", "all_gather"):
+        assert parallel_cost.predict(way, step, 2, free).milliseconds == pytest.approx(500, rel=1e-3)
+    links = parallel_cost.Links(400.0)
+    sent = parallel_cost.bytes_on_the_wire("ulysses", 2, 32768, 32, 8, 128)
+    found = parallel_cost.predict("ulysses", step, 2, links)
+    assert found.exchanges == pytest.approx(3 * 4 * sent / 400e9 * 1e3)
+    assert found.milliseconds == pytest.approx(500 + found.exchanges)
+    assert parallel_cost.predict("data parallel", step, 2, links).milliseconds == 1000
+    slow = parallel_cost.predict("data parallel", step, 2, parallel_cost.Links(0.1))
+    assert slow.milliseconds == pytest.approx(3 * 10**9 / 2 / 0.1e9 * 1e3)  # the weights: half of them comes and goes
+    nodes = parallel_cost.predict("all_gather across ulysses", step, 64, links)
+    assert nodes.milliseconds > 1000 / 64
+    assert nodes.balance < 1.05
+
+
+def test_one_document_in_contiguous_parts_would_not_balance() -> None:
+    work, _ = parallel_cost.tiles_of_blocks([32768], 8)
+    contiguous = work.unflatten(0, (8, -1)).sum(1).double()
+    assert contiguous.max() / contiguous.mean() > 1.8
+    assert parallel_cost.imbalance([32768], 8) < 1.01
+    assert parallel_cost.imbalance([700, 32768 - 700 - 33, 33], 8) < 1.02
+
+
+def test_the_table_of_several_gpus() -> None:
+    shapes = parallel_gpu.ALL_SHAPES
+    base = {**parallel_gpu.name_of((parallel_gpu.Workload.parse("8b:2:32768:one"), "one GPU"), 2)}
+    figures = {"tokens_per_second": 20000, "peak_mib": [20480, 10240], "bytes_of_weights": 10**9}
+    times = {"milliseconds": 1000.0, "attention": [600.0, 600.0], "exposed": [0.0, 0.0], "balance": 1.0}
+    rows = [
+        {"workload": "bandwidth", "way": "bandwidth", "gpus": 2, "all_to_all": 400.0, "all_gather": 300.0},
+        {**base, "way": "ring with sdpa", "error": "OutOfMemoryError: CUDA"},
+        {**base, "way": "ulysses", **figures, **times, "milliseconds": 520.0, "exposed": [15.0, 20.0]},
+        {**base, **figures, **times},
+    ]
+    environment = {"device": "A GPU", "torch": "2.11", "triton": "3.6", "date": "2026-01-01"}
+    settings = {"vocabulary": 32768, "shapes": shapes, "nccl": "2.28"}
+    text = "\n".join(report.parallel_section({"environment": environment, "settings": settings, "rows": rows}))
+    name = "Llama 3.1 8B's shape, 2 layers, 32,768 tokens, one document"
+    assert "**2 x A GPU**" in text
+    assert f"| {name} | one GPU | 20,000 | 20 | 1000 | 600 | 1.00 | 0 | - |" in text
+    assert f"| {name} | ulysses | 20,000 | 20 | 520 | 600 | 1.00 | 20 | 503 |" in text  # 500 and 2.5 on the wire
+    assert f"| {name} | ring with sdpa | out of memory | - | - | - | - | - | - |" in text
+    assert "**Predicted, not measured**" in text
+    assert f"| {name} | all_gather across ulysses | 64 |" in text
 
 
 # Tuning
