@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def table(header: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
 
 
 def picture(name: str, alternative: str) -> list[str]:
-    return ["", f'<img src="docs/{name}.png" width="640" alt="{alternative}">']
+    return ["", f'<img src="{name}.png" width="640" alt="{alternative}">']
 
 
 def attention_section(run: Json) -> list[str]:
@@ -456,7 +457,7 @@ def shared_prompts_section(result: dict[str, Any]) -> list[str]:
         f"Finding the trees of {merge['rows']} rows takes {merge['host_milliseconds']:.1f} ms, once per forward pass. "
         "A DPO step over the part of each sequence that is shared:",
         "",
-        f'<img src="docs/{PICTURE.name}" width="480" alt="Speed of a DPO step over the shared part of its sequences">',
+        f'<img src="{PICTURE.name}" width="480" alt="Speed of a DPO step over the shared part of its sequences">',
     ]
 
 
@@ -575,6 +576,69 @@ def results(name: str) -> dict[str, Any]:
 
 
 def readme_section() -> str:
+    """The two tables of the front page; all others are in docs/performance.md."""
+    attention, training, shared = headline_run(), training_run(), results("shared_prompts_gpu")
+    sections = (
+        steps_section(training, shared) if training else [],
+        masks_section(attention) if attention else [],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+FRONT_PEERS = {"FlexAttention": FLEX, "FlashAttention-2 varlen": "FA2 varlen", "SDPA": "sdpa"}
+"""Of the front page, with their names in results of training."""
+
+
+def steps_section(training: Json, shared: Json) -> list[str]:
+    """Training steps, end to end, as multiples of what the others reach."""
+    body = []
+    for group in training_groups(rows := training_rows(training)):
+        speeds = {row["implementation"]: row["tokens_per_second"] for row in rows if training_group(row) == group}
+        shape, length, workload = group
+        name = f"{shape_name(training['settings'], shape)}: packed rows of {row_name(length, workload)}"
+        body.append([name, f"{speeds[OURS]:,} tokens/s", *times(speeds[OURS], speeds, FRONT_PEERS.values())])
+    peers = ("flash_attention_2 varlen", "sdpa")
+    steps = [row for row in shared["rows"] if row["workload"] in WORKLOADS and row["prompt"] == 2048]
+    for workload in ("dpo", "update"):
+        found = [row for row in steps if row["workload"] == workload and row["vocabulary"] == 128_256]
+        speeds = {row["implementation"]: 1 / row["milliseconds"] for row in found}
+        name = f"`share_prefixes`, {found[0]['answers']} answers a prompt: {WORKLOADS[workload]}"
+        body.append([name, f"{1 / speeds[SHARED]:.0f} ms", "-", *times(speeds[SHARED], speeds, peers)])
+    return [
+        f"**End to end**: how many times as fast a training step is with flashmask. Packed rows on an "
+        f"{training['environment']['device']}, shared prompts on an {shared['environment']['device']}.",
+        "",
+        *table(["a training step", OURS, *FRONT_PEERS], body),
+    ]
+
+
+def masks_section(run: Json) -> list[str]:
+    """Attention alone under each mask, as multiples of what the others reach."""
+    shown = measured(run, protocol="bar", sample=0, **HEADLINE)
+    peers = {**FRONT_PEERS, "SDPA": "sdpa, dense mask", "cuDNN": "cuDNN"}
+    body = []
+    for mask in dict.fromkeys(row["mask"] for row in shown):
+        found = [row for row in shown if row["mask"] == mask]
+        speeds = {row["implementation"]: row["tflops"]["total"] for row in found}
+        if OURS in speeds:
+            ours = f"{speeds[OURS]:.0f} TFLOP/s"
+            body.append(
+                [MASK_NAMES[mask], f"{found[0]['visible']:.0%}", ours, *times(speeds[OURS], speeds, peers.values())]
+            )
+    return [
+        f"**Attention alone**: how many times as fast flashmask is, forward and backward, on an "
+        f"{run['environment']['device']}: {heads(run['settings'] | HEADLINE)}, {HEADLINE['length']:,} tokens.",
+        "",
+        *table(["mask", "visible", OURS, *peers], body),
+    ]
+
+
+def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[str]:
+    return [f"{ours / speeds[peer]:.2f}" if peer in speeds else "-" for peer in peers]
+
+
+def speed_sections() -> list[str]:
+    """Every table of speed that is not of the paper's protocol."""
     attention, training = headline_run(), training_run()
     masking = RESULTS / "masking_gpu.json"
     sections = (
@@ -584,7 +648,7 @@ def readme_section() -> str:
         shared_prompts_section(results("shared_prompts_gpu")),
         cpu_section(results("attention_cpu")),
     )
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return [line for lines in sections if lines for line in (*lines, "")]
 
 
 def headline_run() -> Json | None:
@@ -606,7 +670,9 @@ def lengths_run() -> Json | None:
 def performance_section() -> str:
     paper, sparsity = (latest_run("attention_gpu", protocol=name) for name in ("paper", "sparsity"))
     bar = headline_run()
-    lines = [*paper_section(paper, json.loads(PUBLISHED.read_text())), *failures(paper, "paper")] if paper else []
+    lines = speed_sections()
+    if paper:
+        lines += [*paper_section(paper, json.loads(PUBLISHED.read_text())), *failures(paper, "paper")]
     for name, alternative, is_there in (
         ("speed_over_sparsity", "Time over the hidden part of all tiles", sparsity is not None),
         ("memory_over_length", "Peak memory over the length of the row", lengths_run() is not None),

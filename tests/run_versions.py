@@ -6,8 +6,8 @@ folder `versions` of this environment, or in `--folder`. One with torch for GPUs
 
 The core is the tests that depend on Transformers: conversion, integration, models, training, TRL. With another torch
 and Triton, it includes the tests that depend on these alone: bounds, and kernels in Triton's interpreter. It leaves out
-the tests of what was made with the pinned versions: the package, the examples, the table of models, the budgets of
-compiled kernels.
+the tests of what was made with the pinned versions: the package, the pages, the examples, the table of models, the
+budgets of compiled kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parent
-NOT_OF_THE_CORE = {"benchmarks", "compilation", "examples", "packaging", "paper_masks", "sweep", "visualization"}
+NOT_OF_THE_CORE = {
+    "benchmarks",
+    "compilation",
+    "docs",
+    "examples",
+    "packaging",
+    "paper_masks",
+    "sweep",
+    "visualization",
+}
 WITHOUT_TRANSFORMERS = {"bounds", "configs", "derivatives", "ops", "portable", "schedule", "schedules", "tiled"}
 NEEDS_TRL = {"tree_attention", "trl"}
 

@@ -1,0 +1,109 @@
+"""The pages: their snippets run as they are pasted, their tables hold, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from tiny_models import build, packed, random_documents
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = "<!-- not run"
+"""Begins the comment above a snippet that no CPU can run; the comment says why."""
+RUN_ELSEWHERE = {"docs/many_gpus.md": "several processes, see tests/test_parallel.py", "docs/cuda_graphs.md": "a GPU"}
+
+
+class Snippet(NamedTuple):
+    page: str
+    line: int
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def snippets() -> list[Snippet]:
+    found = []
+    for page in PAGES:
+        text, name = page.read_text(), page.relative_to(ROOT).as_posix()
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            before = text[: block.start()]
+            is_run = NOT_RUN not in before.rstrip().rpartition("\n")[2]
+            if is_run and name not in RUN_ELSEWHERE:
+                found.append(Snippet(name, before.count("\n") + 1, block[1]))
+    return found
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.parametrize("snippet", snippets(), ids=str)
+def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet) -> None:
+    exec(compile(snippet.code, str(snippet), "exec"), {"__name__": "__main__"})
+
+
+def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    process = subprocess.run([sys.executable, "-c", snippets()[0].code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert 4 < float(process.stdout.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
+
+
+CALLS = {
+    "plain call": {},
+    "`use_cache=False`": {"use_cache": False},
+    "2-D mask of ones": {"attention_mask": torch.ones},
+}
+COLUMNS = [("llama", call) for call in CALLS] + [("gpt_oss", "plain call"), ("afmoe", "plain call")]
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the table is of Transformers 5.23")
+def test_who_leaks_is_who_the_readme_says() -> None:
+    """The table's orders of magnitude: a document in a packed row against the same document alone."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (eager|sdpa|flashmask) \| (.*) \|$", text, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == ["eager", "sdpa", "flashmask"]
+    for implementation, cells in rows:
+        for (family, call), cell in zip(COLUMNS, cells.split(" | "), strict=True):
+            if cell == "not supported":
+                with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+                    build(family, implementation)
+            else:
+                leak = largest_difference(family, implementation, call)
+                assert (leak > 1e-2) == (float(cell) > 1e-2), (implementation, family, call, leak)
+                assert leak > 1e-2 or leak < 1e-5, (implementation, family, call, leak)
+
+
+def largest_difference(family: str, implementation: str, call: str) -> float:
+    torch.manual_seed(0)
+    documents = random_documents([7, 5, 9])
+    model = build(family, implementation)
+    options = {name: torch.ones(1, 21) if name == "attention_mask" else value for name, value in CALLS[call].items()}
+    with torch.no_grad():
+        together = model(**packed(documents), **options).logits
+        alone = torch.cat([model(document, use_cache=False).logits for document in documents], dim=1)
+    return float((together - alone).abs().max())
+
+
+LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)(#[^)]*)?\)|src=\"(?!https?://)([^\"]+)\"")
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*PAGES, *ROOT.glob("*.md")}), ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in LINK.finditer(text):
+        target = link[1] or link[3]
+        assert (page.parent / target).exists(), target
