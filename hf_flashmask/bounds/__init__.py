@@ -42,15 +42,14 @@ from .constructors import (
     causal_with_blocks,
     chunked,
     from_block_mask,
-    from_dense,
     from_padding_mask,
     from_startend_row_indices,
-    from_tiles,
     global_and_sliding_window,
     hash_sparse,
     prefix_lm,
     sliding_window,
 )
+from .dense import from_dense, from_mask_mod, from_tiles
 from .documents import (
     document_ends,
     document_starts,
@@ -60,6 +59,7 @@ from .documents import (
     from_position_ids,
 )
 from .form import MAX_INTERVALS, TooManyIntervalsError, check_bounds
+from .intervals import concatenate_keys, from_visible_intervals, select_rows
 from .trees import from_prefix_tree, limit_depth
 from .views import tile_occupancy, to_dense, to_startend_row_indices, visible_pairs
 
@@ -71,6 +71,7 @@ __all__ = [
     "causal_with_blocks",
     "check_bounds",
     "chunked",
+    "concatenate_keys",
     "document_ends",
     "document_starts",
     "from_block_mask",
@@ -78,17 +79,20 @@ __all__ = [
     "from_dense",
     "from_document_ends",
     "from_document_ids",
+    "from_mask_mod",
     "from_padding_mask",
     "from_position_ids",
     "from_prefix_tree",
     "from_startend_row_indices",
     "from_tiles",
+    "from_visible_intervals",
     "global_and_sliding_window",
     "hash_sparse",
     "hide_keys",
     "intersect",
     "limit_depth",
     "prefix_lm",
+    "select_rows",
     "simplify",
     "sliding_window",
     "tile_occupancy",
