@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .algebra import disjoint
 from .form import (
+    MAX_INTERVALS,
+    TooManyIntervalsError,
     broadcast_masks,
     check_bounds,
     check_int_tensor,
@@ -60,6 +62,9 @@ def from_ordered_intervals(
 
     Rows that are known to be none, before the first interval or after the last one, take no planes. What lies below the
     last visible row comes first in every form, so that masks side by side have it in the same planes.
+
+    Raises:
+        TooManyIntervalsError: for more than `MAX_INTERVALS` hidden intervals.
     """
     starts, ends = zip(*visible)
     if len(visible) == 1:
@@ -70,6 +75,10 @@ def from_ordered_intervals(
         hidden += [*zip(ends[:-1], starts[1:])][::-1]
         hidden += [] if from_the_first else [(zero, starts[0])]
         hidden += [(zero, zero)] if len(hidden) == 1 else []
+        if len(hidden) > MAX_INTERVALS:
+            raise TooManyIntervalsError(
+                f"this mask needs {len(hidden)} hidden intervals per key, bounds hold at most {MAX_INTERVALS}"
+            )
         planes = [edge for interval in hidden for edge in interval]
     result = torch.stack(torch.broadcast_tensors(*planes), dim=-2).clamp(0, q_len).to(torch.int32)
     return result[:, None] if result.ndim == 3 else result[(None,) * (4 - result.ndim)]
