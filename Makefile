@@ -1,5 +1,7 @@
 # make demo    train on packed documents and compare with padding    make test      the tests that need no GPU
-# make lint    ruff and mypy                                         make check     lint and test
+# make lint    ruff and mypy                                         make check     lint, test, docs and package
+# make docs    build the pages into site/, and fail on a broken link  make package   the sdist and the wheel into dist/, checked
+# make coverage  the tests that need no GPU, with the lines that they do not reach
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
 # make sweep   compare every family of models with eager attention and write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
@@ -17,7 +19,7 @@ SANITIZER ?= compute-sanitizer
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
+.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
 
 # Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
 demo: $(READY)
@@ -26,6 +28,17 @@ demo: $(READY)
 # Some tests compile for a minute or two. With worksteal, an idle worker takes tests from the queue of a busy one.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu"
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu" --cov --cov-report=term --cov-report=xml
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir site
+
+package: $(READY)
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist . >/dev/null
+	$(RUN) -m twine check --strict dist/*
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
@@ -53,7 +66,7 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-check: lint test
+check: lint test docs package
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "hf-flashmask needs Python 3.10 or newer, this is " + sys.version)'
@@ -62,4 +75,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs site coverage.xml .coverage* *.egg-info .mypy_cache .pytest_cache .ruff_cache

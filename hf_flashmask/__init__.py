@@ -32,7 +32,7 @@ __all__ = [
     "share_prefixes",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 keep_old_paths()
 register()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,10 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_an_empty_folder")
 @pytest.mark.parametrize("snippet", snippets(), ids=str)
-def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet) -> None:
-    exec(compile(snippet.code, str(snippet), "exec"), {"__name__": "__main__"})
+def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> None:
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet.code)
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:

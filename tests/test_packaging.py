@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -157,3 +159,20 @@ def test_an_installed_kernels_library_goes_before_the_folder_of_that_name(tmp_pa
 def test_the_tests_do_not_see_the_folder_as_a_library() -> None:
     spec = importlib.util.find_spec("kernels")
     assert spec is None or spec.origin is not None
+
+
+def test_the_page_of_the_package_has_no_link_that_leads_nowhere(wheel: Path) -> None:
+    metadata = zipfile.ZipFile(wheel).read(f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/METADATA").decode()
+    links = re.findall(r'(?:\]\(|src=")([^)"\s]+)', metadata.partition("\n\n")[2])
+    assert len(links) > 20
+    assert all(link.startswith(("https://", "#")) for link in links)
+    urls = dict(line.split(", ") for line in importlib.metadata.metadata("hf-flashmask").get_all("Project-URL") or [])
+    assert f"{urls['Repository']}/blob/main/docs/performance.md" in links
+    assert f"git clone {urls['Repository']}\n" in metadata
+
+
+def test_the_sdist_holds_what_a_contributor_needs(wheel: Path) -> None:
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "mkdocs.yml", "docs/pages.css"} <= names
