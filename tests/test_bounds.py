@@ -13,80 +13,59 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dense_masks import assert_mask, dense, dense_of_bounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import masking_utils, modeling_flash_attention_utils
 
 import hf_flashmask.bounds as bounds_module
 from hf_flashmask.bounds import (
     MAX_INTERVALS,
+    TooManyIntervalsError,
     algebra,
     bidirectional,
     causal,
     causal_with_blocks,
     check_bounds,
     chunked,
+    concatenate_keys,
     document_ends,
     document_starts,
     from_cu_seqlens,
     from_dense,
     from_document_ends,
     from_document_ids,
+    from_mask_mod,
     from_padding_mask,
     from_position_ids,
     from_prefix_tree,
     from_startend_row_indices,
+    from_visible_intervals,
     hide_keys,
     intersect,
     limit_depth,
     prefix_lm,
+    select_rows,
     simplify,
     sliding_window,
     tile_occupancy,
     to_dense,
     to_startend_row_indices,
+    trees,
     union,
     visible_pairs,
 )
+from hf_flashmask.bounds import dense as bounds_dense
 
 few = settings(max_examples=100, deadline=None)
 
 
-def dense(visible: Callable[[int, int], bool], queries: range, keys: range) -> np.ndarray:
-    """Dense mask from a statement about the positions of query and key."""
-    return np.array([[bool(visible(q, k)) for k in keys] for q in queries], dtype=bool).reshape(len(queries), len(keys))
-
-
 def dense_to_tensor(visible: Callable[[int, int], bool], size: int) -> torch.Tensor:
     return torch.from_numpy(dense(visible, range(size), range(size)))
-
-
-def dense_of_bounds(bounds: torch.Tensor, q_len: int) -> np.ndarray:
-    """The table of DESIGN in plain Python."""
-    batch, heads, planes, kv_len = bounds.shape
-    mask = np.ones((batch, heads, q_len, kv_len), dtype=bool)
-    for b, h, j in np.ndindex(batch, heads, kv_len):
-        column = bounds[b, h, :, j].tolist()
-        for i in range(q_len):
-            if planes == 1:
-                hidden = i >= column[0] or i < j - (kv_len - q_len)
-            elif planes == 2:
-                hidden = i >= column[0] or i < column[1]
-            else:
-                hidden = any(column[p] <= i < column[p + 1] for p in range(0, planes, 2))
-            mask[b, h, i, j] = not hidden
-    return mask
-
-
-def assert_mask(bounds: torch.Tensor, expected: np.ndarray, q_len: int) -> None:
-    check_bounds(bounds)
-    assert bounds.is_contiguous()
-    np.testing.assert_array_equal(
-        to_dense(bounds, q_len).numpy(), expected if expected.ndim == 4 else expected[None, None]
-    )
 
 
 lengths = st.integers(0, 13)
@@ -177,6 +156,17 @@ def test_sliding_window(call, window, is_causal):
     else:
         expected = dense(lambda q, k: abs(q - k) <= window, queries, keys)
     assert_mask(sliding_window(window, q_len, kv_len, is_causal=is_causal, **offsets), expected, q_len)
+
+
+@few
+@given(calls(), st.none() | st.integers(0, 6), st.none() | st.integers(0, 6))
+def test_windows_with_two_sides(call, left, right):
+    q_len, kv_len, offsets, queries, keys = call
+
+    def visible(q, k):
+        return (left is None or q - left <= k) and (right is None or k <= q + right)
+
+    assert_mask(sliding_window((left, right), q_len, kv_len, **offsets), dense(visible, queries, keys), q_len)
 
 
 def test_lengths_of_more_than_32_bits_reach_everything():
@@ -360,8 +350,9 @@ def test_from_padding_mask(call, batch, is_causal, random):
 
 
 @few
-@given(sequences(st.integers(-1, 2)), st.none() | st.integers(1, 5))
-def test_causal_with_blocks(drawn, window):
+@given(sequences(st.integers(-1, 2)), st.none() | st.integers(1, 5), st.booleans())
+def test_causal_with_blocks(drawn, window, limits_blocks):
+    limits_blocks = limits_blocks and window is not None
     rows, block_ids, call, queries, keys = drawn
     expected = []
     for row in rows:
@@ -369,10 +360,14 @@ def test_causal_with_blocks(drawn, window):
 
         def visible(q, k, row=row, run=run):
             in_block = k < len(row) and row[k] >= 0 and run[q] == run[k]
-            return in_block or (k <= q and (window is None or k > q - window))
+            in_window = window is None or k > q - window
+            if limits_blocks:
+                return (in_block or k <= q) and in_window
+            return in_block or (k <= q and in_window)
 
         expected.append(dense(visible, queries, keys)[None])
-    assert_mask(causal_with_blocks(block_ids, window=window, **call), np.stack(expected), len(queries))
+    result = causal_with_blocks(block_ids, window=window, window_limits_blocks=limits_blocks, **call)
+    assert_mask(result, np.stack(expected), len(queries))
 
 
 @st.composite
@@ -418,6 +413,30 @@ def test_from_prefix_tree(trees, padding):
 def test_prefix_tree_takes_tensors():
     expected = dense_of_tree([-1, 0, 0], [3, 2, 2], 7)
     assert_mask(from_prefix_tree(torch.tensor([-1, 0, 0]), torch.tensor([3, 2, 2])), expected, 7)
+
+
+@few
+@given(st.lists(forests(), min_size=1, max_size=3), st.integers(0, 3))
+def test_prefix_trees_whose_values_the_host_does_not_know(drawn, padding):
+    nodes, size = max(len(p) for p, _ in drawn), max(sum(lengths) for _, lengths in drawn) + padding
+    parents = torch.tensor([p + [-1] * (nodes - len(p)) for p, _ in drawn], dtype=torch.long).reshape(len(drawn), nodes)
+    lengths = torch.tensor([n + [0] * (nodes - len(n)) for _, n in drawn], dtype=torch.long).reshape(len(drawn), nodes)
+    expected = np.stack([dense_of_tree(*tree, size)[None] for tree in drawn])
+    assert_mask(trees._on_the_device(parents, lengths, size), expected, size)
+
+
+@few
+@given(st.lists(st.integers(-2, 6), min_size=1, max_size=7), st.integers(-1, 0))
+def test_wrong_trees_are_refused_wherever_they_are(parents, length):
+    lengths = [1] * (len(parents) - 1) + [1 + length]
+    try:
+        expected = from_prefix_tree(parents, lengths)
+    except ValueError:
+        with pytest.raises(ValueError, match="are not in depth-first order, or `lengths` are negative"):
+            trees._on_the_device(torch.tensor(parents), torch.tensor(lengths), 9)
+    else:
+        result = trees._on_the_device(torch.tensor(parents), torch.tensor(lengths), expected.shape[3])
+        assert torch.equal(result, expected)
 
 
 def test_a_million_tokens_take_linear_memory():
@@ -573,6 +592,57 @@ def test_from_dense_of_random_masks(q_len, kv_len, seed):
         assert_mask(from_dense(torch.from_numpy(mask[0, 0])), mask[0, 0], q_len)
 
 
+@few
+@given(several_bounds(1), st.integers(-1, 2))
+def test_simplify_that_is_told_the_planes(drawn, more):
+    q_len, (bounds,) = drawn
+    expected = dense_of_bounds(bounds, q_len)
+    needed = fewest_planes(expected)
+    planes = [1, *range(2, 2 * MAX_INTERVALS + 1, 2)]
+    given_planes = planes[max(planes.index(needed) + more, 0)]
+    if given_planes < needed:
+        with pytest.raises(TooManyIntervalsError, match=f"{given_planes} planes are enough, but a key needs more"):
+            simplify(bounds, q_len, planes=given_planes)
+        return
+    result = simplify(bounds, q_len, planes=given_planes)
+    assert result.shape[2] == given_planes
+    assert_mask(result, expected, q_len)
+
+
+@few
+@given(st.integers(0, 9), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_from_visible_intervals(q_len, kv_len, intervals, seed):
+    edges = np.random.default_rng(seed).integers(-2, q_len + 3, size=(2, 2, 3, intervals, kv_len))
+    starts, ends = torch.from_numpy(edges)
+    row = np.arange(q_len)[:, None, None]
+    expected = ((edges[0][:, :, None] <= row) & (row < edges[1][:, :, None])).any(3)
+    result = from_visible_intervals(starts.int(), ends, q_len)
+    assert result.shape[2] == (2 if intervals == 1 else 2 * (intervals + 1))
+    assert_mask(result, expected, q_len)
+
+
+@few
+@given(st.integers(0, 7), st.data())
+def test_concatenate_keys(q_len, data):
+    masks = [data.draw(any_bounds(2, 3, data.draw(st.integers(0, 4)))) for _ in range(data.draw(st.integers(1, 3)))]
+    parts = [np.broadcast_to(dense_of_bounds(mask, q_len), (2, 3, q_len, mask.shape[3])) for mask in masks]
+    result = concatenate_keys(*masks, q_len=q_len)
+    check_bounds(result)
+    shown = np.broadcast_to(to_dense(result, q_len).numpy(), (2, 3, q_len, result.shape[3]))
+    np.testing.assert_array_equal(shown, np.concatenate(parts, axis=3))
+
+
+@few
+@given(several_bounds(1), st.data())
+def test_select_rows(drawn, data):
+    of, (bounds,) = drawn
+    first = data.draw(st.integers(0, of))
+    q_len = data.draw(st.integers(0, of - first))
+    expected = dense_of_bounds(bounds, of)[:, :, first : first + q_len]
+    for row in (first, torch.tensor(first)):
+        assert_mask(select_rows(bounds, row, q_len, of=of), expected, q_len)
+
+
 @pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_simplify_finds_the_named_forms_again():
     size = 23
@@ -628,6 +698,43 @@ def test_startend_row_indices_both_ways(form, q_len, kv_len, seed):
     assert_mask(for_heads, np.repeat(expected, 2, axis=1), q_len)
 
 
+@few
+@given(st.integers(0, 20), st.integers(0, 7), st.integers(0, 2**32 - 1))
+def test_from_mask_mod(q_len, kv_len, seed):
+    table = torch.from_numpy(np.random.default_rng(seed).random((2, 3, q_len, kv_len)) < 0.8)
+    result = from_mask_mod(lambda b, h, q, k: table[b, h, q, k], q_len, kv_len, batch_size=2, num_heads=3)
+    assert_mask(result, table.numpy(), q_len)
+
+
+def test_a_mask_mod_in_several_tiles(monkeypatch):
+    monkeypatch.setattr(bounds_dense, "PAIRS_OF_A_TILE", 100)
+    documents = torch.arange(50).div(7, rounding_mode="floor")
+    result = from_mask_mod(lambda b, h, q, k: (q >= k) & (documents[q] == documents[k]), 50)
+    assert torch.equal(result, from_document_ids(documents))
+
+
+def test_a_block_mask_means_what_flex_attention_computes():
+    length = 300
+    documents = torch.arange(length).div(77, rounding_mode="floor")
+    made = create_block_mask(
+        lambda b, h, q, k: (documents[q] == documents[k]) & (q >= k), 2, None, length, length, "cpu"
+    )
+    assert torch.equal(from_mask_mod(made), from_document_ids(documents).expand(2, -1, -1, -1))
+    # Its function says less than its blocks do: a full block is visible whole, one that is not listed is hidden.
+    counts, indices = torch.ones(1, 1, 3, dtype=torch.int32), torch.zeros(1, 1, 3, 3, dtype=torch.int32)
+    full_indices = torch.tensor([1, 0, 2]).int().expand(1, 1, 3, 3)
+    by_hand = BlockMask.from_kv_blocks(
+        counts, indices, counts, full_indices, BLOCK_SIZE=4, mask_mod=lambda b, h, q, k: q >= k, seq_lengths=(12, 12)
+    )
+    expected = dense(lambda q, k: (k // 4 == 0 and q >= k) or k // 4 == 1, range(12), range(12))
+    assert_mask(from_mask_mod(by_hand), expected, 12)
+
+
+def test_a_mask_mod_that_does_not_fit_is_refused_by_its_first_key():
+    with pytest.raises(TooManyIntervalsError, match=r"key column 5 \(batch 0, head 0\) needs 50 hidden intervals"):
+        from_mask_mod(lambda b, h, q, k: (k < 5) | (q % 2 == 0), 100, 9)
+
+
 # Tracing
 
 
@@ -656,6 +763,14 @@ def traceable(position_ids, document_ids, cu_seqlens, padding_mask, offset, left
         intersect(documents, from_padding_mask(padding_mask), chunked(4, size)),
         union(documents, from_document_ids(document_ids, is_causal=False)),
         hide_keys(union(causal(size), bidirectional(size)), padding_mask == 0),
+        sliding_window((3, 2), size),
+        causal_with_blocks(document_ids, window=3, window_limits_blocks=True),
+        concatenate_keys(documents, chunked(4, size), q_len=size),
+        from_visible_intervals(cu_seqlens[:3, None].expand(1, 1, 3, 1), cu_seqlens[1:, None].expand(1, 1, 3, 1), size),
+        select_rows(documents, offset, 2),
+        simplify(intersect(documents, bidirectional(size)), planes=1),
+        simplify(union(chunked(3, size, is_causal=False), sliding_window(2, size)), planes=6),
+        from_prefix_tree(left_padding[None] // 2 - 1, left_padding[None] + 1, kv_len=size),
     ]
 
 
@@ -695,7 +810,9 @@ def test_constructors_read_nothing_back_to_the_host():
 # Documentation
 
 
-@pytest.mark.parametrize("module", ["", ".algebra", ".constructors", ".documents", ".form", ".trees", ".views"])
+@pytest.mark.parametrize(
+    "module", ["", ".algebra", ".constructors", ".dense", ".documents", ".form", ".intervals", ".trees", ".views"]
+)
 def test_examples_in_docstrings(module):
     results = doctest.testmod(importlib.import_module(f"hf_flashmask.bounds{module}"))
     assert results.failed == 0

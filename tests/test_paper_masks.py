@@ -703,11 +703,14 @@ def test_a_causal_mask_written_without_the_causal_flag(name):
 
 
 def test_every_picture_shows_its_mask():
-    drawn = load("docs/draw_masks.py").masks()
+    drawn = load("docs/draw_masks.py").pictures()
     folder = ROOT / "docs/masks"
     assert {path.stem for path in folder.glob("*.png")} == set(drawn)
-    for name, bounds in drawn.items():
+    for name, (bounds, q_len) in drawn.items():
         picture = pyplot.imread(folder / f"{name}.png")[..., :3].mean(-1)
-        visible = to_dense(bounds)[0, 0].numpy()
-        middle = ((np.arange(len(visible)) + 0.5) * picture.shape[0] / len(visible)).astype(int)
-        np.testing.assert_array_equal(picture[np.ix_(middle, middle)] < 0.5, visible, err_msg=name)
+        visible = to_dense(bounds, q_len)[0, 0].numpy()
+        middle = [
+            ((np.arange(cells) + 0.5) * pixels / cells).astype(int)
+            for cells, pixels in zip(visible.shape, picture.shape)
+        ]
+        np.testing.assert_array_equal(picture[np.ix_(*middle)] < 0.5, visible, err_msg=name)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import sys
 import warnings
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .form import (
+    MAX_INTERVALS,
     NO_END,
+    TooManyIntervalsError,
     broadcast_masks,
     check_bounds,
     check_intervals,
     check_operands,
     hidden_intervals,
     lower_and_upper,
+    refuse,
     rows_of_keys,
     shift_down,
 )
@@ -146,8 +150,8 @@ def hide_keys(bounds: Tensor, hidden: Tensor) -> Tensor:
     return torch.stack([starts, ends], dim=3).flatten(2, 3)
 
 
-def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
-    """The fewest planes that say the same. Waits once for the device.
+def simplify(bounds: Tensor, q_len: int | None = None, *, planes: int | None = None) -> Tensor:
+    """The fewest planes that say the same. Waits once for the device, unless it is told the number of planes.
 
     Values are clamped to `[0, q_len]`, overlapping and adjacent intervals merged, and empty ones dropped. C = 1 when
     every column is the causal triangle and one lower bound.
@@ -155,12 +159,15 @@ def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
     Args:
         bounds: int32 `[B or 1, H or 1, C, S_k]`.
         q_len: S_q, by default S_k.
+        planes: C of the result where it is known: then nothing is read from the device, and the call can be traced.
 
     Returns:
         int32 `[B or 1, H or 1, C, S_k]`.
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds.
+        ValueError: when `planes` is not 1 or an even number up to `2 * MAX_INTERVALS`.
+        TooManyIntervalsError: when the mask needs more than `planes`. On a device it is an assertion there.
 
     >>> from hf_flashmask.bounds import bidirectional, causal
     >>> simplify(intersect(bidirectional(3), causal(3))).shape
@@ -168,7 +175,11 @@ def simplify(bounds: Tensor, q_len: int | None = None) -> Tensor:
     """
     check_bounds(bounds)
     q_len = bounds.shape[3] if q_len is None else q_len
-    return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
+    if planes is None:
+        return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
+    if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
+        raise ValueError(f"`planes` must be 1 or an even number up to {2 * MAX_INTERVALS}, got {planes}")
+    return _given_planes(*hidden_intervals(bounds, q_len), q_len, planes)
 
 
 _suggested: set[int] = set()
@@ -212,6 +223,60 @@ def fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | Non
     """
     if start.numel() == 0:
         return torch.empty_like(start[:, :, :1])
+    merged = _merge(start, end, q_len, triangle)
+    intervals, has_inner, is_not_causal = torch.stack(
+        [merged.counts.amax(), merged.has_inner.any().long(), merged.is_not_causal.any().long()]
+    ).tolist()
+    if has_inner:
+        return merged.pairs(max(intervals, 2))
+    return merged.lower_and_upper() if is_not_causal else merged.lts.unsqueeze(2).contiguous()
+
+
+def _given_planes(start: Tensor, end: Tensor, q_len: int, planes: int) -> Tensor:
+    """`fewest_planes`, which reads their number, when it is known."""
+    if start.numel() == 0:
+        return start.new_empty((*start.shape[:2], planes, start.shape[3]))
+    merged = _merge(start, end, q_len, None)
+    if planes <= 2:
+        refused = merged.has_inner | merged.is_not_causal if planes == 1 else merged.has_inner
+    else:
+        refused = merged.counts > planes // 2
+    message = f"simplify() was told that {planes} planes are enough, but a key needs more"
+    refuse(refused, TooManyIntervalsError(message))
+    if planes == 1:
+        return merged.lts.unsqueeze(2).contiguous()
+    return merged.lower_and_upper() if planes == 2 else merged.pairs(planes // 2)
+
+
+class _Merged(NamedTuple):
+    """Hidden intervals of each key, merged: `[B, H, n, S_k]`, sorted and apart, an empty one being (q_len, 0)."""
+
+    start: Tensor
+    end: Tensor
+    lts: Tensor
+    ute: Tensor
+    triangle: Tensor
+    counts: Tensor
+    has_inner: Tensor
+    is_not_causal: Tensor
+
+    def lower_and_upper(self) -> Tensor:
+        return torch.stack([self.lts, self.ute], dim=2)
+
+    def pairs(self, intervals: int) -> Tensor:
+        start, end = self.start[:, :, :intervals], self.end[:, :, :intervals]
+        missing = intervals - start.shape[2]
+        if missing > 0:
+            start, end = (torch.cat([edge, edge[:, :, :1].expand(-1, -1, missing, -1) * 0], 2) for edge in (start, end))
+        if intervals == 2:
+            # A lone interval goes to the side of the diagonal on which it lies, so that neighbouring columns agree.
+            lone_lower = ~(start[:, :, 1] < end[:, :, 1]) & (start[:, :, 0] > self.triangle)
+            order = torch.stack([~lone_lower, lone_lower], dim=2).long()
+            start, end = start.gather(2, order), end.gather(2, order)
+        return torch.stack([start, end], dim=3).flatten(2, 3)
+
+
+def _merge(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None) -> _Merged:
     start, end = start.clamp(0, q_len), end.clamp(0, q_len)
     empty = start >= end
     start, end = start.masked_fill(empty, q_len), end.masked_fill(empty, 0)
@@ -222,24 +287,11 @@ def fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | Non
     start = torch.full_like(start, q_len).scatter_reduce(2, merged, start, "amin")
     end = torch.zeros_like(end).scatter_reduce(2, merged, end, "amax")
 
-    # Now sorted and apart, an empty interval being (q_len, 0).
     some = start < end
-    inner = some & (start > 0) & (end < q_len)
     lts = torch.where(end == q_len, start, q_len).amin(2)
     ute = torch.where(start == 0, end, 0).amax(2)
     if triangle is None:
         triangle = rows_of_keys(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
-    not_causal = (ute != triangle) & (ute != q_len)
-    intervals, has_inner, is_not_causal = torch.stack(
-        [some.sum(2).amax(), inner.any().long(), not_causal.any().long()]
-    ).tolist()
-    if not has_inner:
-        return (lts.unsqueeze(2) if not is_not_causal else torch.stack([lts, ute], dim=2)).contiguous()
-    if intervals <= 2:
-        start, end = start[:, :, :2], end[:, :, :2]
-        # A lone interval goes to the side of the diagonal on which it lies, so that neighbouring columns agree.
-        lone_lower = ~(start[:, :, 1] < end[:, :, 1]) & (start[:, :, 0] > triangle)
-        order = torch.stack([~lone_lower, lone_lower], dim=2).long()
-        start, end = start.gather(2, order), end.gather(2, order)
-    intervals = max(intervals, 2)
-    return torch.stack([start[:, :, :intervals], end[:, :, :intervals]], dim=3).flatten(2, 3)
+    has_inner = (some & (start > 0) & (end < q_len)).any(2)
+    is_not_causal = (ute != triangle) & (ute != q_len)
+    return _Merged(start, end, lts, ute, triangle, some.sum(2), has_inner, is_not_causal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -73,11 +73,11 @@ def bidirectional(q_len: int, kv_len: int | None = None, *, device: torch.device
 
 
 def sliding_window(
-    window: int,
+    window: int | tuple[int | None, int | None],
     q_len: int,
     kv_len: int | None = None,
     *,
-    is_causal: bool = True,
+    is_causal: bool | None = None,
     q_offset: Offset | None = None,
     kv_offset: Offset = 0,
     device: torch.device | str | None = None,
@@ -85,24 +85,30 @@ def sliding_window(
     """A band around the diagonal, as Transformers counts it.
 
     Args:
-        window: causal, a query sees `window` keys, its own included (`q - window < k <= q`). Bidirectional, it sees the
-            keys at most `window` away on either side (`|q - k| <= window`).
+        window: a number or a pair. A number, causal: a query sees `window` keys, its own included
+            (`q - window < k <= q`). A number, bidirectional: it sees the keys at most `window` away on either side
+            (`|q - k| <= window`). A pair `(left, right)`, as in FlashAttention: it sees `left` keys before its own,
+            and `right` after it (`q - left <= k <= q + right`); None is unlimited.
+        is_causal: of a window that is a number, True by default. A pair says it itself.
 
     Returns:
         int32 `[1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
 
     Raises:
-        ValueError: when `window` is less than 1 (causal) or 0 (bidirectional), or a length is negative.
+        ValueError: when `window` is less than 1 (causal) or 0 (bidirectional, or in a pair), `is_causal` is given
+            beside a pair, or a length is negative.
 
     >>> sliding_window(2, 5).tolist()
     [[[[2, 3, 4, 5, 5]]]]
+    >>> sliding_window((None, 1), 5).tolist()  # all keys before a query, and one after it
+    [[[[5, 5, 5, 5, 5], [0, 0, 1, 2, 3]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
-    window = _checked_window(window, is_causal)
-    if is_causal and is_bottom_right(q_len, kv_len, q_offset, kv_offset):
-        return stack_planes(rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=window), None, q_len)
+    left, right = _left_and_right(window, is_causal)
+    if right == 0 and is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return stack_planes(rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=left + 1), None, q_len)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
-    return stack_planes(*_band(diagonal, window, is_causal), q_len)
+    return stack_planes(diagonal + (left + 1), diagonal - right, q_len)
 
 
 def chunked(
@@ -229,6 +235,7 @@ def causal_with_blocks(
     block_ids: Tensor,
     *,
     window: int | None = None,
+    window_limits_blocks: bool = False,
     q_len: int | None = None,
     kv_len: int | None = None,
     q_offset: Offset | None = None,
@@ -239,18 +246,23 @@ def causal_with_blocks(
     Args:
         block_ids: integers `[B, S]` or `[S]`, for the positions 0 to S - 1 of the sequence. A block is a run of
             *adjacent* equal ids that are not negative. `q_len` and `kv_len` default to S, `q_offset` to S - q_len.
-        window: outside its block a query sees only the last `window` keys, its own included (Gemma 3's local layers).
+        window: outside its block a query sees only the last `window` keys, its own included (the first rule of
+            Gemma 3's local layers).
+        window_limits_blocks: whether the window hides keys of a query's own block as well, if they are that far before
+            it. This is the rule of Gemma 3 and 4 today.
 
     Returns:
         int32 `[B, 1, 2, S_k]`.
 
     Raises:
         TypeError: when `block_ids` is not an integer tensor.
-        ValueError: when it is neither `[B, S]` nor `[S]`, or `window` is less than 1.
+        ValueError: when it is neither `[B, S]` nor `[S]`, `window` is less than 1, or missing where it limits blocks.
 
     >>> causal_with_blocks(torch.tensor([-1, 0, 0, -1])).tolist()
     [[[[4, 4, 4, 4], [0, 1, 1, 3]]]]
     """
+    if window is None and window_limits_blocks:
+        raise ValueError("`window_limits_blocks` needs a `window`")
     window = None if window is None else _checked_window(window, is_causal=True)
     block_ids = check_per_position("block_ids", block_ids)
     ends = run_ends(run_numbers(torch.ne, block_ids, previous(block_ids)))
@@ -261,8 +273,10 @@ def causal_with_blocks(
     ute = torch.minimum(diagonal, start - q_offset)
     if window is None:
         return stack_planes(torch.full_like(ute, q_len), ute, q_len)
-    end = at_keys(ends, is_text, -FAR, kv_len, kv_offset)
     lts, _ = _band(diagonal, window, is_causal=True)
+    if window_limits_blocks:
+        return stack_planes(lts, ute, q_len)
+    end = at_keys(ends, is_text, -FAR, kv_len, kv_offset)
     return stack_planes(torch.maximum(lts, end - q_offset), ute, q_len)
 
 
@@ -428,71 +442,6 @@ def from_block_mask(
     return bounds
 
 
-def from_dense(mask: Tensor) -> Tensor:
-    """A dense mask as the fewest planes that say the same. Exact; waits for the device; O(S_q x S_k) memory.
-
-    Args:
-        mask: bool `[S_q, S_k]` or `[B or 1, H or 1, S_q, S_k]`, True = visible.
-
-    Returns:
-        int32 `[B or 1, H or 1, C, S_k]`.
-
-    Raises:
-        TypeError: when `mask` is not a bool tensor.
-        ValueError: when it has another shape.
-        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
-            first.
-
-    >>> from_dense(torch.ones(3, 3, dtype=torch.bool).tril()).tolist()
-    [[[[3, 3, 3]]]]
-    """
-    if dtype_or_type(mask) != torch.bool:
-        raise TypeError(
-            f"`mask` must be a bool tensor with True = visible, got {dtype_or_type(mask)}; for an additive mask of 0 "
-            "and -inf pass `mask == 0`"
-        )
-    if mask.ndim not in (2, 4):
-        raise ValueError(f"`mask` must be [S_q, S_k] or [B or 1, H or 1, S_q, S_k], got shape {list(mask.shape)}")
-    if mask.ndim == 2:
-        mask = mask[None, None]
-    return from_tiles([mask])
-
-
-def from_tiles(tiles: Iterable[Tensor]) -> Tensor:
-    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; waits once for the device.
-
-    Args:
-        tiles: one or more bool tensors `[B or 1, H or 1, S_q, columns]`, from the first column to the last.
-
-    Returns:
-        int32 `[B or 1, H or 1, C, S_k]`, S_k being the number of all columns.
-
-    Raises:
-        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
-            first.
-    """
-    edges, counts = [], []
-    for visible in tiles:
-        q_len = visible.shape[2]
-        hidden = torch.nn.functional.pad(~visible.transpose(2, 3), (1, 1), value=False)
-        # The k-th edge of a hidden interval lies where the number of edges reaches k. One interval too many is kept.
-        count = (hidden[..., 1:] != hidden[..., :-1]).cumsum(-1, dtype=torch.int32)
-        wanted = torch.arange(1, 2 * MAX_INTERVALS + 3, dtype=torch.int32, device=visible.device)
-        wanted = wanted.expand(*count.shape[:3], -1).contiguous()
-        edges.append(torch.searchsorted(count, wanted, out_int32=True))
-        counts.append(count[..., -1])
-    start, end = torch.cat(edges, dim=2).transpose(2, 3).unflatten(2, (-1, 2)).unbind(3)
-    bounds = fewest_planes(start, end, q_len)
-    if bounds.shape[2] > 2 * MAX_INTERVALS:
-        intervals = torch.cat(counts, dim=2) // 2
-        batch, head, column = (intervals > MAX_INTERVALS).nonzero()[0].tolist()
-        raise TooManyIntervalsError(
-            f"key column {column} (batch {batch}, head {head}) needs {int(intervals[batch, head, column])} hidden "
-            f"intervals; bounds hold at most {MAX_INTERVALS}. Use attn_implementation='sdpa' for such a mask"
-        )
-    return bounds
-
-
 def from_startend_row_indices(
     startend_row_indices: Tensor,
     is_causal: bool,
@@ -545,6 +494,20 @@ def _checked_window(window: int, is_causal: bool) -> int:
     if window < smallest:
         raise ValueError(f"`window` must be at least {smallest} in a {kind} mask, got {window}")
     return min(window, FAR)
+
+
+def _left_and_right(window: int | tuple[int | None, int | None], is_causal: bool | None) -> tuple[int, int]:
+    """How many keys before and after its own a query sees; FAR is unlimited."""
+    if not isinstance(window, tuple):
+        is_causal = True if is_causal is None else is_causal
+        window = _checked_window(window, is_causal)
+        return (window - 1, 0) if is_causal else (window, window)
+    if is_causal is not None:
+        raise ValueError("`is_causal` belongs to a `window` that is a number: a pair (left, 0) is causal")
+    if any(side is not None and side < 0 for side in window):
+        raise ValueError(f"`window` must be (left, right), each 0 or more, or None for unlimited, got {window}")
+    left, right = (FAR if side is None else min(side, FAR) for side in window)
+    return left, right
 
 
 def _band(diagonal: Tensor, window: int, is_causal: bool) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,15 @@ def check_bounds(
         raise ValueError(f"`{name}` is on {bounds.device}, the queries are on {device}; move it there with .to()")
 
 
+def refuse(refused: Tensor, error: Exception) -> None:
+    """Raise `error` where `refused` is true anywhere. Off the CPU nothing waits: the device asserts it."""
+    if refused.is_cpu and type(refused) is Tensor and not torch.compiler.is_compiling():
+        if bool(refused.any()):
+            raise error
+    else:
+        torch._assert_async(~refused.any(), str(error))
+
+
 def rows_of_keys(
     q_len: int,
     kv_len: int,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .form import NO_END, check_bounds, check_intervals, from_blocks, host_lists
+from .form import NO_END, check_bounds, check_int_tensor, check_intervals, from_blocks, host_lists, refuse
 
 
 def from_prefix_tree(
@@ -22,25 +22,34 @@ def from_prefix_tree(
     """A forest of shared prefixes in depth-first order: a token sees its node up to itself, and all nodes above.
 
     One plane is enough: causal, and LTS = end of the subtree. A list of roots is packed documents, a root with two
-    leaves a preference pair, a root with many leaves a group of answers.
+    leaves a preference pair, a root with many leaves a group of answers. Tensors with a `kv_len` are read nowhere but
+    on their device, and can be traced; lists are read on the host.
 
     Args:
         parents: for each node the index of its parent, or -1 for a root, in depth-first order. A list of such lists,
-            with one of lengths for each, makes a batch. The arguments are read on the host.
+            with one of lengths for each, makes a batch; so does a tensor `[B, n]`, in which roots of length 0 fill up
+            the shorter rows.
         lengths: for each node its number of tokens, 0 or more.
-        kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
-        device: of the bounds; default: the CPU.
+        kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row, which is read
+            from the device if it is there.
+        device: of the bounds; default: that of the tensors, the CPU for lists.
 
     Returns:
         int32 `[B, 1, 1, S_k]`.
 
     Raises:
         ValueError: when the nodes are not in depth-first order (the message names the node), a length is negative,
-            `parents` and `lengths` do not match, or `kv_len` is too small.
+            `parents` and `lengths` do not match, or `kv_len` is too small. For tensors elsewhere than on the CPU it is
+            an assertion on the device.
 
     >>> from_prefix_tree(parents=[-1, 0, 0], lengths=[2, 2, 1]).tolist()
     [[[[5, 5, 4, 4, 5]]]]
     """
+    if isinstance(parents, Tensor) and isinstance(lengths, Tensor):
+        device = parents.device if device is None else device
+        is_value_known = parents.is_cpu and type(parents) is Tensor and not torch.compiler.is_compiling()
+        if kv_len is not None and not is_value_known:
+            return _on_the_device(parents, lengths, kv_len).to(device)
     parent_rows = host_lists(parents)
     length_rows = host_lists(lengths)
     if len(parent_rows) != len(length_rows):
@@ -120,6 +129,49 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
     planes = [lower_start, torch.full_like(row, NO_END), torch.zeros_like(row), row]
     planes += [plane for branch in branches[:-1] for plane in branch]
     return torch.stack(planes, dim=1)[:, None]
+
+
+def _on_the_device(parents: Tensor, lengths: Tensor, kv_len: int) -> Tensor:
+    """`from_prefix_tree` of tensors whose values the host does not know. O(n log n) for n nodes."""
+    for name, values in (("parents", parents), ("lengths", lengths)):
+        check_int_tensor(name, values, (1, 2), "[B, n] or [n]")
+    if parents.shape != lengths.shape:
+        raise ValueError(
+            f"`parents` and `lengths` must have the same shape, got {list(parents.shape)} and {list(lengths.shape)}"
+        )
+    parents, lengths = (values.long() if values.ndim == 2 else values[None].long() for values in (parents, lengths))
+    last_node, is_refused = _last_nodes(parents)
+    ends = lengths.cumsum(1)
+    is_refused = is_refused | (lengths < 0).any(1) | (ends[:, -1:] > kv_len).any(1)
+    # Without numbers: a length in the text would be a constant of the graph.
+    reason = "`parents` are not in depth-first order, or `lengths` are negative or add up to more than `kv_len`"
+    refuse(is_refused, ValueError(reason))
+    subtree_end = torch.nn.functional.pad(ends.gather(1, last_node), (0, 1), value=0)
+    key = torch.arange(kv_len, device=parents.device).expand(len(parents), -1).contiguous()
+    node = torch.searchsorted(ends, key, right=True)
+    return subtree_end.gather(1, node).to(torch.int32)[:, None, None]
+
+
+def _last_nodes(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """The last node of each node's subtree, `[B, n]`, and for which rows the order is not depth-first, `[B]`.
+
+    Each round doubles the number of levels below a node that it has seen. Node 0 of the tables stands above all roots.
+    """
+    batch, nodes = parents.shape
+    above = torch.nn.functional.pad((parents + 1).clamp(0, nodes), (1, 0))
+    last = torch.arange(nodes + 1, device=parents.device).expand(batch, -1)
+    depth = (above > 0).long()
+    is_refused = ((parents < -1) | (parents >= last[:, :-1])).any(1)
+    levels = 1
+    while levels < nodes:
+        last = last.scatter_reduce(1, above, last, "amax")
+        depth = depth + depth.gather(1, above)
+        above = above.gather(1, above)
+        levels *= 2
+    # Every node is in the subtrees of its path. They are rows of neighbours only in depth-first order.
+    node = torch.arange(1, nodes + 1, device=parents.device)
+    sizes = last[:, 1:] - node + 1
+    return last[:, 1:] - 1, is_refused | (sizes.sum(1) != (depth[:, 1:] + 1).sum(1))
 
 
 def _subtree_ends(parents: list[int], lengths: list[int]) -> list[int]:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.overrides import TorchFunctionMode
 
 from .. import bounds
+from ..bounds.dense import PAIRS_OF_A_TILE, evaluate_in_tiles
 
 
 @dataclass(frozen=True)  # torch 2.9 cannot compile the properties of a named tuple
@@ -51,10 +51,6 @@ class _Documents(NamedTuple):
         return cls(starts, document_ends, index - starts, is_padding)
 
 
-_TILE = 2**22
-"""Number of pairs of a row and a column that are evaluated at once."""
-
-
 def evaluate(mask_function: Callable, call: Call) -> Iterator[Tensor]:
     """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated like Transformers' `sdpa_mask`."""
     if call.document_ends is not None:
@@ -62,21 +58,19 @@ def evaluate(mask_function: Callable, call: Call) -> Iterator[Tensor]:
     rows = torch.arange(call.q_len, device=call.device) + call.q_offset
     keys = torch.arange(call.kv_len, device=call.device) + call.kv_offset
     batch, head = torch.arange(call.batch, device=call.device), torch.zeros(1, dtype=torch.long, device=call.device)
+    for visible in _tiles(mask_function, batch, head, rows, keys, call):
+        visible = visible.to(call.device, torch.bool).expand(call.batch, 1, call.q_len, -1)
+        yield visible[:1] if visible.stride(0) == 0 else visible
+
+
+def _tiles(
+    mask_function: Callable, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor, call: Call
+) -> Iterator[Tensor]:
     if call.has_user_functions:
-        for dimensions in ((None, None, 0, None), (None, None, None, 0), (None, 0, None, None), (0, None, None, None)):
-            mask_function = torch.vmap(mask_function, in_dims=dimensions)
-    else:
-        batch, head = batch[:, None, None, None], head[:, None, None]
-    for columns in keys.split(max(_TILE // max(call.batch * call.q_len, 1), 1)):
-        if call.has_user_functions:
-            with TransformGetItemToIndex():
-                visible = mask_function(batch, head, rows, columns)
-        else:
-            visible = mask_function(batch, head, rows, columns[:, None])
-        visible = visible.to(call.device, torch.bool).expand(call.batch, 1, columns.shape[0], call.q_len)
-        if visible.stride(0) == 0:
-            visible = visible[:1]
-        yield visible.transpose(2, 3)
+        yield from evaluate_in_tiles(mask_function, batch, head, rows, keys)
+        return
+    for columns in keys.split(max(PAIRS_OF_A_TILE // max(call.batch * call.q_len, 1), 1)):
+        yield mask_function(batch[:, None, None, None], head[:, None, None], rows[:, None], columns)
 
 
 def _in_documents(mask_function: Callable, documents: _Documents, batch_size: int) -> Callable:

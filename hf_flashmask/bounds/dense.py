@@ -1,0 +1,167 @@
+"""Bounds from a mask that is given pair by pair: a dense tensor, tiles of it, a function of query and key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.nn.attention.flex_attention import BlockMask
+
+from .algebra import fewest_planes
+from .form import MAX_INTERVALS, TooManyIntervalsError, check_lengths, dtype_or_type
+
+MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+PAIRS_OF_A_TILE = 2**22
+"""Number of pairs of a query and a key that are evaluated at once."""
+
+
+def from_dense(mask: Tensor) -> Tensor:
+    """A dense mask as the fewest planes that say the same. Exact; waits for the device; O(S_q x S_k) memory.
+
+    Args:
+        mask: bool `[S_q, S_k]` or `[B or 1, H or 1, S_q, S_k]`, True = visible.
+
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`.
+
+    Raises:
+        TypeError: when `mask` is not a bool tensor.
+        ValueError: when it has another shape.
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
+
+    >>> from_dense(torch.ones(3, 3, dtype=torch.bool).tril()).tolist()
+    [[[[3, 3, 3]]]]
+    """
+    if dtype_or_type(mask) != torch.bool:
+        raise TypeError(
+            f"`mask` must be a bool tensor with True = visible, got {dtype_or_type(mask)}; for an additive mask of 0 "
+            "and -inf pass `mask == 0`"
+        )
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"`mask` must be [S_q, S_k] or [B or 1, H or 1, S_q, S_k], got shape {list(mask.shape)}")
+    if mask.ndim == 2:
+        mask = mask[None, None]
+    return from_tiles([mask])
+
+
+def from_tiles(tiles: Iterable[Tensor]) -> Tensor:
+    """`from_dense` for a mask that comes in tiles of columns. O(S_q x tile) memory; waits once for the device.
+
+    Args:
+        tiles: one or more bool tensors `[B or 1, H or 1, S_q, columns]`, from the first column to the last.
+
+    Returns:
+        int32 `[B or 1, H or 1, C, S_k]`, S_k being the number of all columns.
+
+    Raises:
+        TooManyIntervalsError: when a column needs more than `MAX_INTERVALS` hidden intervals; the message names the
+            first.
+    """
+    edges, counts = [], []
+    for visible in tiles:
+        q_len = visible.shape[2]
+        hidden = torch.nn.functional.pad(~visible.transpose(2, 3), (1, 1), value=False)
+        # The k-th edge of a hidden interval lies where the number of edges reaches k. One interval too many is kept.
+        count = (hidden[..., 1:] != hidden[..., :-1]).cumsum(-1, dtype=torch.int32)
+        wanted = torch.arange(1, 2 * MAX_INTERVALS + 3, dtype=torch.int32, device=visible.device)
+        wanted = wanted.expand(*count.shape[:3], -1).contiguous()
+        edges.append(torch.searchsorted(count, wanted, out_int32=True))
+        counts.append(count[..., -1])
+    start, end = torch.cat(edges, dim=2).transpose(2, 3).unflatten(2, (-1, 2)).unbind(3)
+    bounds = fewest_planes(start, end, q_len)
+    if bounds.shape[2] > 2 * MAX_INTERVALS:
+        intervals = torch.cat(counts, dim=2) // 2
+        batch, head, column = (intervals > MAX_INTERVALS).nonzero()[0].tolist()
+        raise TooManyIntervalsError(
+            f"key column {column} (batch {batch}, head {head}) needs {int(intervals[batch, head, column])} hidden "
+            f"intervals; bounds hold at most {MAX_INTERVALS}. Use attn_implementation='sdpa' for such a mask"
+        )
+    return bounds
+
+
+def from_mask_mod(
+    mask_mod: MaskMod | BlockMask,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    batch_size: int = 1,
+    num_heads: int = 1,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A `mask_mod` of FlexAttention, or a `BlockMask`, as the fewest planes that say the same. Exact.
+
+    The function is evaluated for all pairs, in tiles of keys: O(S_q x S_k) time, O(S_q + S_k) memory. It waits once for
+    the device, and cannot be traced. Constructors that know the mask need neither.
+
+    Args:
+        mask_mod: a function of `(batch, head, query, key)`, 0-d integer tensors, that returns a bool: True = visible.
+            A `BlockMask` brings its lengths, its device, and its numbers of batch rows and heads. As in FlexAttention,
+            its function decides in partial blocks only.
+        q_len, kv_len: S_q and S_k; S_k is S_q by default. Not to be given with a `BlockMask`.
+        batch_size, num_heads: B and H, 1 where the function does not look at its first or second argument.
+        device: where the function is evaluated, and the bounds are made: where the tensors are that it looks up.
+
+    Returns:
+        int32 `[B, H, C, S_k]`.
+
+    Raises:
+        TypeError: for `q_len` beside a `BlockMask`, or a function without it.
+        ValueError: when a length is negative.
+        TooManyIntervalsError: when a key needs more than `MAX_INTERVALS` hidden intervals; the message names the first.
+
+    >>> from_mask_mod(lambda batch, head, query, key: (query >= key) & (query - key < 2), 5).tolist()
+    [[[[2, 3, 4, 5, 5]]]]
+    """
+    if isinstance(mask_mod, BlockMask):
+        if q_len is not None or kv_len is not None:
+            raise TypeError("a `BlockMask` brings `q_len` and `kv_len`, leave them out")
+        q_len, kv_len = mask_mod.seq_lengths
+        batch_size, num_heads = mask_mod.kv_num_blocks.shape[:2]
+        device = mask_mod.kv_num_blocks.device
+        mask_mod = _as_flex_attention_reads(mask_mod)
+    if q_len is None:
+        raise TypeError("`q_len` must be given with a `mask_mod`")
+    kv_len = q_len if kv_len is None else kv_len
+    check_lengths(q_len, kv_len)
+    if q_len == 0 or kv_len == 0:
+        return torch.zeros(batch_size, num_heads, 1, kv_len, dtype=torch.int32, device=device)
+    batch, head, query, key = (torch.arange(count, device=device) for count in (batch_size, num_heads, q_len, kv_len))
+    return from_tiles(evaluate_in_tiles(mask_mod, batch, head, query, key))
+
+
+def evaluate_in_tiles(mask_mod: MaskMod, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Iterator[Tensor]:
+    """The mask of a function of 0-d tensors in tiles of columns, bool `[B, H, S_q, columns]`."""
+    for dimensions in ((None, None, 0, None), (None, None, None, 0), (None, 0, None, None), (0, None, None, None)):
+        mask_mod = torch.vmap(mask_mod, in_dims=dimensions)
+    for columns in key.split(max(PAIRS_OF_A_TILE // max(len(batch) * len(head) * len(query), 1), 1)):
+        with TransformGetItemToIndex():
+            visible = mask_mod(batch, head, query, columns)
+        yield visible.to(query.device, torch.bool).transpose(2, 3)
+
+
+def _as_flex_attention_reads(block_mask: BlockMask) -> MaskMod:
+    """Full blocks are visible, and the function is asked in partial blocks."""
+    rows, columns = block_mask.BLOCK_SIZE
+    partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+    full = torch.zeros_like(partial)
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
+        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    function = block_mask.mask_mod
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = (batch, head, query // rows, key // columns)
+        return (function(batch, head, query, key) & partial[block]) | full[block]
+
+    return visible
+
+
+def _listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """bool `[B, H, n, m]`: whether the first `counts` of `indices`, int32 `[B, H, n, m]`, name a block of keys."""
+    is_listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    blocks = torch.zeros(indices.shape, dtype=torch.int32, device=indices.device)
+    return blocks.scatter_reduce(3, indices.long(), is_listed.int(), "amax").bool()

@@ -1,0 +1,72 @@
+"""Runs of adjacent positions: documents, blocks, chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..algebra import hide_keys
+from ..form import check_lengths, check_per_position, previous, run_numbers
+
+
+class Runs(NamedTuple):
+    """First and past-the-last position of each position's run, int32 `[B, S]`."""
+
+    start: Tensor
+    end: Tensor
+
+
+class Documents(NamedTuple):
+    """The documents of a row, and each position.
+
+    Attributes:
+        position: int32 `[S]`.
+        runs: the document of each position.
+        ids: as they were given, `[B, S]`, for runs that end where documents do. Empty for one document.
+        is_padding: bool `[B, S]`, or None without padding.
+    """
+
+    position: Tensor
+    runs: Runs
+    ids: tuple[Tensor, ...]
+    is_padding: Tensor | None
+
+    @property
+    def are_packed(self) -> bool:
+        return bool(self.ids)
+
+    def hide_padding(self, bounds: Tensor) -> Tensor:
+        return bounds if self.is_padding is None else hide_keys(bounds, self.is_padding)
+
+
+def runs_of(*ids: Tensor) -> Runs:
+    """A run ends where any of the ids, `[B or 1, S]`, changes."""
+    numbers = run_numbers(torch.ne, ids[0], previous(ids[0]))
+    for others in ids[1:]:
+        numbers = numbers + run_numbers(torch.ne, others, previous(others))
+    start = torch.searchsorted(numbers, numbers, out_int32=True)
+    return Runs(start, torch.searchsorted(numbers, numbers, right=True, out_int32=True))
+
+
+def documents_of(
+    document_ids: Tensor | None, length: int | None = None, device: torch.device | str | None = None
+) -> Documents:
+    """From ids, or else one document of `length` positions."""
+    if document_ids is None:
+        if length is None:
+            raise ValueError("pass `document_ids` or `length`: nothing says how many positions there are")
+        check_lengths(length, length)
+        position = torch.arange(length, dtype=torch.int32, device=device)
+        return Documents(position, Runs(torch.zeros_like(position), torch.full_like(position, length)), (), None)
+    document_ids = check_per_position("document_ids", document_ids)
+    if length is not None and length != document_ids.shape[1]:
+        raise ValueError(f"`document_ids` have {document_ids.shape[1]} positions, the other arguments say {length}")
+    position = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    return Documents(position, runs_of(document_ids), (document_ids,), document_ids < 0)
+
+
+def documents_beside(ids: Tensor, document_ids: Tensor | None) -> Documents:
+    """The documents of positions that other ids, `[B, S]`, describe as well."""
+    return documents_of(document_ids, ids.shape[1], ids.device)
