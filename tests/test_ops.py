@@ -143,7 +143,7 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
             query, key = (torch.empty(1, heads, length, 128, device="cuda").bfloat16() for heads in (32, 8))
             bounds = torch.empty(1, 1, 1, length, device="cuda", dtype=torch.int32)
         compiled(query, key, key, bounds)
-    assert chosen == [True, False]
+    assert chosen == [dispatch.HOPPER, dispatch.PORTABLE]
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
@@ -154,7 +154,7 @@ def test_short_rows_do_without_descriptors(in_graph: bool, monkeypatch: pytest.M
     for length, is_described in ((1024, [False] * 3), (1536, [False, True, False]), (2048, [True] * 3)):
         with FakeTensorMode():
             query = torch.empty(1, 32, length, 128, dtype=torch.bfloat16, device="cuda")
-            chosen = dispatch.launched_configs(query, query, False, in_graph)
+            chosen = dispatch.launched_configs(query, query, dispatch.PORTABLE, in_graph)
         assert [config.use_descriptors for config in chosen] == is_described
         has_tiles_of_table = all(config[:2] == of_table[:2] for config, of_table in zip(chosen, table))
         assert has_tiles_of_table == (in_graph or length > 1024)
@@ -164,7 +164,9 @@ def test_operator_contract() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
     bounds = random_intervals(1, 1, 2, 37, 37)
     sinks, seed = torch.randn(4), torch.tensor([5])
-    torch.library.opcheck(ops.forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, False))
+    torch.library.opcheck(
+        ops.forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, dispatch.PORTABLE)
+    )
 
 
 def test_dispatch_modes_see_the_operator() -> None:

@@ -122,8 +122,16 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 # tokens 1.38 / 4.54 against 1.73 / 5.17, of 800 0.77 / 1.76 against 0.81 / 1.93, of 400 0.76 / 1.47 against
 # 0.67 / 1.42. At D = 64, kernels of this form were no faster: backward causal 26.4 against 26.2, documents of 4K 3.72
 # against 3.54.
-_SMALLEST_SPECIALIZED_DIM, _LARGEST_SPECIALIZED_DIM = 65, 128
-_SPECIALIZED = Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True))
+_SMALLEST_SPECIALIZED_DIM = 33
+_SPECIALIZED = {
+    64: Configs(Config(192, 128, 12, 4, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+    128: Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+}
+LARGEST_FUSED_DIM = 64
+# dQ's tiles are those in which rows are computed again after NaN: the forward's, whose schedule they share.
+_FUSED = _SPECIALIZED[64]._replace(
+    key_value_gradient=Config(64, 128, 12, 2, True), query_gradient=_SPECIALIZED[64].forward
+)
 # The releases of Triton that the tests compile them with: they use Gluon, which promises no stability.
 _OLDEST_GLUON, _NEWEST_GLUON = (3, 6), (3, 7)
 _HAS_GLUON = _OLDEST_GLUON <= TRITON_VERSION <= _NEWEST_GLUON
@@ -154,14 +162,18 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
     """The configurations of the kernels of `hopper`; None where these have none."""
-    is_theirs = (
-        dtype in (torch.float16, torch.bfloat16)
-        and _SMALLEST_SPECIALIZED_DIM <= head_dim <= _LARGEST_SPECIALIZED_DIM
-        and architecture(device) == "sm_90"
-    )
-    if is_theirs and not _HAS_GLUON:
+    if dtype == torch.float32 or head_dim < _SMALLEST_SPECIALIZED_DIM or architecture(device) != "sm_90":
+        return None
+    chosen = next((configs for largest, configs in _SPECIALIZED.items() if head_dim <= largest), None)
+    if chosen is not None and not _HAS_GLUON:
         _warn_of_new_triton()
-    return _SPECIALIZED if is_theirs and _HAS_GLUON else None
+    return chosen if _HAS_GLUON else None
+
+
+def select_fused_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
+    """`select_specialized_configs`, where one kernel makes all gradients: its tiles are those of dK and dV."""
+    chosen = select_specialized_configs(device, dtype, head_dim)
+    return None if chosen is None or head_dim > LARGEST_FUSED_DIM else _FUSED
 
 
 @functools.lru_cache(maxsize=1)

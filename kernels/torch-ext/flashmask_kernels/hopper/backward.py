@@ -22,7 +22,6 @@ from ..launch.launcher import Launcher
 from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .tiles import (
-    LAUNCH_OPTIONS,
     REGISTERS,
     REGISTERS_WITH_MASKS,
     Lists,
@@ -32,6 +31,7 @@ from .tiles import (
     heads_per_group,
     hide,
     hide_by_mask,
+    launch_options,
     load_planes,
     load_run,
     load_scalar,
@@ -337,7 +337,7 @@ def query_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_ring(BLOCK_N)
+    masks = make_mask_ring(BLOCK_N, 2)
     work = make_work(4)
     q_ring = Ring(q_tiles, make_barriers(2, 1), make_barriers(2, 1))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
@@ -361,7 +361,7 @@ def query_gradient_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
             )),
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, False)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, 2, False)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS,
@@ -432,7 +432,9 @@ class AttentionBackward:
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
-        self._launch_d_key_value = Launcher(key_value_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
+        self._launch_d_key_value = Launcher(
+            key_value_gradient_kernel, programs, numbers, constants, **launch_options(2)
+        )
         column_tile = config.block_m, config.block_n
 
         config = configs.query_gradient
@@ -468,7 +470,7 @@ class AttentionBackward:
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
-        self._launch_d_query = Launcher(query_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
+        self._launch_d_query = Launcher(query_gradient_kernel, programs, numbers, constants, **launch_options(2))
         row_tile = config.block_m, config.block_n
         self._redo = redo_backward(d_out, query, key, value, bounds, by_column, by_row, scale, column_tile, row_tile)
 
