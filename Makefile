@@ -36,7 +36,7 @@ fuzz: $(READY)
 # racecheck does not understand the barriers between the warps of the sm_90 kernels; see sanitize_attention.py.
 sanitize: $(READY)
 	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
-	  "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
+	  "memcheck hopper 64" "synccheck hopper 64" "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
 	  $(SANITIZER) --tool $$1 --error-exitcode 1 $(RUN) tests/sanitize_attention.py $$2 $$3; done
 
 sweep: $(READY)

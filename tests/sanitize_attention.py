@@ -29,11 +29,13 @@ def give_all_warps_registers() -> None:
     """
     from triton.experimental.gluon import language as gl
 
-    from flashmask_kernels.hopper import backward, forward
+    from flashmask_kernels.hopper import backward, forward, fused_backward
 
-    for module in (forward, backward):
-        for name in {"REGISTERS", "REGISTERS_WITH_MASKS"} & set(vars(module)):
-            setattr(module, name, gl.constexpr([168] * len(getattr(module, name).value)))
+    # What kernels of two and of three warpgroups that multiply start with, `launch_options`.
+    for names, registers in (({"REGISTERS", "REGISTERS_WITH_MASKS"}, 168), ({"REGISTERS_OF_THREE"}, 128)):
+        for module in (forward, backward, fused_backward):
+            for name in names & set(vars(module)):
+                setattr(module, name, gl.constexpr([registers] * len(getattr(module, name).value)))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import gc
 import sys
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,44 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
             bounds = torch.empty(1, 1, 1, length, device="cuda", dtype=torch.int32)
         compiled(query, key, key, bounds)
     assert chosen == [dispatch.HOPPER, dispatch.PORTABLE]
+
+
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+@pytest.mark.parametrize(
+    ("dim", "options", "algorithms", "family"),
+    [
+        (64, {}, False, dispatch.FUSED_HOPPER),
+        (40, {}, False, dispatch.FUSED_HOPPER),
+        (64, {"deterministic": True}, False, dispatch.HOPPER),
+        (64, {}, True, dispatch.HOPPER),
+        (64, {"scale": 0.0}, False, dispatch.HOPPER),
+        (128, {}, False, dispatch.HOPPER),
+        (64, {"softcap": 5.0}, False, dispatch.PORTABLE),
+        (32, {}, False, dispatch.PORTABLE),
+    ],
+)
+def test_only_repeatable_kernels_compute_deterministic_calls(
+    dim: int, options: dict[str, Any], algorithms: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused backward adds in an order that changes. Fake tensors stand for those on a GPU."""
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    chosen = []
+
+    def note_choice(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        forward = torch.ops.flashmask_kernels.forward.default
+        chosen.extend(node.args[-1] for node in module.graph.nodes if node.target == forward)
+        return lambda *inputs: (torch.empty(0),)
+
+    with FakeTensorMode():
+        query, key = (torch.empty(1, heads, 16384, dim, device="cuda").bfloat16() for heads in (32, 8))
+        bounds = torch.empty(1, 1, 1, 16384, device="cuda", dtype=torch.int32)
+    torch.compiler.reset()  # so that this function is never compiled too often
+    torch.use_deterministic_algorithms(algorithms)
+    try:
+        torch.compile(flashmask_attention, fullgraph=True, backend=note_choice)(query, key, key, bounds, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen == [family]
 
 
 @pytest.mark.parametrize("in_graph", [False, True])

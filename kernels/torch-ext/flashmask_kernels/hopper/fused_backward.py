@@ -31,6 +31,7 @@ from .tiles import (
     deal_out_work,
     heads_per_group,
     hide,
+    launch_options,
     load_planes,
     load_run,
     load_scalar,
@@ -45,9 +46,8 @@ from .tiles import (
     tile_source,
 )
 
-# 4 x 128 threads with 128 registers fill the register file: 208 for each consumer, 72 for dQ, 24 for the others.
-_LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 128}
-_REGISTERS = gl.constexpr([208, 72, 24, 24])
+# Of 4 x 128 registers, each consumer takes 208, dQ 72, and the others 24.
+REGISTERS_OF_THREE = gl.constexpr([208, 72, 24, 24])
 # Both head sizes and the rows of a tile: the layouts below are written for one warpgroup's product of 64 x 64.
 BLOCK = gl.constexpr(64)
 _D_S_STAGES = gl.constexpr(2)
@@ -329,7 +329,7 @@ def fused_gradient_kernel(
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
         ],
         [4, 4, 1, 1],
-        _REGISTERS,
+        REGISTERS_OF_THREE,
     )  # fmt: skip
 
 
@@ -407,7 +407,7 @@ class FusedAttentionBackward:
             "LOADS_AHEAD": LOADS_AHEAD,
         }
         programs = num_programs(query.device, num_items)
-        self._launch = Launcher(fused_gradient_kernel, programs, numbers, constants, **_LAUNCH_OPTIONS)
+        self._launch = Launcher(fused_gradient_kernel, programs, numbers, constants, **launch_options(3))
         self._launch_d_query = Launcher(
             query_gradient_of_sums_kernel,
             num_row_tiles * batch_size * num_heads,

@@ -68,9 +68,9 @@ def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> in
     return next((count for count in range(fewest, num_heads) if num_heads % count == 0), num_heads)
 
 
-def launch_options(consumers: int) -> dict[str, int]:
-    """For kernels with so many consumers, and one warpgroup for all else."""
-    return {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[consumers]}
+def launch_options(warpgroups: int) -> dict[str, int]:
+    """For kernels in which so many warpgroups multiply, and one does all else."""
+    return {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[warpgroups]}
 
 
 def num_programs(device: torch.device, num_items: int) -> int:
