@@ -31,11 +31,10 @@ def give_all_warps_registers() -> None:
 
     from flashmask_kernels.hopper import backward, forward, fused_backward
 
-    # What kernels of two and of three warpgroups that multiply start with, `launch_options`.
-    for names, registers in (({"REGISTERS", "REGISTERS_WITH_MASKS"}, 168), ({"REGISTERS_OF_THREE"}, 128)):
-        for module in (forward, backward, fused_backward):
-            for name in names & set(vars(module)):
-                setattr(module, name, gl.constexpr([registers] * len(getattr(module, name).value)))
+    # As many as each warp starts with.
+    for module, registers in ((forward, 168), (backward, 168), (fused_backward, 128)):
+        for name in {"REGISTERS", "REGISTERS_WITH_MASKS"} & set(vars(module)):
+            setattr(module, name, gl.constexpr([registers] * len(getattr(module, name).value)))
 
 
 def main() -> None:

@@ -9,10 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..common.nan_repair import redo_backward
 from ..common.row_statistics import RowStatistics, padded_rows
@@ -21,7 +17,9 @@ from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
+from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
+    LAUNCH_OPTIONS,
     REGISTERS,
     REGISTERS_WITH_MASKS,
     Lists,
@@ -31,7 +29,6 @@ from .tiles import (
     heads_per_group,
     hide,
     hide_by_mask,
-    launch_options,
     load_planes,
     load_run,
     load_scalar,
@@ -70,8 +67,8 @@ def _produce_rows(
             full = k_ring.full.index(consumer)
             mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
             mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
-            tma.async_copy_global_to_shared(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
+            async_load(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
+            async_load(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -85,12 +82,10 @@ def _produce_rows(
                     mbarrier.wait(q_ring.empty.index(stage), phase)
                     store_scalar(row_tiles.index(stage), row_tile)
                     mbarrier.expect(full, q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage)
-                    )
+                    async_load(q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage))
                     rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK_M]
-                    tma.async_copy_global_to_shared(lse_2, rows, full, lse_tiles.index(stage))
-                    tma.async_copy_global_to_shared(delta, rows, full, delta_tiles.index(stage))
+                    async_load(lse_2, rows, full, lse_tiles.index(stage))
+                    async_load(delta, rows, full, delta_tiles.index(stage))
                     d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M, 0], stage, phase)
                     step += 1
         number += 1
@@ -240,8 +235,8 @@ def _produce_columns(
             full = q_ring.full.index(consumer)
             mbarrier.wait(q_ring.empty.index(consumer), (number & 1) ^ 1)
             mbarrier.expect(full, q.block_type.nbytes + d_out.block_type.nbytes)
-            tma.async_copy_global_to_shared(q, [batch, head, row, 0], full, q_ring.tiles.index(consumer))
-            tma.async_copy_global_to_shared(d_out, [batch, head, row, 0], full, d_out_tiles.index(consumer))
+            async_load(q, [batch, head, row, 0], full, q_ring.tiles.index(consumer))
+            async_load(d_out, [batch, head, row, 0], full, d_out_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -337,7 +332,7 @@ def query_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_ring(BLOCK_N, 2)
+    masks = make_mask_ring(BLOCK_N)
     work = make_work(4)
     q_ring = Ring(q_tiles, make_barriers(2, 1), make_barriers(2, 1))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
@@ -361,7 +356,7 @@ def query_gradient_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
             )),
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, 2, False)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, False)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS,
@@ -432,9 +427,7 @@ class AttentionBackward:
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
-        self._launch_d_key_value = Launcher(
-            key_value_gradient_kernel, programs, numbers, constants, **launch_options(2)
-        )
+        self._launch_d_key_value = Launcher(key_value_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
         column_tile = config.block_m, config.block_n
 
         config = configs.query_gradient
@@ -470,7 +463,7 @@ class AttentionBackward:
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
-        self._launch_d_query = Launcher(query_gradient_kernel, programs, numbers, constants, **launch_options(2))
+        self._launch_d_query = Launcher(query_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
         row_tile = config.block_m, config.block_n
         self._redo = redo_backward(d_out, query, key, value, bounds, by_column, by_row, scale, column_tile, row_tile)
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
 
 from ..common.nan_repair import redo_forward
 from ..common.tiles import LN_2, LOG2_E
@@ -18,8 +15,9 @@ from ..configs import Config
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
+from .gluon_api import gl, gluon, hopper
 from .tiles import (
-    REGISTERS_OF_THREE,
+    LAUNCH_OPTIONS,
     REGISTERS_WITH_MASKS,
     Lists,
     Ring,
@@ -27,7 +25,6 @@ from .tiles import (
     deal_out_work,
     heads_per_group,
     hide_by_mask,
-    launch_options,
     load_run,
     make_barriers,
     make_mask_ring,
@@ -46,7 +43,6 @@ from .tiles import (
 def _produce(
     q, k, v, lists, q_ring, k_ring, v_ring, work,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     number = 0
     step = 0
@@ -56,9 +52,9 @@ def _produce(
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
         runs = lists.runs_of(batch_head, row_tile)
-        for consumer in gl.static_range(CONSUMERS):
-            buffer = number % 2 * CONSUMERS + consumer
-            row = (row_tile * CONSUMERS + consumer) * 64
+        for consumer in gl.static_range(2):
+            buffer = number % 2 * 2 + consumer
+            row = row_tile * 128 + consumer * 64
             q_ring.load(q, [batch, head, row, 0], buffer, (number // 2 & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
@@ -89,7 +85,7 @@ def _consume(
     out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
     NUM_HEADS: gl.constexpr, HAS_SINKS: gl.constexpr,
     DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, consumer: gl.constexpr,
+    STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -105,7 +101,7 @@ def _consume(
     row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
         head = batch_head % NUM_HEADS
-        first_row = (row_tile * CONSUMERS + consumer) * 64
+        first_row = row_tile * 128 + consumer * 64
         rows = first_row + gl.arange(0, 64, row_layout)
         output = gl.zeros([64, BLOCK_DIM_V], gl.float32, out_layout)
         # Scores and their maxima are in base 2.
@@ -116,7 +112,7 @@ def _consume(
             row_max = gl.full([64], float("-inf"), gl.float32, row_layout)
             row_sum = gl.zeros([64], gl.float32, row_layout)
 
-        buffer = number % 2 * CONSUMERS + consumer
+        buffer = number % 2 * 2 + consumer
         q_tile = q_ring.tiles.index(buffer).reshape([64, BLOCK_DIM])
         q_ring.wait(buffer, number // 2 & 1)
         if num_cut + num_full > 0:
@@ -191,65 +187,38 @@ def attention_forward_kernel(
     scale, q_len, kv_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # Two buffers for the query of each consumer, so that the query of the next piece of work is loaded early.
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS, 1, 1, 64, BLOCK_DIM], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_ring(BLOCK_N, CONSUMERS)
-    work = make_work(CONSUMERS + 2)
-    q_ring = Ring(q_tiles, make_barriers(2 * CONSUMERS, 1), make_barriers(2 * CONSUMERS, 1))
-    k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS))
-    v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS))
+    masks = make_mask_ring(BLOCK_N)
+    work = make_work(4)
+    q_ring = Ring(q_tiles, make_barriers(4, 1), make_barriers(4, 1))
+    k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                    NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, CONSUMERS, 0,
-                )),
-                (_consume, (
-                    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                    NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, CONSUMERS, 1,
-                )),
-                (_produce, (
-                    q, k, v, lists, q_ring, k_ring, v_ring, work,
-                    NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES, CONSUMERS,
-                )),
-                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-                (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, CONSUMERS, True)),
-            ],
-            [4, 1, 1, 2],
-            REGISTERS_WITH_MASKS,
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (
-                    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                    NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, CONSUMERS, 0,
-                )),
-                (_consume, (
-                    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                    NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, CONSUMERS, 1,
-                )),
-                (_consume, (
-                    out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                    NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, CONSUMERS, 2,
-                )),
-                (_produce, (
-                    q, k, v, lists, q_ring, k_ring, v_ring, work,
-                    NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES, CONSUMERS,
-                )),
-                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-                (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, CONSUMERS, True)),
-            ],
-            [4, 4, 1, 1, 2],
-            REGISTERS_OF_THREE,
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (
+                out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+            )),
+            (_consume, (
+                out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+            )),
+            (_produce, (
+                q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
+            )),
+            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, True)),
+        ],
+        [4, 1, 1, 2],
+        REGISTERS_WITH_MASKS,
+    )  # fmt: skip
 
 
 class AttentionForward:
@@ -274,7 +243,6 @@ class AttentionForward:
         block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
-        consumers = config.block_m // 64
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
@@ -302,10 +270,9 @@ class AttentionForward:
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
             "STAGES": config.num_stages,
-            "CONSUMERS": consumers,
         }
         programs = num_programs(query.device, num_items)
-        self._launch = Launcher(attention_forward_kernel, programs, numbers, constants, **launch_options(consumers))
+        self._launch = Launcher(attention_forward_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
         tile = config.block_m, config.block_n
         self._redo = redo_forward(query, key, value, bounds, sinks, schedule, scale, tile)
 

@@ -11,10 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..common.nan_repair import redo_backward
 from ..common.row_statistics import RowStatistics
@@ -24,6 +20,7 @@ from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout, gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
+from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
     Lists,
     Ring,
@@ -31,7 +28,6 @@ from .tiles import (
     deal_out_work,
     heads_per_group,
     hide,
-    launch_options,
     load_planes,
     load_run,
     load_scalar,
@@ -46,12 +42,12 @@ from .tiles import (
     tile_source,
 )
 
-# Of 4 x 128 registers, each consumer takes 208, dQ 72, and the others 24.
-REGISTERS_OF_THREE = gl.constexpr([208, 72, 24, 24])
+# 4 x 128 threads with 128 registers fill the register file: each consumer takes 208, dQ 72, and the others 24.
+_LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+REGISTERS = gl.constexpr([208, 72, 24, 24])
 # Both head sizes and the rows of a tile: the layouts below are written for one warpgroup's product of 64 x 64.
 BLOCK = gl.constexpr(64)
 _D_S_STAGES = gl.constexpr(2)
-LOADS_AHEAD = False
 
 
 @gluon.jit
@@ -70,8 +66,8 @@ def _produce(
         full = k_ring.full.index(0)
         mbarrier.wait(k_ring.empty.index(0), (number & 1) ^ 1)
         mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-        tma.async_copy_global_to_shared(k, [batch, kv_head, column_tile * 128, 0], full, k_ring.tiles.index(0))
-        tma.async_copy_global_to_shared(v, [batch, kv_head, column_tile * 128, 0], full, v_tile)
+        async_load(k, [batch, kv_head, column_tile * 128, 0], full, k_ring.tiles.index(0))
+        async_load(v, [batch, kv_head, column_tile * 128, 0], full, v_tile)
         for head in range(kv_head * HEADS_PER_KV_HEAD, (kv_head + 1) * HEADS_PER_KV_HEAD):
             for IS_CUT in gl.static_range(1, -1, -1):
                 for run in range(gl.load(runs + (1 - IS_CUT))):
@@ -85,12 +81,10 @@ def _produce(
                         mbarrier.wait(q_ring.empty.index(stage), phase)
                         store_scalar(row_tiles.index(step % (STAGES + _D_S_STAGES)), row_tile)
                         mbarrier.expect(full, q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
-                        tma.async_copy_global_to_shared(
-                            q, [batch, head, row_tile * BLOCK, 0], full, q_ring.tiles.index(stage)
-                        )
+                        async_load(q, [batch, head, row_tile * BLOCK, 0], full, q_ring.tiles.index(stage))
                         rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK]
-                        tma.async_copy_global_to_shared(lse_2, rows, full, lse_tiles.index(stage))
-                        tma.async_copy_global_to_shared(delta, rows, full, delta_tiles.index(stage))
+                        async_load(lse_2, rows, full, lse_tiles.index(stage))
+                        async_load(delta, rows, full, delta_tiles.index(stage))
                         d_out_ring.load(d_out, [batch, head, row_tile * BLOCK, 0], stage, phase)
                         step += 1
         number += 1
@@ -117,7 +111,7 @@ def _consume(
     d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tile, d_s_ring,
     work, d_k_strides, d_v_strides, scale, q_len, kv_len,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr, STAGES: gl.constexpr, LOADS_AHEAD: gl.constexpr, consumer: gl.constexpr,
+    DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     """Scores have keys for rows here: P and dS then enter their products from registers."""
     dtype: gl.constexpr = q_ring.tiles.dtype
@@ -141,14 +135,6 @@ def _consume(
         d_k_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         d_v_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         k_ring.wait(0, number & 1)
-        last = step + (num_cut + num_full) * HEADS_PER_KV_HEAD - 1
-        scores = gl.zeros([64, BLOCK], gl.float32, layout)
-        d_p = gl.zeros([64, BLOCK], gl.float32, layout)
-        if LOADS_AHEAD:  # noqa: SIM102 - known when it compiles, unlike the next
-            if last >= step:
-                q_ring.wait(step % STAGES, step // STAGES & 1)
-                scores = _times_statistic(lse_tiles.index(step % STAGES), of_lse, layout)
-                d_p = _times_statistic(delta_tiles.index(step % STAGES), -1.0, layout)
         for _ in range(HEADS_PER_KV_HEAD):
             for IS_CUT in gl.static_range(1, -1, -1):
                 for _ in range(num_cut if IS_CUT else num_full):
@@ -157,9 +143,8 @@ def _consume(
                     q_tile = q_ring.tiles.index(stage).reshape([BLOCK, BLOCK])
                     d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK, BLOCK])
                     q_ring.wait(stage, phase)
-                    if not LOADS_AHEAD:
-                        scores = _times_statistic(lse_tiles.index(stage), of_lse, layout)
-                        d_p = _times_statistic(delta_tiles.index(stage), -1.0, layout)
+                    scores = _times_statistic(lse_tiles.index(stage), of_lse, layout)
+                    d_p = _times_statistic(delta_tiles.index(stage), -1.0, layout)
                     scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, is_async=True)
                     d_out_ring.wait(stage, phase)
                     d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, is_async=True)
@@ -180,12 +165,6 @@ def _consume(
                     d_s_ring.tiles.index(d_s_stage).slice(64 * consumer, 64).store(d_scores)
                     hopper.fence_async_shared()
                     mbarrier.arrive(d_s_ring.full.index(d_s_stage), count=1)
-                    if LOADS_AHEAD:
-                        # While the products run. The last step takes its own statistics again, for nothing.
-                        following = gl.where(step == last, step, step + 1)
-                        q_ring.wait(following % STAGES, following // STAGES & 1)
-                        scores = _times_statistic(lse_tiles.index(following % STAGES), of_lse, layout)
-                        d_p = _times_statistic(delta_tiles.index(following % STAGES), -1.0, layout)
                     d_v_tile = hopper.warpgroup_mma_wait(1, [d_v_tile])
                     d_out_ring.release(stage)
                     d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
@@ -288,7 +267,6 @@ def fused_gradient_kernel(
     scale, q_len, kv_len, num_items, num_row_tiles, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr,
-    LOADS_AHEAD: gl.constexpr,
 ):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK, BLOCK], q.layout)
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BLOCK, BLOCK], d_out.layout)
@@ -312,12 +290,12 @@ def fused_gradient_kernel(
             (_consume, (
                 d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                 v_tile, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
-                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, LOADS_AHEAD, 0,
+                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, 0,
             )),
             (_consume, (
                 d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                 v_tile, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
-                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, LOADS_AHEAD, 1,
+                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, 1,
             )),
             (_make_query_gradients, (
                 d_q_sums, row_tiles, k_ring, d_s_ring, work, num_row_tiles, HEADS_PER_KV_HEAD, STAGES,
@@ -329,7 +307,7 @@ def fused_gradient_kernel(
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
         ],
         [4, 4, 1, 1],
-        REGISTERS_OF_THREE,
+        REGISTERS,
     )  # fmt: skip
 
 
@@ -404,10 +382,9 @@ class FusedAttentionBackward:
             "DIM": dim,
             "DIM_V": dim_v,
             "STAGES": config.num_stages,
-            "LOADS_AHEAD": LOADS_AHEAD,
         }
         programs = num_programs(query.device, num_items)
-        self._launch = Launcher(fused_gradient_kernel, programs, numbers, constants, **launch_options(3))
+        self._launch = Launcher(fused_gradient_kernel, programs, numbers, constants, **_LAUNCH_OPTIONS)
         self._launch_d_query = Launcher(
             query_gradient_of_sums_kernel,
             num_row_tiles * batch_size * num_heads,

@@ -11,24 +11,20 @@ import functools
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate
 
 from ..launch.launcher import num_processors
 from ..launch.tile_sources import descriptors_can_address
 from ..schedule import tiles_in
+from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, mbarrier
 
-# 3 x 128 threads with 168 registers fill the register file: two consumers take 240 each and leave 24 to the others.
+# 3 x 128 threads with 168 registers fill the register file; of these, consumers take 240 and leave 24 to the others.
+LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 REGISTERS = gl.constexpr([240, 24, 24])
 REGISTERS_WITH_MASKS = gl.constexpr([240, 24, 24, 24])
-# 4 x 128 threads with 128 do so too; three consumers take 160 and leave 32.
-REGISTERS_OF_THREE = gl.constexpr([160, 160, 32, 32, 32])
 MASK_STAGES = gl.constexpr(4)
 _BYTES_IN_L2 = 32 << 20
 _FEWEST_TILES = 400  # three for each processor
+_MASK_LAYOUT = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 2], [1, 0]))
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
@@ -66,11 +62,6 @@ def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> in
     size = sum(tensor.numel() * tensor.element_size() for tensor in visited) // visited[0].shape[0]
     fewest = max(num_heads * _BYTES_IN_L2 // size, tiles_in(_FEWEST_TILES, tiles_per_head), 1)
     return next((count for count in range(fewest, num_heads) if num_heads % count == 0), num_heads)
-
-
-def launch_options(warpgroups: int) -> dict[str, int]:
-    """For kernels in which so many warpgroups multiply, and one does all else."""
-    return {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[warpgroups]}
 
 
 def num_programs(device: torch.device, num_items: int) -> int:
@@ -147,7 +138,7 @@ class Ring:
         """Fill a buffer by TMA once it is empty."""
         mbarrier.wait(self.empty.index(index), phase)
         mbarrier.expect(self.full.index(index), source.block_type.nbytes)
-        tma.async_copy_global_to_shared(source, coordinates, self.full.index(index), self.tiles.index(index))
+        async_load(source, coordinates, self.full.index(index), self.tiles.index(index))
 
     @gluon.jit
     def wait(self, index, phase):
@@ -294,18 +285,11 @@ def hide(values, hidden_value, rows, columns, planes, bounds, kv_len, NUM_PLANES
     return values
 
 
-@gluon.constexpr_function
-def _mask_words(consumers):
-    """Words of 32 rows for each column of a mask: two for each consumer, as many as a tensor may have."""
-    return 4 if consumers == 2 else 8
-
-
 @gluon.jit
-def make_mask_ring(BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Masks of row tiles: word ``i`` of a column has the rows from ``32 * i`` on, the first in its lowest bit."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    masks = gl.allocate_shared_memory(gl.int32, [MASK_STAGES, _mask_words(CONSUMERS), BLOCK_N], layout)
-    return Ring(masks, make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, CONSUMERS))
+def make_mask_ring(BLOCK_N: gl.constexpr):
+    """Masks of 128 rows: word ``i`` of a column has the rows from ``32 * i`` on, the first in its lowest bit."""
+    masks = gl.allocate_shared_memory(gl.int32, [MASK_STAGES, 4, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    return Ring(masks, make_barriers(MASK_STAGES, 1), make_barriers(MASK_STAGES, 2))
 
 
 @gluon.jit
@@ -316,18 +300,15 @@ def _rows_from(start, first_row, first_bits):
 
 
 @gluon.jit
-def _visible_rows(
-    bounds, first_row, first_column, q_len, kv_len,
-    NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, WORDS: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    columns = first_column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-    first_bits = (32 * gl.arange(0, WORDS, gl.SliceLayout(1, layout)))[:, None]
+def _visible_rows(bounds, first_row, first_column, q_len, kv_len, NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr):
+    columns = first_column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, _MASK_LAYOUT))
+    first_bits = (32 * gl.arange(0, 4, gl.SliceLayout(1, _MASK_LAYOUT)))[:, None]
     exists = columns < kv_len
     if NUM_PLANES <= 2:
         start, end = load_planes(bounds, columns, q_len, kv_len, NUM_PLANES)
         hidden = _rows_from(start[None, :], first_row, first_bits) | ~_rows_from(end[None, :], first_row, first_bits)
     else:
-        hidden = gl.zeros([WORDS, BLOCK_N], gl.int32, layout)
+        hidden = gl.zeros([4, BLOCK_N], gl.int32, _MASK_LAYOUT)
         for interval in gl.static_range(NUM_PLANES // 2):
             plane = bounds + 2 * interval * kv_len.to(gl.int64)
             start = gl.load(plane + columns, mask=exists, other=0)
@@ -349,15 +330,13 @@ def _hand_over_mask(visible, masks, step):
 @gluon.jit
 def make_masks(
     bounds, lists, masks, work, q_len, kv_len,
-    NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
+    NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
 ):  # fmt: skip
     """Make the masks of each row tile's cut tiles; with ``FIRST_IS_MASKED`` also that of a first tile that is full.
 
     Consumers that loaded the bounds of all their columns themselves took 7.0 instead of 4.1 ms forward with global
     tokens and a window (32K tokens, C = 4) and 20.3 instead of 16.5 ms with evictions (C = 1).
     """
-    WORDS: gl.constexpr = _mask_words(CONSUMERS)
-    layout: gl.constexpr = gl.BlockedLayout([WORDS, 1], [1, 32], [1, 2], [1, 0])
     number = 0
     step = 0
     row_tile, batch_head, num_cut, num_full = work.take(number)
@@ -368,13 +347,10 @@ def make_masks(
             first_tile, end_tile = load_run(runs, run, lists.max_runs, 1)
             for column_tile in range(first_tile, end_tile):
                 first_column = column_tile * BLOCK_N
-                visible = _visible_rows(
-                    mask_bounds, row_tile * CONSUMERS * 64, first_column, q_len, kv_len,
-                    NUM_PLANES, BLOCK_N, WORDS, layout,
-                )  # fmt: skip
+                visible = _visible_rows(mask_bounds, row_tile * 128, first_column, q_len, kv_len, NUM_PLANES, BLOCK_N)
                 step = _hand_over_mask(visible, masks, step)
         if FIRST_IS_MASKED and (num_cut == 0) & (num_full > 0):
-            all_visible = gl.full([WORDS, BLOCK_N], -1, gl.int32, layout)
+            all_visible = gl.full([4, BLOCK_N], -1, gl.int32, _MASK_LAYOUT)
             step = _hand_over_mask(all_visible, masks, step)
         number += 1
         row_tile, batch_head, num_cut, num_full = work.take(number)
