@@ -584,8 +584,8 @@ def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.specializes(query, query, bounds, None, 0.0)
     candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
     with tune.launched_with(candidate):
-        specialize = dispatch.specializes(query, query, bounds, None, 0.0)
-        assert dispatch.configs_of(query, query, specialize).query_gradient == candidate.config
+        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False)
+        assert dispatch.configs_of(query, query, family).query_gradient == candidate.config
     assert dispatch.specializes(query, query, bounds, None, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 import torch
@@ -117,12 +118,19 @@ def flashmask_attention_forward(
             softcap=softcap,
             sinks=s_aux,
             dropout_p=dropout,
-            deterministic=bool(kwargs.get("deterministic")),
+            deterministic=asks_for_determinism(kwargs.get("deterministic")),
             schedules=mask.schedules,
         )
     if exchange is not None:
         output = exchange.take_back(output)
     return output.transpose(1, 2).contiguous(), None
+
+
+def asks_for_determinism(argument: bool | None = None) -> bool:
+    """Whether gradients must be bitwise repeatable. As Transformers decides for FlashAttention: by the argument of the
+    call, or else by the environment.
+    """
+    return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
 
 
 def _mask_of_user(mask: Mask | Tensor | None) -> Tensor | None:
