@@ -13,14 +13,16 @@ Processes on one machine, connected by gloo, against one process under eager att
 | `nn.DataParallel` | exact (1) | exact (2) | | | exact | |
 | hooks of `device_map` | exact | exact | | exact | exact | |
 | Ulysses of DeepSpeed, which drops masks | exact (3) | refused (4) | refused | refused | refused | exact |
+| with `keep_masks`, also accelerate's without DeepSpeed | exact | exact | exact | as bounds | exact | exact (5) |
 | torch's `context_parallel` | refused | refused | refused | refused | refused | refused |
 
 "Trees" are `share_prefixes` under a loss that compares answers, and under DDP in TRL's DPOTrainer. (1)
 `cu_seq_lens_q` is refused. (2) Bounds of batch 1 beside several rows are refused. (3) Sinks and chunks are refused.
-(4) Padding after the last token is exact.
+(4) Padding after the last token is exact. (5) accelerate's refuses it.
 
 `nn.DataParallel` itself drops the rows of the batch for which a tensor of batch 1 has no part. The layer sees it only
-where a replica has several rows. Ulysses is that of `replica_cases.ulysses`, which does what DeepSpeed's does.
+where a replica has several rows. Ulysses is that of `replica_cases.deepspeed` and `accelerate_ulysses`, which do what
+those of the libraries do.
 """
 
 from __future__ import annotations
@@ -61,6 +63,10 @@ REFUSED = {
     "ulysses gemma3_images images": "has dropped image blocks",
     "ulysses llama4 packed": "has dropped image blocks, chunks",
     "ulysses gpt_oss packed": "2 query heads, and has attention sinks for 4.*Ulysses",
+    **{
+        f"kept {engine} gemma3_images images": "adds to its mask.*pass bounds" for engine in ("deepspeed", "accelerate")
+    },
+    "kept deepspeed without an engine": "no engine has replaced the attention function",
     "ring llama": '`context_parallel`.*needs "sdpa"',
     "tensor llama_one_kv_head packed": "shape '.*' is invalid for input",  # an error of Transformers
 }
@@ -99,6 +105,9 @@ def test_several_processes_equal_one(results: dict[int, list[dict[str, Any]]], r
             assert result["gradients"] < 1.5 * result["eager_gradients"]
         else:
             assert max(result["loss"] / LOSS, result["gradients"] / GRADIENTS) < 1, result
+        if name.startswith("kept"):
+            layer_types = 2 if re.search("gpt_oss|gemma3", name) else 1
+            assert result["masks"] == (0 if re.search("bounds|heads|tree", name) else layer_types)
         if name.startswith("tensor"):
             assert result["is_sharded"] == ("gpt_oss" not in name)
 
