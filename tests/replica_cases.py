@@ -542,11 +542,51 @@ def train_ulysses(
         end = start + document.shape[1]
         labels[0, start : end - 1] = document[0, 1:]
         start = end
+    return errors_of_parts(model, logits, labels, expected, twin) | {"masks": len(masks)}
+
+
+def errors_of_parts(
+    model: nn.Module, logits: Tensor, labels: Tensor, expected: Tensor, twin: nn.Module
+) -> dict[str, float]:
+    """Of the sum over all processes, each of which has the logits of a part of the row."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     loss = nn.functional.cross_entropy(logits[0], labels.chunk(ranks, 1)[rank][0], reduction="sum")
     loss.backward()
     gradients = {key: mean_over_ranks(value) * ranks for key, value in gradients_of(model).items()}
-    result = errors(mean_over_ranks(loss) * ranks, gradients, (expected.detach(), gradients_of(twin)))
-    return result | {"masks": len(masks)}
+    return errors(mean_over_ranks(loss) * ranks, gradients, (expected.detach(), gradients_of(twin)))
+
+
+def train_ringmaster(name: str) -> dict[str, float]:
+    """Ulysses as axolotl's ringmaster has it: under a name of its own, for one document, with what it calls inside."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = build_model(name)
+    twin = eager_twin(model)
+    document = torch.cat(documents_of(0), dim=1)
+    expected = loss_of_documents(twin(document, use_cache=False).logits, [document])
+    expected.backward()
+    inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            raise NotImplementedError("attention_mask must be None")
+        query, key, value = (_Exchange.apply(tensor, 1, 2) for tensor in (query, key, value))
+        kwargs["is_causal"] = True if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        outer, module.config._attn_implementation = module.config._attn_implementation, "flashmask"
+        try:
+            output = raise_on_all(lambda: inner(module, query, key, value, None, **kwargs)[0])
+        finally:
+            module.config._attn_implementation = outer
+        return _Exchange.apply(output, 1, 2), None
+
+    transformers.AttentionInterface.register("ringmaster_ulysses", attend)
+    model.set_attn_implementation("ringmaster_ulysses")
+    positions = torch.arange(document.shape[1])[None]
+    parts = {"input_ids": document.chunk(ranks, 1)[rank], "position_ids": positions.chunk(ranks, 1)[rank]}
+    logits = model(**parts, use_cache=False).logits
+    labels = nn.functional.pad(document[:, 1:], (0, 1), value=-100)
+    return errors_of_parts(model, logits, labels, expected, twin)
 
 
 PADDING = 8
@@ -709,6 +749,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 *([("llama_one_kv_head", "packed")] if engine == "deepspeed" else []),
             )
         },
+        **{f"ringmaster {name}": functools.partial(train_ringmaster, name) for name in ("llama", "gemma3", "gpt_oss")},
         "kept deepspeed without an engine": keep_without_an_engine,
         "ring llama": functools.partial(attend_in_ring, "llama"),
         "after the ring": functools.partial(after_the_ring, "llama"),

@@ -14,6 +14,7 @@ Processes on one machine, connected by gloo, against one process under eager att
 | hooks of `device_map` | exact | exact | | exact | exact | |
 | Ulysses of DeepSpeed, which drops masks | exact (3) | refused (4) | refused | refused | refused | exact |
 | with `keep_masks`, also accelerate's without DeepSpeed | exact | exact | exact | as bounds | exact | exact (5) |
+| axolotl's ringmaster, one document | exact, sinks refused | | | | | |
 | torch's `context_parallel` | refused | refused | refused | refused | refused | refused |
 
 "Trees" are `share_prefixes` under a loss that compares answers, and under DDP in TRL's DPOTrainer. (1)
@@ -21,8 +22,8 @@ Processes on one machine, connected by gloo, against one process under eager att
 (4) Padding after the last token is exact. (5) accelerate's refuses it.
 
 `nn.DataParallel` itself drops the rows of the batch for which a tensor of batch 1 has no part. The layer sees it only
-where a replica has several rows. Ulysses is that of `replica_cases.deepspeed` and `accelerate_ulysses`, which do what
-those of the libraries do.
+where a replica has several rows. Ulysses is that of `replica_cases.deepspeed`, `accelerate_ulysses` and
+`train_ringmaster`, which do what the libraries do.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ REFUSED = {
     **{
         f"kept {engine} gemma3_images images": "adds to its mask.*pass bounds" for engine in ("deepspeed", "accelerate")
     },
+    "ringmaster gpt_oss": "2 query heads, and has attention sinks for 4",
     "kept deepspeed without an engine": "no engine has replaced the attention function",
     "ring llama": '`context_parallel`.*needs "sdpa"',
     "tensor llama_one_kv_head packed": "shape '.*' is invalid for input",  # an error of Transformers
@@ -121,7 +123,7 @@ def test_the_page_says_what_the_cases_say() -> None:
     rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (exact|refused) \| (.+) \|$", page, re.MULTILINE)
     shown = {name: verdict for verdict, names in rows for name in re.findall("`([^`]+)`", names)}
     assert shown.keys() <= CASES[2].keys()
-    assert {name for name in CASES[2] if name.startswith(("ulysses", "kept"))} - shown.keys() == {
+    assert {name for name in CASES[2] if name.startswith(("ulysses", "kept", "ring"))} - shown.keys() == {
         "ulysses llama left padding of a whole part",
         "kept deepspeed without an engine",
     }
