@@ -223,16 +223,18 @@ def run_case(case: Case) -> dict[str, Any]:
 
     import hf_flashmask
 
-    shape = WORLD // case.ranks, case.nodes, case.ranks // case.nodes
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "nodes", "sp"))
+    world, device = dist.get_world_size(), device_of_rank()
+    shape = world // case.ranks, case.nodes, case.ranks // case.nodes
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "nodes", "sp"))
     sequence = mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
     torch.manual_seed(0)
     model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
-    examples = [make_example(case.batch, model.config) for _ in range(WORLD // case.ranks)]
+    examples = [make_example(case.batch, model.config) for _ in range(world // case.ranks)]
     expected: tuple[Tensor, list[Tensor]] | None = None
     if dist.get_rank() == 0:
         expected = truth(tiny_models.eager_twin(model), examples)
+    model.to(device)
     if case.checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
@@ -246,7 +248,7 @@ def run_case(case: Case) -> dict[str, Any]:
             loss = output.loss
         else:
             tokens = sum(example.batch["input_ids"].numel() for example in examples)
-            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
+            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * world / tokens
         loss.backward()
         if "labels" in part and not case.engine:
             with torch.no_grad():
@@ -254,7 +256,8 @@ def run_case(case: Case) -> dict[str, Any]:
     found = [loss.detach().float(), *_gradients(model)]
     for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
         dist.all_reduce(tensor)
-        tensor /= WORLD
+        tensor /= world
+    found = [tensor.cpu() for tensor in found]
     result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
     result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
     if expected is not None:
@@ -265,6 +268,12 @@ def run_case(case: Case) -> dict[str, Any]:
     return result
 
 
+def device_of_rank() -> torch.device:
+    import torch.distributed as dist
+
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -272,7 +281,7 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        everyone = init_device_mesh("cpu", (WORLD,))
+        everyone = init_device_mesh(device_of_rank().type, (torch.distributed.get_world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
@@ -426,17 +435,20 @@ def run_fault(name: str) -> dict[str, Any]:
     return {"errors": errors}
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
+def main(rank: int, folder: Path, names: list[str], gpus: int = 0) -> None:
+    """What a rank does, on the CPU or on as many GPUs."""
     import datetime
 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if gpus:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "nccl" if gpus else "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
-        world_size=WORLD,
+        world_size=gpus or WORLD,
         timeout=datetime.timedelta(seconds=240),
     )
     results: dict[str, Any] = {}
@@ -454,4 +466,10 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    on_gpus = [word for word in sys.argv[3:] if word.startswith("--gpus=")]
+    main(
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        [word for word in sys.argv[3:] if word not in on_gpus],
+        *(int(word.partition("=")[2]) for word in on_gpus),
+    )

@@ -45,19 +45,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             compute(folder)
         finally:
             finished.touch()
-    found = [folder / f"{rank}.json" for rank in range(WORLD)]
+    return read(folder, WORLD)
+
+
+def read(folder: Path, ranks: int) -> list[dict[str, Any]]:
     logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log")))
     assert (folder / "succeeded").exists(), logs
-    return [json.loads(path.read_text()) for path in found]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def compute(folder: Path) -> None:
-    """All cases, on processes whose collectives fail after some minutes."""
+def compute(folder: Path, ranks: int = WORLD, *arguments: str) -> None:
+    """All cases, or those in the arguments, on processes whose collectives fail after some minutes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
-    for rank in range(WORLD):
+    for rank in range(ranks):
         with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(SCRIPT), str(rank), str(folder)]
+            command = [sys.executable, str(SCRIPT), str(rank), str(folder), *arguments]
             processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder))
     try:
         if not any(process.wait(timeout=420) for process in processes):
