@@ -168,13 +168,16 @@ class SequenceParallel:
         given = whole.options.get("num_items_in_batch")
         return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given)
 
-    def _label_share(self, count: Tensor | float) -> Tensor | float:
-        """What each rank divides the sum of its losses by, so that their average is the mean over all labels."""
+    def _label_share(self, count: Tensor | float) -> float:
+        """What each rank divides the sum of its losses by, so that their average is the mean over all labels.
+
+        A number: engines of mixed precision round tensors that a model is called with, FSDP2 to three digits.
+        """
         if self._data_group is None:
-            return count / self._size
+            return float(count) / self._size
         total = torch.as_tensor(count, dtype=torch.float64).to(self._device_on_the_wire(), copy=True)
         dist.all_reduce(total, group=self._data_group.handle)
-        return (total / (self._size * self._data_group.size)).float()
+        return total.item() / (self._size * self._data_group.size)
 
     def _padded_length(self, length: int) -> int:
         if self.mode == "ulysses":
