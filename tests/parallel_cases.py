@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
+from parallel_answers import truth as truth_of_answers
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -216,16 +218,46 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 # On each rank
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    import tiny_models
-    import torch.distributed as dist
+def meshes(case: Case | AnswerCase) -> tuple[Any, Any]:
+    """All ranks, and those that share a sequence."""
     from torch.distributed.device_mesh import init_device_mesh
-
-    import hf_flashmask
 
     shape = WORLD // case.ranks, case.nodes, case.ranks // case.nodes
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "nodes", "sp"))
-    sequence = mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+    return mesh, mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+
+
+def run_answer_case(case: AnswerCase) -> dict[str, Any]:
+    import tiny_models
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    mesh, sequence = meshes(case)
+    model = build_model(case)
+    torch.manual_seed(7)
+    batches = [make_examples(case) for _ in range(WORLD // case.ranks)]
+    expected: tuple[Tensor, list[Tensor]] | None = None
+    if dist.get_rank() == 0:
+        twin = tiny_models.eager_twin(model)
+        loss = truth_of_answers(twin, batches, case)
+        loss.backward()
+        expected = loss.detach(), _gradients(twin)
+    collator = hf_flashmask.SharedPromptDataCollator(max_length=case.max_length)
+    called = with_engine(case.engine, model)
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode) as parallel:
+        loss = train_step(model, called, parallel, collator(batches[mesh["dp"].get_local_rank()]), case)
+        loss.backward()
+    return differences(loss, model, case, expected)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    import tiny_models
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    mesh, sequence = meshes(case)
     torch.manual_seed(0)
     model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
@@ -253,18 +285,29 @@ def run_case(case: Case) -> dict[str, Any]:
         if "labels" in part and not case.engine:
             with torch.no_grad():
                 assert torch.allclose(called(**part).loss, loss, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
+    result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
+    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
+    return result | differences(loss, model, case, expected)
+
+
+def differences(
+    loss: Tensor, model: nn.Module, case: Case | AnswerCase, expected: tuple[Tensor, list[Tensor]] | None
+) -> dict[str, Any]:
+    """Of the averages over all ranks from the truth, on rank 0."""
+    import torch.distributed as dist
+
     found = [loss.detach().float(), *_gradients(model)]
     for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
         dist.all_reduce(tensor)
         tensor /= WORLD
-    result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
-    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
-    if expected is not None:
-        result["loss"] = [float(found[0]), float(expected[0])]
-        difference = sum((a - b).square().sum() for a, b in zip(found[1:], expected[1])).sqrt()
-        result["gradients"] = float(difference / sum(b.square().sum() for b in expected[1]).sqrt())
-        result["worst"] = max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1]))
-    return result
+    if expected is None:
+        return {}
+    difference = sum((a - b).square().sum() for a, b in zip(found[1:], expected[1])).sqrt()
+    return {
+        "loss": [float(found[0]), float(expected[0])],
+        "gradients": float(difference / sum(b.square().sum() for b in expected[1]).sqrt()),
+        "worst": max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1])),
+    }
 
 
 def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
@@ -443,6 +486,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     )
     results: dict[str, Any] = {}
     runs: dict[str, Callable[[], dict[str, Any]]] = {case.name: lambda case=case: run_case(case) for case in CASES}
+    runs |= {case.name: lambda case=case: run_answer_case(case) for case in ANSWER_CASES}
     runs |= {name: lambda name=name: run_fault(name) for name in FAULTS}
     for name in names or runs:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from parallel_answers import ANSWER_CASES
 from parallel_cases import CASES, FAULTS, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
@@ -77,13 +78,22 @@ def test_averaged_losses_and_gradients_are_those_of_one_process(results: list[di
     assert found["worst"] < close
 
 
+@pytest.mark.parametrize("name", [case.name for case in ANSWER_CASES])
+def test_averaged_losses_over_answers_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+    found = results[0][name]
+    loss, expected = found["loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert found["gradients"] < 1e-5
+    assert found["worst"] < 1e-5
+
+
 def test_the_page_names_cases() -> None:
     page = (ROOT / "docs" / "many_gpus.md").read_text()
     table = page.partition("| | cases |")[2].partition("\n\n")[0]
     for pattern in re.findall("`([^`]+)`", re.sub(r"by `[a-z_]+`|without `[a-z_]+`", "", table)):
         for ranks in ("2", "4") if "{2,4}" in pattern else ("",):
             name = re.escape(pattern.replace("{2,4}", ranks)).replace(r"\*", ".*")
-            assert any(re.search(f"(^|-){name}$", case.name) for case in CASES), pattern
+            assert any(re.search(f"(^|-){name}$", case.name) for case in (*CASES, *ANSWER_CASES)), pattern
 
 
 def test_masks_are_made_once_for_each_type_of_layers(results: list[dict[str, Any]]) -> None:

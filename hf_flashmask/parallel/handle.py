@@ -20,7 +20,7 @@ from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
-from .models import Mode, check_labels, check_model, choose_mode, find_model
+from .models import Mode, check_labels, check_model, choose_mode, find_model, refuse_classifier
 from .shard import IGNORED_LABEL, Batch, read_batch, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
@@ -142,7 +142,7 @@ class SequenceParallel:
         if self._check_batches:
             check_agreement(self._groups, self._device_on_the_wire(), batch, f'mode "{self.mode}"', error)
         assert part is not None
-        if part.get("labels") is not None:
+        if "shift_labels" in part:
             part["num_items_in_batch"] = self._label_share(part["num_items_in_batch"])
         return part
 
@@ -150,6 +150,8 @@ class SequenceParallel:
         if not is_part(self._model):
             raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
         whole = read_batch(batch, self._padded_length, self._device())
+        if whole.answers is None:
+            refuse_classifier(self._model)
         if whole.labels is not None:
             check_labels(self._model)
         order: Tensor | slice
@@ -166,7 +168,7 @@ class SequenceParallel:
             else:
                 exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
         given = whole.options.get("num_items_in_batch")
-        return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given)
+        return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given, self._groups)
 
     def _label_share(self, count: Tensor | float) -> float:
         """What each rank divides the sum of its losses by, so that their average is the mean over all labels.
