@@ -40,6 +40,8 @@ class Case:
     dtype: str = "float32"
     engine: str | None = None
     nodes: int = 1
+    counted: str | None = None
+    """How labels are counted where gradients are accumulated over two batches; None for one batch."""
 
 
 def _cases() -> Iterator[Case]:
@@ -63,6 +65,10 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-2-long", "gemma3", "long", mode, 2)
         yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
+        yield Case(f"{mode}-rows", "gpt_oss", "rows", mode)
+        yield Case(f"{mode}-rows_with_bounds", "gemma3", "rows_with_bounds", mode, 2)
+        for counted in ("by_group", "over_all_ranks"):
+            yield Case(f"{mode}-accumulated_{counted}", "llama", "packed", mode, 2, counted=counted)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
@@ -111,7 +117,7 @@ class Example(NamedTuple):
 def make_example(kind: str, config: Any) -> Example:
     import tiny_models
 
-    from hf_flashmask import bounds
+    from hf_flashmask import PackedDataCollator, bounds
 
     if kind in ("left_padding", "right_padding", "mask_alone"):
         documents = tiny_models.random_documents([21, 13, 29])
@@ -126,6 +132,12 @@ def make_example(kind: str, config: Any) -> Example:
         return _tree()
     lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
+    if kind.startswith("rows"):
+        bounds_for = config if kind == "rows_with_bounds" else None
+        collator = PackedDataCollator(27, pad_to_multiple_of=3, bounds_for=bounds_for)
+        batch = collator([{"input_ids": document[0]} for document in documents])
+        assert len(batch["input_ids"]) > 1
+        return Example(batch, [(document, document) for document in documents])
     batch = tiny_models.packed(documents)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     if kind == "one_document":
@@ -261,7 +273,8 @@ def run_case(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
-    examples = [make_example(case.batch, model.config) for _ in range(WORLD // case.ranks)]
+    batches = 2 if case.counted else 1  # of each group
+    examples = [make_example(case.batch, model.config) for _ in range(batches * WORLD // case.ranks)]
     expected: tuple[Tensor, list[Tensor]] | None = None
     if dist.get_rank() == 0:
         expected = truth(tiny_models.eager_twin(model), examples)
@@ -269,25 +282,46 @@ def run_case(case: Case) -> dict[str, Any]:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
-    data_mesh = mesh["dp"] if len(examples) > 1 else None
+    data_mesh = mesh["dp"] if case.ranks < WORLD else None
     with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=data_mesh) as parallel:
-        part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
+        group = mesh["dp"].get_local_rank()
+        own = [example.batch for example in examples[group * batches : (group + 1) * batches]]
+        num_items = count_labels(parallel, own, case.counted)
+        loss = torch.zeros(())
+        for batch in own[1:]:
+            earlier = called(**parallel.shard(batch, num_items=num_items)).loss
+            earlier.backward()
+            loss += earlier.detach()
+        part = parallel.shard(own[0], num_items=num_items)
         # FSDP2 rounds tensors to the dtype of the weights.
         assert all(not isinstance(value, Tensor) or not value.is_floating_point() for value in part.values())
         with count_masks() as masks:
             output = called(**part)
         if "labels" in part:
-            loss = output.loss
+            last = output.loss
         else:
             tokens = sum(example.batch["input_ids"].numel() for example in examples)
-            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
-        loss.backward()
+            last = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
+        last.backward()
+        loss = loss + last.detach()
         if "labels" in part and not case.engine:
             with torch.no_grad():
-                assert torch.allclose(called(**part).loss, loss, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
+                assert torch.allclose(called(**part).loss, last, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
     result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
     result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
     return result | differences(loss, model, case, expected)
+
+
+def count_labels(parallel: Any, batches: list[dict[str, Any]], counted: str | None) -> Any:
+    """The labels of all groups, each counted once."""
+    import torch.distributed as dist
+
+    if counted != "over_all_ranks":
+        return parallel.count_labels(*batches) if counted else None
+    # As Trainer counts them with `average_tokens_across_devices`: once for each rank.
+    count = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
+    dist.all_reduce(count)
+    return count / parallel.size
 
 
 def differences(
@@ -409,6 +443,23 @@ def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
 @fault("must be a mapping|refused the batch")
 def no_batch_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard(None if rank == 3 else _packed())
+
+
+@fault("give one of them")
+def two_numbers_of_labels(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard({**_packed(), "num_items_in_batch": 3}, num_items=5)
+
+
+@fault("pass `data_mesh`")
+def labels_of_unknown_groups(parallel: Any, model: nn.Module, rank: int) -> None:
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    parallel.remove()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with hf_flashmask.sequence_parallel(model, pairs[rank // 2]) as of_pair:
+        of_pair.shard(_packed(), num_items=5)
 
 
 @fault("looks tokens up")
