@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -522,6 +524,52 @@ def run_fault(name: str) -> dict[str, Any]:
     return {"errors": errors}
 
 
+LOST = {"raises": (8, ""), "absent": (8, "does not call `shard`"), "dies": (120, "")}
+"""How a rank is lost -> the seconds after which the one that waits for it gives up, and what its error says."""
+
+
+def run_lost_ranks() -> dict[str, Any]:
+    """Of each pair the second rank is lost. This comes last: groups and processes do not survive it."""
+    import datetime
+
+    import torch.distributed as dist
+
+    rank, found = dist.get_rank(), {}
+    pairs = {"raises": [0, 1], "absent": [2, 3], "dies": [2, 3]}
+    groups = {
+        way: dist.new_group(pairs[way], timeout=datetime.timedelta(seconds=timeout))
+        for way, (timeout, _) in LOST.items()
+    }
+    for way in LOST:
+        if rank in pairs[way]:
+            start = time.monotonic()
+            found[way] = {"error": lose_second_rank(way, groups[way], rank), "seconds": time.monotonic() - start}
+    return found
+
+
+def lose_second_rank(way: str, group: Any, rank: int) -> str:
+    """The error of this rank, in the forward pass of whose second layer the other one is lost."""
+    import tiny_models
+
+    import hf_flashmask
+
+    def lose(*_: Any) -> None:
+        if way == "dies":
+            os._exit(0)
+        raise RuntimeError("this rank raises")
+
+    model = tiny_models.build("llama")
+    if rank % 2:
+        model.model.layers[1].register_forward_pre_hook(lose)
+    with hf_flashmask.sequence_parallel(model, group) as parallel:
+        try:
+            if way != "absent" or rank % 2 == 0:
+                model(**parallel.shard(_packed())).loss.backward()
+        except RuntimeError as error:
+            return str(error)
+    return "none"
+
+
 def main(rank: int, folder: Path, names: list[str]) -> None:
     import datetime
 
@@ -539,7 +587,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     runs: dict[str, Callable[[], dict[str, Any]]] = {case.name: lambda case=case: run_case(case) for case in CASES}
     runs |= {case.name: lambda case=case: run_answer_case(case) for case in ANSWER_CASES}
     runs |= {name: lambda name=name: run_fault(name) for name in FAULTS}
-    for name in names or runs:
+    for name in [name for name in names if name != "lost"] or ([] if names else runs):
         try:
             results[name] = runs[name]()
         except Exception:
@@ -547,6 +595,10 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             (folder / f"{rank}.json").write_text(json.dumps(results))
             raise
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    if not names or "lost" in names:
+        results["lost"] = run_lost_ranks()
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+        os._exit(0)  # the groups of lost ranks cannot be closed
     dist.destroy_process_group()
 
 

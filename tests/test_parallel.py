@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 import torch
 from parallel_answers import ANSWER_CASES
-from parallel_cases import CASES, FAULTS, WORLD, Case
+from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 
@@ -116,6 +116,14 @@ def test_faults_are_errors_on_every_rank(results: list[dict[str, Any]], name: st
     assert len(errors) == WORLD
     for error in errors:
         assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("way", LOST)
+def test_a_lost_rank_is_an_error_on_the_one_that_waits(results: list[dict[str, Any]], way: str) -> None:
+    found = results[0 if way == "raises" else 2]["lost"][way]
+    assert found["error"] != "none"
+    assert re.search(LOST[way][1], found["error"]), found["error"]
+    assert found["seconds"] < 60
 
 
 @pytest.mark.parametrize(
