@@ -71,6 +71,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-rows_with_bounds", "gemma3", "rows_with_bounds", mode, 2)
         for counted in ("by_group", "over_all_ranks"):
             yield Case(f"{mode}-accumulated_{counted}", "llama", "packed", mode, 2, counted=counted)
+        for model in ("llama", "gpt_oss"):
+            yield Case(f"{mode}-share_prefixes_{model}", model, "prefixes", mode)
+        yield Case(f"{mode}-share_prefixes_left_padding", "llama", "prefixes_left", mode, 2)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
@@ -132,6 +135,14 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
+    if kind.startswith("prefixes"):
+        prompt, *ends = tiny_models.random_documents([19, 7, 12, 5])
+        documents = [torch.cat([prompt, end], dim=1) for end in ends] + tiny_models.random_documents([10])
+        batch = tiny_models.padded(documents, "left" if kind == "prefixes_left" else "right")
+        batch.pop("position_ids", None)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
+        batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
+        return Example(batch, [(document, document) for document in documents])
     lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
     if kind.startswith("rows"):
@@ -284,6 +295,7 @@ def run_case(case: Case) -> dict[str, Any]:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
+    sharing = hf_flashmask.share_prefixes(model) if case.batch.startswith("prefixes") else None
     data_mesh = mesh["dp"] if case.ranks < WORLD else None
     with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=data_mesh) as parallel:
         group = mesh["dp"].get_local_rank()
@@ -310,6 +322,9 @@ def run_case(case: Case) -> dict[str, Any]:
             with torch.no_grad():
                 assert torch.allclose(called(**part).loss, last, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
     result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
+    if sharing is not None:
+        sharing.remove()
+        result["shared"] = [sharing.computed_tokens, sharing.given_tokens]
     result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
     return result | differences(loss, model, case, expected)
 
@@ -450,6 +465,25 @@ def no_batch_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
 @fault("give one of them")
 def two_numbers_of_labels(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard({**_packed(), "num_items_in_batch": 3}, num_items=5)
+
+
+@fault("Remove share_prefixes for losses of your own")
+def shared_prefixes_without_labels(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    batch = make_example("prefixes", None).batch
+    with hf_flashmask.share_prefixes(model):
+        parallel.shard({name: value for name, value in batch.items() if name != "labels"})
+
+
+@fault("set the label of the first token of each row to -100")
+def labels_at_padding(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    batch = make_example("prefixes_left", None).batch
+    batch["labels"] = batch["input_ids"]
+    with hf_flashmask.share_prefixes(model):
+        parallel.shard(batch)
 
 
 @fault("pass `data_mesh`")

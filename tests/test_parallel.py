@@ -98,8 +98,16 @@ def test_the_page_names_cases() -> None:
 
 def test_masks_are_made_once_for_each_type_of_layers(results: list[dict[str, Any]]) -> None:
     for case in CASES:
-        expected = 0 if "bounds" in case.batch or case.batch == "tree" else results[0][case.name]["layer_types"]
+        is_given = "bounds" in case.batch or case.batch.startswith(("tree", "prefixes"))
+        expected = 0 if is_given else results[0][case.name]["layer_types"]
         assert results[0][case.name]["masks"] == expected, case.name
+
+
+def test_shared_prefixes_are_computed_once(results: list[dict[str, Any]]) -> None:
+    for case in CASES:
+        if case.batch.startswith("prefixes"):
+            computed, given = results[0][case.name]["shared"]
+            assert (given - computed) == 2 * 19, case.name  # two more copies of the prompt
 
 
 def test_auto_says_what_it_chose(results: list[dict[str, Any]]) -> None:

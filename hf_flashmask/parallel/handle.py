@@ -16,12 +16,14 @@ from .. import bounds as _bounds
 from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
+from ..training.labels import IGNORED
 from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
 from .models import Mode, check_labels, check_model, choose_mode, find_model, refuse_classifier
-from .shard import IGNORED_LABEL, Batch, read_batch, shard_batch
+from .prefixes import merge_batch
+from .shard import Batch, read_batch, read_merged_batch, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
 
@@ -159,17 +161,23 @@ class SequenceParallel:
         All ranks call it, with the batches of a step of the optimizer over which gradients are accumulated.
         """
         counts = [(batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]) for batch in batches]
-        return round(self._over_groups(sum(_count(labels) for labels in counts)))
+        return round(self._over_groups(sum((labels != IGNORED).sum() for labels in counts)))
 
     def _shard(self, batch: Mapping[str, Any], num_items: Tensor | float | None) -> dict[str, Any]:
         if not is_part(self._model):
             raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
-        whole = read_batch(batch, self._padded_length, self._device())
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
+        merged = merge_batch(self._model, batch)
+        if merged is None:
+            whole = read_batch(batch, self._padded_length, self._device())
+        else:
+            whole = read_merged_batch(merged, self._padded_length, self._device())
         if num_items is not None:
             self._check_num_items(whole)
         if whole.answers is None:
             refuse_classifier(self._model)
-        if whole.labels is not None:
+        if whole.labels is not None or whole.labels_in_tree is not None:
             check_labels(self._model)
         order: Tensor | slice
         exchange: Exchange
@@ -185,7 +193,7 @@ class SequenceParallel:
             else:
                 exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
         given = whole.options.get("num_items_in_batch")
-        return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given, self._groups)
+        return shard_batch(whole, exchange, order, whole.label_count if given is None else given, self._groups)
 
     def _check_num_items(self, batch: Batch) -> None:
         if "num_items_in_batch" in batch.options:
@@ -263,7 +271,3 @@ class SequenceParallel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _count(labels: Tensor | None) -> Tensor | int:
-    return 0 if labels is None else (labels != IGNORED_LABEL).sum()
