@@ -8,18 +8,20 @@
 # make fuzz    10,000 random calls of attention on the GPU against dense attention
 # make sanitize  run the kernels for this GPU under compute-sanitizer, or under SANITIZER
 # make versions  run the core of the tests with other supported versions: all of them, or VERSIONS="oldest newest"
+# make tritons  compile the kernels for sm_90 with other releases of Triton, TRITONS: minutes
 # PYTHON is the interpreter that creates the environment, VENV the folder of the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_WORKERS ?= 2
 VERSIONS ?=
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 SANITIZER ?= compute-sanitizer
 
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions lint check clean
+.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions tritons lint check clean
 
 # Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
 demo: $(READY)
@@ -49,7 +51,7 @@ fuzz: $(READY)
 # racecheck does not understand the barriers between the warps of the sm_90 kernels; see sanitize_attention.py.
 sanitize: $(READY)
 	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
-	  "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
+	  "memcheck hopper 64" "synccheck hopper 64" "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
 	  $(SANITIZER) --tool $$1 --error-exitcode 1 $(RUN) tests/sanitize_attention.py $$2 $$3; done
 
 sweep: $(READY)
@@ -60,6 +62,11 @@ transformers-tests: $(READY)
 
 versions: $(READY)
 	$(RUN) tests/run_versions.py --workers $(PYTEST_WORKERS) $(VERSIONS)
+
+tritons: $(READY)
+	set -e; for version in $(TRITONS); do \
+	  $(RUN) -m pip install --quiet --no-deps --target build/triton-$$version triton==$$version; \
+	  PYTHONPATH=build/triton-$$version $(RUN) -m pytest tests/test_compilation.py -k sm_90; done
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -4,11 +4,13 @@
     python benchmarks/attention_gpu.py --lengths 8192 32768 --head-dims 64 128 --heads 32/8 32/32    # over half an hour
     python benchmarks/attention_gpu.py --protocol paper    # the kernel tables of the FlashMask paper, about an hour
     python benchmarks/attention_gpu.py --protocol sparsity # its figure of time over sparsity, a minute
+    python benchmarks/attention_gpu.py --protocol families # the masks of families.py, about ten minutes
 
-Protocols: `bar` has one row of tokens. `paper` is the protocol of arXiv 2410.01359: 128K tokens in all, a hidden size
-of 4096, no grouped heads. `sparsity` is the paper's three document masks with a growing number of documents. A mask
-is the same for all heads. `--documents` is a folder with JSON files of document lists (see masks.read_rows). Without
-it, the lists are random.
+Protocols: `bar` has one row of tokens. `families` has the masks that people train today at the shapes of their
+projects (`--masks` names some of them), in a file of its own. `paper` is the protocol of arXiv 2410.01359: 128K tokens
+in all, a hidden size of 4096, no grouped heads. `sparsity` is the paper's three document masks with a growing number
+of documents. A mask is the same for all heads. `--documents` is a folder with JSON files of document lists (see
+masks.read_rows). Without it, the lists are random.
 
 The benchmark can run in pieces. Rows of the same device, versions and kernels are collected in one file, also from
 several processes at once, one for each GPU. `--missing` measures only the rows that the file lacks. `--minutes` starts
@@ -34,7 +36,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from masks import PackedRow, mask_forms, random_row, rows_of, tile_sparsity
+from families import FAMILIES, Family
+from masks import Mask, PackedRow, mask_forms, random_row, rows_of, tile_sparsity
 from measurement import (
     RESULTS,
     Deadline,
@@ -92,6 +95,14 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    kv_length: int | None = None  # if it is not the length
+
+    @property
+    def keys(self) -> int:
+        return self.length if self.kv_length is None else self.kv_length
+
+    def named(self) -> dict[str, int]:
+        return {name: size for name, size in self._asdict().items() if size is not None}
 
 
 def shapes(protocol: str, lengths: list[int], head_dims: list[int], heads: list[tuple[int, int]]) -> list[Shape]:
@@ -112,12 +123,13 @@ def random_inputs(shape: Shape) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """query, key and value laid out as models have them, `[B, S, H, D]`, and the gradient of the output."""
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def tensor(heads: int) -> Tensor:
-        size = (shape.batch, shape.length, heads, shape.head_dim)
+    def tensor(heads: int, length: int) -> Tensor:
+        size = (shape.batch, length, heads, shape.head_dim)
         return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
-    query, key, value = (tensor(count).requires_grad_() for count in (shape.heads, shape.kv_heads, shape.kv_heads))
-    return (query, key, value), tensor(shape.heads)
+    query = tensor(shape.heads, shape.length).requires_grad_()
+    key, value = (tensor(shape.kv_heads, shape.keys).requires_grad_() for _ in range(2))
+    return (query, key, value), tensor(shape.heads, shape.length)
 
 
 def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: Tensor, truth: Truth) -> dict[str, Any]:
@@ -148,13 +160,10 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
     }
 
 
-def measure_mask(
-    what: dict[str, Any], documents: PackedRow, shape: Shape, peers: list[str]
-) -> Iterator[dict[str, Any]]:
+def measure_mask(what: dict[str, Any], mask: Mask, shape: Shape, peers: list[str]) -> Iterator[dict[str, Any]]:
     """Rows of all peers for one mask on one shape. ``what`` goes into each."""
     # Otherwise FlexAttention would compile kernels for any length at the second length. These are slower.
     torch._dynamo.reset()
-    mask = mask_forms(documents, seed=what["sample"], device="cuda")[what["mask"]]()
     case = Case(mask, **shape._asdict())
     attentions = {peer: attention for peer in peers if (attention := PEERS[peer](case)) is not None}
     if not attentions:
@@ -163,14 +172,15 @@ def measure_mask(
     inputs, d_out = random_inputs(shape)
     truth = Truth(*inputs, d_out, bounds)
     pairs = int(visible_pairs(bounds, shape.length))
-    sparsity = tile_sparsity(bounds)
+    sparsity = tile_sparsity(bounds, q_len=shape.length)
+    all_pairs = shape.length * shape.keys
     heads = shape.batch * shape.heads
     flops = visible_flops(pairs, heads, shape.head_dim)
-    tile_flops = visible_flops(round((1 - sparsity) * shape.length**2), heads, shape.head_dim)
+    tile_flops = visible_flops(round((1 - sparsity) * all_pairs), heads, shape.head_dim)
 
     def rows() -> Iterator[dict[str, Any]]:
         for peer, attention in attentions.items():
-            row = {**what, "implementation": peer, "visible": round(pairs / shape.length**2, 4)}
+            row = {**what, "implementation": peer, "visible": round(pairs / all_pairs, 4)}
             row["tile_sparsity"] = round(sparsity, 4)
             try:
                 row |= measure(attention, inputs, d_out, truth)
@@ -217,7 +227,7 @@ def with_end_to_end(
 
 def line(row: dict[str, Any]) -> str:
     shape = f"{row['heads']}/{row['kv_heads']} x {row['head_dim']}"
-    name = f"{row['length']:7} {shape:>11} {row['mask']:21} {row['implementation']:22}"
+    name = f"{row['length']:7} {shape:>11} {row['mask']:24} {row['implementation']:22}"
     if "error" in row:
         return f"{name} {row['error'].splitlines()[0][:160]}"
     speed, time = row["tflops"], row["milliseconds"]
@@ -234,8 +244,8 @@ def head_counts(text: str) -> tuple[int, int]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--protocol", choices=["bar", "paper", "sparsity"], default="bar")
-    parser.add_argument("--masks", nargs="+", choices=["all", *PAPER_MASKS, *MORE_MASKS], help="default: the paper's")
+    parser.add_argument("--protocol", choices=["bar", "paper", "sparsity", "families"], default="bar")
+    parser.add_argument("--masks", nargs="+", help="default: the paper's; all families")
     parser.add_argument("--lengths", type=int, nargs="+", help="default: 32768; all three of the paper")
     parser.add_argument("--head-dims", type=int, nargs="+", help="default: 128; 64 and 128 of the paper")
     parser.add_argument("--heads", type=head_counts, nargs="+", help="as 32/8; not for `paper`")
@@ -253,12 +263,38 @@ def parse_arguments() -> argparse.Namespace:
     if is_sparsity:
         arguments.masks = arguments.masks or ["causal_document", "document", "share_question"]
         arguments.peers = arguments.peers or ["flashmask"]
-    arguments.masks = arguments.masks or list(PAPER_MASKS)
+    known = list(FAMILIES) if arguments.protocol == "families" else [*PAPER_MASKS, *MORE_MASKS]
+    arguments.masks = arguments.masks or (known if arguments.protocol == "families" else list(PAPER_MASKS))
     if "all" in arguments.masks:
-        arguments.masks = [*PAPER_MASKS, *MORE_MASKS]
+        arguments.masks = known
+    if unknown := set(arguments.masks) - set(known):
+        parser.error(f"unknown masks {sorted(unknown)}; there are {known}")
     missing = missing_peers()
     arguments.peers = arguments.peers or [peer for peer in PEERS if peer not in missing]
     return arguments
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Callable[[], Mask], Shape]]:
+    """What is measured: the values that name it, how its mask is drawn, and its shape."""
+    protocol = arguments.protocol
+    if protocol == "families":
+        for mask in arguments.masks:
+            family = FAMILIES[mask](1, "cuda")
+            for head_dim in arguments.head_dims:
+                shape = family_shape(family, head_dim)
+                yield {"protocol": protocol, "mask": mask, "sample": 0, **shape.named()}, family.mask, shape
+        return
+    for shape in shapes(protocol, arguments.lengths, arguments.head_dims, arguments.heads):
+        for mask in arguments.masks:
+            rows = document_rows(protocol, mask, shape.length, arguments.samples, arguments.documents)
+            for sample, documents in rows.items():
+                what = {"protocol": protocol, "mask": mask, "sample": sample, **shape.named()}
+                yield what, mask_forms(documents, seed=sample, device="cuda")[mask], shape
+
+
+def family_shape(family: Family, head_dim: int) -> Shape:
+    kv_length = None if family.kv_len == family.q_len else family.kv_len
+    return Shape(1, family.q_len, family.heads, family.kv_heads, head_dim, kv_length)
 
 
 def main() -> None:
@@ -273,26 +309,23 @@ def main() -> None:
         "documents": "given" if arguments.documents else "drawn",
         "not_installed": missing_peers(),
     }
-    run = Run("attention_gpu", settings, KEY, arguments.output)
+    name = "attention_families_gpu" if arguments.protocol == "families" else "attention_gpu"
+    run = Run(name, settings, KEY, arguments.output)
     deadline = Deadline(arguments.minutes)
     failed = 0
-    for shape in shapes(arguments.protocol, arguments.lengths, arguments.head_dims, arguments.heads):
-        for mask in arguments.masks:
-            rows = document_rows(arguments.protocol, mask, shape.length, arguments.samples, arguments.documents)
-            for sample, documents in rows.items():
-                if deadline.is_over():
-                    print("out of time: go on with --missing")
-                    return
-                what = {"protocol": arguments.protocol, "mask": mask, "sample": sample, **shape._asdict()}
-                peers = [
-                    peer
-                    for peer in arguments.peers
-                    if not (arguments.missing and run.has({**what, "implementation": peer}))
-                ]
-                for row in measure_mask(what, documents, shape, peers):
-                    run.add(row)
-                    print(line(row), flush=True)
-                    failed += row["implementation"] == "flashmask" and "error" in row
+    for what, draw, shape in cases(arguments):
+        if deadline.is_over():
+            print("out of time: go on with --missing")
+            return
+        peers = [
+            peer for peer in arguments.peers if not (arguments.missing and run.has({**what, "implementation": peer}))
+        ]
+        if not peers:
+            continue
+        for row in measure_mask(what, draw(), shape, peers):
+            run.add(row)
+            print(line(row), flush=True)
+            failed += row["implementation"] == "flashmask" and "error" in row
     print("wrote", run.path)
     if failed:
         sys.exit(f"flashmask itself failed {failed} times")

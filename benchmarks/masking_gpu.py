@@ -1,8 +1,9 @@
 """Making masks and decoding with them: flashmask compared with Transformers' `flex_attention` and `sdpa`.
 
     python benchmarks/masking_gpu.py               # a few minutes
-    python benchmarks/masking_gpu.py --lengths     # only decoding; --decode-lengths without any: only masks
-    python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512  # checks itself without a GPU
+    python benchmarks/masking_gpu.py --lengths --decode-lengths     # only families; each is left out without any
+    python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512 --families
+        # checks itself without a GPU
 
 Making is all work on masks in one training step for a row of packed documents. It includes Transformers' mask functions
 as models call them. For flashmask it also includes the documents that the attention function adds, and the kernels'
@@ -13,6 +14,11 @@ is the time until the call returns. The profiler counts `launches` and `reads`, 
 
 Decoding has a file of its own. It is one layer's attention of one query row per sequence against a cache of keys,
 without padding and with padding on the left. `mask_device` and `mask_host` are the time to make its mask, once a step.
+
+Families (families.py) have a file of their own: the masks that people train today, at the shapes of their projects.
+They are made by `hf_flashmask.bounds` with the kernels' schedules, and by FlexAttention's `create_block_mask`,
+compiled (its first call, which compiles, is not timed) and as it is. The latter has no row where it would evaluate
+more than 2^30 pairs.
 
 Before anything is timed, all implementations must show the same pairs, and their decoding must equal float32 attention.
 """
@@ -29,12 +35,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from families import FAMILIES, Family
 from masks import random_row
 from measurement import RESULTS, build_schedules, peak_memory, require_gpu, time_on_cpu, time_on_gpu, write_results
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, masking_utils
@@ -150,6 +157,64 @@ def measure_making(name: str, layers: str, length: int, device: str) -> dict[str
     if device == "cuda":
         row.update(count_launches(make), peak_mib=peak_memory(make))
     return row
+
+
+# Families of masks
+
+
+MOST_PAIRS = 2**30  # that are evaluated without a compiler
+CHECKED_DIVISOR = 32
+
+
+def family_makers(family: Family, device: str) -> dict[str, Callable[[], Any]]:
+    q_len, kv_len = family.q_len, family.kv_len
+    element = torch.empty(1, dtype=DTYPE, device=device)
+    query = element.expand(1, family.heads, q_len, HEAD_DIM)
+    value = element.expand(1, family.kv_heads, kv_len, HEAD_DIM)
+
+    def make_bounds_of_family() -> Tensor:
+        made = family.bounds()
+        build_schedules(made, query, value)
+        return made
+
+    def make_block_mask(is_compiled: bool) -> BlockMask:
+        return create_block_mask(family.mask_mod, None, None, q_len, kv_len, device, _compile=is_compiled)
+
+    found: dict[str, Callable[[], Any]] = {
+        "flashmask": make_bounds_of_family,
+        "create_block_mask, compiled": functools.partial(make_block_mask, True),
+    }
+    if q_len * kv_len <= MOST_PAIRS:
+        found["create_block_mask"] = functools.partial(make_block_mask, False)
+    return found
+
+
+def check_family(name: str, device: str) -> None:
+    """A small mask pair by pair, and at the full size the tiles that each implementation visits."""
+    small = FAMILIES[name](CHECKED_DIVISOR, device)
+    dense = create_mask(small.mask_mod, 1, 1, small.q_len, small.kv_len, device=device)
+    assert torch.equal(bounds_of.to_dense(small.bounds(), small.q_len), dense), f"{name}: another mask"
+    if device == "cpu":
+        return
+    family = FAMILIES[name](1, device)
+    block_mask = family_makers(family, device)["create_block_mask, compiled"]()
+    occupancy = bounds_of.tile_occupancy(family.bounds(), family.q_len, tile_size=block_mask.BLOCK_SIZE[0])
+    rows, columns = occupancy.shape[2:]
+    visited = block_mask.to_dense().bool()[..., :rows, :columns]
+    assert torch.equal(visited, occupancy > 0), f"{name}: other tiles at the full size"
+
+
+def measure_family(name: str, device: str) -> Iterator[dict[str, Any]]:
+    torch._dynamo.reset()  # otherwise later masks would be compiled for any length
+    check_family(name, device)
+    family = FAMILIES[name](1 if device == "cuda" else CHECKED_DIVISOR, device)
+    for implementation, make in family_makers(family, device).items():
+        row: dict[str, Any] = {"mask": name, "q_len": family.q_len, "kv_len": family.kv_len}
+        row["implementation"] = implementation
+        row["milliseconds"], row["spread"] = times(make, device)
+        if device == "cuda":
+            row.update(count_launches(make), peak_mib=peak_memory(make))
+        yield row
 
 
 # Decoding
@@ -272,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--decode-lengths", type=int, nargs="*", default=[1024, 8192, 32768, 131072])
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
     arguments = parser.parse_args()
@@ -294,6 +360,14 @@ def main() -> None:
     if making:
         of_masks = settings | {"document_length": DOCUMENT_LENGTH, "window": WINDOW}
         print("wrote", write_results("masking_gpu", device, of_masks, making, arguments.output))
+    families = []
+    for name in arguments.families:
+        for row in measure_family(name, device):
+            families.append(row)
+            print(row, flush=True)
+        path = write_results("families_masking_gpu", device, settings, families, arguments.output)
+    if families:
+        print("wrote", path)
     for length in arguments.decode_lengths:
         for is_padded in (False, True):
             for row in measure_decoding(length, is_padded, device):

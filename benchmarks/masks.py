@@ -232,13 +232,14 @@ def _for_each_head(heads: int, visible: Callable[..., Tensor]) -> Callable[..., 
     return lambda b, h, q, k: visible(h, q, k)
 
 
-def tile_sparsity(bounds: Tensor, tile_size: int = 128) -> float:
-    """The paper's block sparsity, as its benchmark counts it: the fraction of hidden tiles.
+def tile_sparsity(bounds: Tensor, tile_size: int = 128, q_len: int | None = None) -> float:
+    """The paper's block sparsity, as its benchmark counts it: the fraction of hidden tiles. `q_len` is S_k by default.
 
     A tile is hidden when one interval hides it: two intervals that hide it only together leave it counted as work.
     """
-    _, _, planes, length = bounds.shape
-    column = torch.arange(length, device=bounds.device, dtype=torch.int32)
+    _, _, planes, kv_len = bounds.shape
+    length = kv_len if q_len is None else q_len
+    column = torch.arange(kv_len, device=bounds.device, dtype=torch.int32) - (kv_len - length)
     if planes == 1:
         start, end = bounds, torch.full_like(bounds, length)
         start, end = (torch.cat([a, b.expand_as(a)], 2) for a, b in ((start, 0 * column), (end, column)))
@@ -247,7 +248,7 @@ def tile_sparsity(bounds: Tensor, tile_size: int = 128) -> float:
         start, end = torch.cat([lts, torch.zeros_like(ute)], 2), torch.cat([torch.full_like(lts, length), ute], 2)
     else:
         start, end = bounds[:, :, 0::2], bounds[:, :, 1::2]
-    padding = -length % tile_size  # columns past the last one are hidden from all rows
+    padding = -kv_len % tile_size  # columns past the last one are hidden from all rows
     start = torch.nn.functional.pad(start, (0, padding), value=0).unflatten(3, (-1, tile_size)).amax(4)
     end = torch.nn.functional.pad(end, (0, padding), value=length).unflatten(3, (-1, tile_size)).amin(4)
     first_row = torch.arange(0, length, tile_size, device=bounds.device)[:, None]

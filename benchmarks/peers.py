@@ -23,7 +23,7 @@ LONGEST_DENSE_MASK = 32768
 
 
 class Case(NamedTuple):
-    """One mask on one shape."""
+    """One mask on one shape. There are `length` queries and `kv_length` keys, as many by default."""
 
     mask: Mask
     batch: int
@@ -33,6 +33,11 @@ class Case(NamedTuple):
     head_dim: int
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
+    kv_length: int | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.length if self.kv_length is None else self.kv_length
 
 
 class Attention(NamedTuple):
@@ -47,9 +52,8 @@ class Attention(NamedTuple):
 
 def flashmask(case: Case) -> Attention:
     element = torch.empty(1, dtype=case.dtype, device=case.device)
-    query, value = (
-        element.expand(case.batch, heads, case.length, case.head_dim) for heads in (case.heads, case.kv_heads)
-    )
+    query = element.expand(case.batch, case.heads, case.length, case.head_dim)
+    value = element.expand(case.batch, case.kv_heads, case.keys, case.head_dim)
 
     def build() -> Schedules:
         """Bounds, and the schedules that the kernels make of them: all of it once a step."""
@@ -72,7 +76,7 @@ def flex(case: Case, kernel_options: Any = None) -> Attention:
     if mask_mod is None:
         return Attention(None, attend)
     return Attention(
-        lambda: create_block_mask(mask_mod, None, None, case.length, case.length, case.device, _compile=True), attend
+        lambda: create_block_mask(mask_mod, None, None, case.length, case.keys, case.device, _compile=True), attend
     )
 
 
@@ -83,14 +87,14 @@ def flex_small_tiles(case: Case) -> Attention | None:
 
 
 def sdpa_dense(case: Case) -> Attention | None:
-    if case.length > LONGEST_DENSE_MASK:
+    if max(case.length, case.keys) > LONGEST_DENSE_MASK:
         return None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, dense: Tensor) -> Tensor:
         grouped = case.heads != case.kv_heads
         return scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=grouped)
 
-    return Attention(lambda: to_dense(case.mask.bounds()), attend)
+    return Attention(lambda: to_dense(case.mask.bounds(), case.length), attend)
 
 
 def cudnn(case: Case) -> Attention | None:

@@ -3,7 +3,7 @@
 from . import bounds
 from ._old_paths import keep_old_paths
 from .integration import register
-from .parallel import sequence_parallel
+from .parallel import keep_masks, sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
     PackedDataCollator,
@@ -22,6 +22,7 @@ __all__ = [
     "bounds",
     "compute_log_probs",
     "dpo_loss",
+    "keep_masks",
     "prefix_tree",
     "register",
     "register_tree_attention",

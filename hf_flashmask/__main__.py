@@ -10,6 +10,7 @@ import torch
 
 from . import __version__
 from .integration import NAME
+from .integration.attention import asks_for_determinism
 from .integration.versions import TESTED, describe_tested
 
 
@@ -25,6 +26,7 @@ def report() -> str:
         rows += [(f"gpu {index}", _gpu(index)) for index in range(torch.cuda.device_count())]
     else:
         rows += [("gpu", "none that torch can use")]
+    rows += [("gradients", _repeatability())]
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
@@ -42,6 +44,15 @@ def _gpu(index: int) -> str:
     if importlib.util.find_spec("triton") is None:
         return f"{name}: tiled PyTorch, because triton is not installed"
     return f"{name}: Triton kernels"
+
+
+def _repeatability() -> str:
+    if asks_for_determinism():
+        return "bitwise repeatable"
+    return (
+        "bitwise repeatable, but for queries with heads of 33 to 64 on GPUs of compute capability 9.0; there too with "
+        "torch.use_deterministic_algorithms(True) or FLASH_ATTENTION_DETERMINISTIC=1"
+    )
 
 
 if __name__ == "__main__":

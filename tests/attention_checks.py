@@ -199,9 +199,9 @@ def assert_documents_are_alone(
             assert_near(actual[:, :, start:end], truth)
 
 
-def assert_right_past_32_bit_offsets(attend: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def assert_right_past_32_bit_offsets(attend: Callable[..., tuple[Tensor, Tensor]], dim: int = 128) -> None:
     """On a GPU. The last head and the last document lie past 2^31 elements in every tensor."""
-    length, heads, dim, document = 1 << 20, 17, 128, 1024
+    length, heads, document = 1 << 20, 17 * 128 // dim, 1024
     query, key, value, d_out = (model_tensor(1, length, heads, dim, torch.bfloat16, "cuda") for _ in range(4))
     assert query.numel() > 2**31
     ends = (torch.arange(length, dtype=torch.int32, device="cuda") // document + 1) * document
@@ -238,14 +238,14 @@ def assert_replays_as_eager(attend: Callable[..., Tensor], random_inputs: Callab
     assert not torch.equal(replayed[0], eager_before[0])
 
 
-def assert_inductor_computes_as_eager(length: int, dim: int) -> None:
+def assert_inductor_computes_as_eager(length: int, dim: int, **options: Any) -> None:
     """Three layers that share query heads, keys, values and bounds, forward and backward, in one graph on a GPU."""
     inputs = [model_tensor(1, length, heads, dim, torch.bfloat16, "cuda").requires_grad_() for heads in (8, 2, 2)]
     bounds = masks(length, length)["causal_document"].cuda()
 
     def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for _ in range(3):
-            query = query + flashmask_attention(query, key, value, bounds)
+            query = query + flashmask_attention(query, key, value, bounds, **options)
         return query.square().mean()
 
     expected = torch.autograd.grad(step(*inputs), inputs)

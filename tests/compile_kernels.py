@@ -50,8 +50,8 @@ CASES = [
 SHORT_CASES = {"short": [(64, 1), (128, 1), (192, 4)], "short in a graph": [(128, 1)]}
 """Head sizes and plane counts of the kernels for rows too short for descriptors: of every row of the table that has
 some; of graphs, where dK/dV alone is another, of the usual one."""
-FORMS = ("", *SHORT_CASES, "hopper")
-"""The portable kernels, these for short rows, and those for sm_90."""
+FORMS = ("", *SHORT_CASES, "hopper", "fused hopper")
+"""The portable kernels, these for short rows, and those for sm_90, with the backward in two passes and in one."""
 ROWS = {"sm_120": "sm_86"}
 """The row of the table that an architecture uses, where it has another name."""
 
@@ -83,9 +83,9 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
     )
     bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
-    specialized = form == "hopper"
-    select = configs.select_specialized_configs if specialized else configs.select_configs
-    chosen = select(torch.device("cuda"), dtype, head_dim)
+    specialized = form in ("hopper", "fused hopper")
+    select = {"hopper": configs.select_specialized_configs, "fused hopper": configs.select_fused_configs}
+    chosen = select.get(form, configs.select_configs)(torch.device("cuda"), dtype, head_dim)
     if chosen is None:
         return []
     if form in SHORT_CASES:
@@ -96,18 +96,20 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
     if specialized:
         from flashmask_kernels import hopper
 
-        module, factors = hopper, (0.1,)
+        backward_kernels = hopper.FusedAttentionBackward if form == "fused hopper" else hopper.AttentionBackward
+        forward_kernels, factors = hopper.AttentionForward, (0.1,)
     else:
-        module, factors = portable, (0.1, None, 0.0)
+        forward_kernels, backward_kernels = portable.AttentionForward, portable.AttentionBackward
+        factors = 0.1, None, 0.0
     with mock.patch.object(triton.JITFunction, "run", compile_only):
         schedules = [
-            build_schedule(bounds, length, config.block_m, config.block_n, config is chosen.key_value_gradient)
-            for config in chosen
+            build_schedule(bounds, length, *config[:2], name == "key_value_gradient")
+            for name, config in zip(chosen._fields, chosen)
         ]
         inputs, by_row, by_schedules = (query, key, value, bounds), schedules[0], schedules[1:]
-        forward = module.AttentionForward(*inputs, None, by_row, *factors, chosen.forward)
+        forward = forward_kernels(*inputs, None, by_row, *factors, chosen.forward)
         out, lse = forward(*inputs, None, by_row, None)
-        backward = module.AttentionBackward(d_out, None, *inputs, out, *by_schedules, *factors, chosen)
+        backward = backward_kernels(d_out, None, *inputs, out, *by_schedules, *factors, chosen)
         backward(d_out, None, *inputs, out, lse, *by_schedules, None)
     return kernels
 

@@ -62,6 +62,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return use
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect, as `-m "not gpu"` does, what needs more GPUs than there are; one GPU must be there."""
+    import torch
+
+    def has_too_few(item: pytest.Item) -> bool:
+        marker = item.get_closest_marker("gpus")
+        return marker is not None and torch.cuda.device_count() < marker.args[0]
+
+    if too_many := [item for item in items if has_too_few(item)]:
+        config.hook.pytest_deselected(items=too_many)
+        items[:] = [item for item in items if item not in too_many]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     import torch
 

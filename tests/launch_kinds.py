@@ -63,7 +63,7 @@ def random_tensor(choose: random.Random, batch: int, heads: int, length: int, di
 def call(number: int) -> None:
     choose = random.Random(number % SHAPES)
     dtype = choose.choice([torch.bfloat16, torch.float32])
-    dim = choose.choice([16, 72, 128])
+    dim = choose.choice([16, 56, 72, 128])
     batch, kv_heads, planes = choose.choice([1, 2]), choose.choice([1, 2]), choose.choice([1, 2, 4])
     heads = kv_heads * choose.choice([1, 2])
     q_len, kv_len = (choose.choice([1, 16, 33]) for _ in range(2))
@@ -77,33 +77,38 @@ def call(number: int) -> None:
     sinks = choose.choice([None, torch.empty(heads + 1)[choose.choice([0, 1]) :][:heads]])
     d_lse = choose.choice([None, torch.empty(batch, heads, q_len)])
     scale = choose.choice([0.1, 0.5])
-    chosen = configs.select_specialized_configs(torch.device("cuda"), dtype, dim)
-    specialized = chosen is not None and choose.random() < 0.5
-    if not specialized:
-        chosen = configs.select_configs(torch.device("cuda"), dtype, dim)
-    assert chosen is not None
+    families = {
+        dispatch.PORTABLE: configs.select_configs,
+        dispatch.HOPPER: configs.select_specialized_configs,
+        dispatch.FUSED_HOPPER: configs.select_fused_configs,
+    }
+    of_family = {family: select(torch.device("cuda"), dtype, dim) for family, select in families.items()}
+    family, chosen = choose.choice([(family, chosen) for family, chosen in of_family.items() if chosen is not None])
 
     def schedule(config: configs.Config, by_column: bool) -> Tensor:
         shape = schedule_shape(len(bounds) * mask_heads, q_len, kv_len, config.block_m, config.block_n, by_column)
         return torch.empty(shape, dtype=torch.int32)
 
-    if specialized:
+    if family != dispatch.PORTABLE:
         from flashmask_kernels import hopper
 
-        module, factors, seed = hopper, (scale,), None
+        forward_kernels, factors, seed = hopper.AttentionForward, (scale,), None
+        is_fused = family == dispatch.FUSED_HOPPER
+        backward_kernels = hopper.FusedAttentionBackward if is_fused else hopper.AttentionBackward
     else:
+        forward_kernels, backward_kernels = portable.AttentionForward, portable.AttentionBackward
         kernels = choose.choice([(), ("forward", "query_gradient"), chosen._fields])
         chosen = choose.choice([chosen.without_descriptors, chosen.for_short_rows])(*kernels)
         softcap, dropout_p = choose.choice([None, 5.0]), choose.choice([0.0, 0.1, 0.5])
-        module, factors = portable, (scale, softcap, dropout_p)
+        factors = scale, softcap, dropout_p
         seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
     inputs, by_row = (query, key, value, bounds), schedule(chosen.forward, False)
-    Record.kind = dispatch.kind_of(*inputs, sinks), factors, chosen, specialized
-    forward = module.AttentionForward(*inputs, sinks, by_row, *factors, chosen.forward)
+    Record.kind = dispatch.kind_of(*inputs, sinks), factors, chosen, family
+    forward = forward_kernels(*inputs, sinks, by_row, *factors, chosen.forward)
     out, lse = forward(*inputs, sinks, by_row, seed)
     schedules = schedule(chosen.key_value_gradient, True), schedule(chosen.query_gradient, False)
-    Record.kind = dispatch.kind_of(d_out, d_lse, *inputs, out, lse), factors, chosen, specialized
-    backward = module.AttentionBackward(d_out, d_lse, *inputs, out, *schedules, *factors, chosen)
+    Record.kind = dispatch.kind_of(d_out, d_lse, *inputs, out, lse), factors, chosen, family
+    backward = backward_kernels(d_out, d_lse, *inputs, out, *schedules, *factors, chosen)
     backward(d_out, d_lse, *inputs, out, lse, *schedules, seed)
 
 
@@ -160,7 +165,7 @@ def main() -> None:
         from flashmask_kernels import hopper
         from flashmask_kernels.common import nan_repair, row_statistics
 
-        modules += [nan_repair, row_statistics, hopper.forward, hopper.backward]
+        modules += [nan_repair, row_statistics, hopper.forward, hopper.backward, hopper.fused_backward]
     with mock.patch.object(configs, "architecture", return_value="sm_90"):
         for module in modules:
             mock.patch.object(module, "Launcher", Record).start()

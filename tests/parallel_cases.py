@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
+from parallel_answers import truth as truth_of_answers
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -38,6 +42,8 @@ class Case:
     dtype: str = "float32"
     engine: str | None = None
     nodes: int = 1
+    counted: str | None = None
+    """How labels are counted where gradients are accumulated over two batches; None for one batch."""
 
 
 def _cases() -> Iterator[Case]:
@@ -61,6 +67,13 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-2-long", "gemma3", "long", mode, 2)
         yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
+        yield Case(f"{mode}-rows", "gpt_oss", "rows", mode)
+        yield Case(f"{mode}-rows_with_bounds", "gemma3", "rows_with_bounds", mode, 2)
+        for counted in ("by_group", "over_all_ranks"):
+            yield Case(f"{mode}-accumulated_{counted}", "llama", "packed", mode, 2, counted=counted)
+        for model in ("llama", "gpt_oss"):
+            yield Case(f"{mode}-share_prefixes_{model}", model, "prefixes", mode)
+        yield Case(f"{mode}-share_prefixes_left_padding", "llama", "prefixes_left", mode, 2)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
@@ -109,7 +122,7 @@ class Example(NamedTuple):
 def make_example(kind: str, config: Any) -> Example:
     import tiny_models
 
-    from hf_flashmask import bounds
+    from hf_flashmask import PackedDataCollator, bounds
 
     if kind in ("left_padding", "right_padding", "mask_alone"):
         documents = tiny_models.random_documents([21, 13, 29])
@@ -122,8 +135,22 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
+    if kind.startswith("prefixes"):
+        prompt, *ends = tiny_models.random_documents([19, 7, 12, 5])
+        documents = [torch.cat([prompt, end], dim=1) for end in ends] + tiny_models.random_documents([10])
+        batch = tiny_models.padded(documents, "left" if kind == "prefixes_left" else "right")
+        batch.pop("position_ids", None)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
+        batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
+        return Example(batch, [(document, document) for document in documents])
     lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
+    if kind.startswith("rows"):
+        bounds_for = config if kind == "rows_with_bounds" else None
+        collator = PackedDataCollator(27, pad_to_multiple_of=3, bounds_for=bounds_for)
+        batch = collator([{"input_ids": document[0]} for document in documents])
+        assert len(batch["input_ids"]) > 1
+        return Example(batch, [(document, document) for document in documents])
     batch = tiny_models.packed(documents)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     if kind == "one_document":
@@ -216,53 +243,136 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 # On each rank
 
 
-def run_case(case: Case) -> dict[str, Any]:
+def meshes(case: Case | AnswerCase) -> tuple[Any, Any]:
+    """All ranks, and those that share a sequence."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = world_size() // case.ranks, case.nodes, case.ranks // case.nodes
+    mesh = init_device_mesh(device_of_rank().type, shape, mesh_dim_names=("dp", "nodes", "sp"))
+    return mesh, mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+
+
+def run_answer_case(case: AnswerCase) -> dict[str, Any]:
     import tiny_models
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
 
     import hf_flashmask
 
-    shape = WORLD // case.ranks, case.nodes, case.ranks // case.nodes
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "nodes", "sp"))
-    sequence = mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+    mesh, sequence = meshes(case)
+    model = build_model(case)
+    torch.manual_seed(7)
+    batches = [make_examples(case) for _ in range(world_size() // case.ranks)]
+    expected: tuple[Tensor, list[Tensor]] | None = None
+    if dist.get_rank() == 0:
+        twin = tiny_models.eager_twin(model)
+        loss = truth_of_answers(twin, batches, case)
+        loss.backward()
+        expected = loss.detach(), _gradients(twin)
+    collator = hf_flashmask.SharedPromptDataCollator(max_length=case.max_length)
+    called = with_engine(case.engine, model)
+    with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode) as parallel:
+        loss = train_step(model, called, parallel, collator(batches[mesh["dp"].get_local_rank()]), case)
+        loss.backward()
+    return differences(loss, model, case, expected)
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    import tiny_models
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    mesh, sequence = meshes(case)
     torch.manual_seed(0)
     model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
-    examples = [make_example(case.batch, model.config) for _ in range(WORLD // case.ranks)]
+    batches = 2 if case.counted else 1  # of each group
+    examples = [make_example(case.batch, model.config) for _ in range(batches * world_size() // case.ranks)]
     expected: tuple[Tensor, list[Tensor]] | None = None
     if dist.get_rank() == 0:
         expected = truth(tiny_models.eager_twin(model), examples)
+    model.to(device_of_rank())
     if case.checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     called = with_engine(case.engine, model)
-    data_mesh = mesh["dp"] if len(examples) > 1 else None
+    sharing = hf_flashmask.share_prefixes(model) if case.batch.startswith("prefixes") else None
+    data_mesh = mesh["dp"] if case.ranks < world_size() else None
     with hf_flashmask.sequence_parallel(called, sequence, mode=case.mode, data_mesh=data_mesh) as parallel:
-        part = parallel.shard(examples[mesh["dp"].get_local_rank()].batch)
+        group = mesh["dp"].get_local_rank()
+        own = [example.batch for example in examples[group * batches : (group + 1) * batches]]
+        num_items = count_labels(parallel, own, case.counted)
+        loss = torch.zeros((), device=device_of_rank())
+        for batch in own[1:]:
+            earlier = called(**parallel.shard(batch, num_items=num_items)).loss
+            earlier.backward()
+            loss += earlier.detach()
+        part = parallel.shard(own[0], num_items=num_items)
+        # FSDP2 rounds tensors to the dtype of the weights.
+        assert all(not isinstance(value, Tensor) or not value.is_floating_point() for value in part.values())
         with count_masks() as masks:
             output = called(**part)
         if "labels" in part:
-            loss = output.loss
+            last = output.loss
         else:
             tokens = sum(example.batch["input_ids"].numel() for example in examples)
-            loss = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * WORLD / tokens
-        loss.backward()
+            last = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * world_size() / tokens
+        last.backward()
+        loss = loss + last.detach()
         if "labels" in part and not case.engine:
             with torch.no_grad():
-                assert torch.allclose(called(**part).loss, loss, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
+                assert torch.allclose(called(**part).loss, last, rtol=1e-2 if case.dtype == "bfloat16" else 1e-5)
+    result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
+    if sharing is not None:
+        sharing.remove()
+        result["shared"] = [sharing.computed_tokens, sharing.given_tokens]
+    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
+    return result | differences(loss, model, case, expected)
+
+
+def count_labels(parallel: Any, batches: list[dict[str, Any]], counted: str | None) -> Any:
+    """The labels of all groups, each counted once."""
+    import torch.distributed as dist
+
+    if counted != "over_all_ranks":
+        return parallel.count_labels(*batches) if counted else None
+    # As Trainer counts them with `average_tokens_across_devices`: once for each rank.
+    count = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
+    dist.all_reduce(count)
+    return count / parallel.size
+
+
+def differences(
+    loss: Tensor, model: nn.Module, case: Case | AnswerCase, expected: tuple[Tensor, list[Tensor]] | None
+) -> dict[str, Any]:
+    """Of the averages over all ranks from the truth, on rank 0."""
+    import torch.distributed as dist
+
     found = [loss.detach().float(), *_gradients(model)]
     for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
         dist.all_reduce(tensor)
-        tensor /= WORLD
-    result = {"mode": parallel.mode, "reason": parallel.reason, "masks": len(masks)}
-    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
-    if expected is not None:
-        result["loss"] = [float(found[0]), float(expected[0])]
-        difference = sum((a - b).square().sum() for a, b in zip(found[1:], expected[1])).sqrt()
-        result["gradients"] = float(difference / sum(b.square().sum() for b in expected[1]).sqrt())
-        result["worst"] = max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1]))
-    return result
+        tensor /= world_size()
+    found = [tensor.cpu() for tensor in found]
+    if expected is None:
+        return {}
+    difference = sum((a - b).square().sum() for a, b in zip(found[1:], expected[1])).sqrt()
+    return {
+        "loss": [float(found[0]), float(expected[0])],
+        "gradients": float(difference / sum(b.square().sum() for b in expected[1]).sqrt()),
+        "worst": max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1])),
+    }
+
+
+def world_size() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size()
+
+
+def device_of_rank() -> torch.device:
+    import torch.distributed as dist
+
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
@@ -272,7 +382,7 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        everyone = init_device_mesh("cpu", (WORLD,))
+        everyone = init_device_mesh(device_of_rank().type, (torch.distributed.get_world_size(),))
         for layer in model.model.layers:
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
@@ -366,6 +476,42 @@ def no_batch_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard(None if rank == 3 else _packed())
 
 
+@fault("give one of them")
+def two_numbers_of_labels(parallel: Any, model: nn.Module, rank: int) -> None:
+    parallel.shard({**_packed(), "num_items_in_batch": 3}, num_items=5)
+
+
+@fault("Remove share_prefixes for losses of your own")
+def shared_prefixes_without_labels(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    batch = make_example("prefixes", None).batch
+    with hf_flashmask.share_prefixes(model):
+        parallel.shard({name: value for name, value in batch.items() if name != "labels"})
+
+
+@fault("set the label of the first token of each row to -100")
+def labels_at_padding(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    batch = make_example("prefixes_left", None).batch
+    batch["labels"] = batch["input_ids"]
+    with hf_flashmask.share_prefixes(model):
+        parallel.shard(batch)
+
+
+@fault("pass `data_mesh`")
+def labels_of_unknown_groups(parallel: Any, model: nn.Module, rank: int) -> None:
+    import torch.distributed as dist
+
+    import hf_flashmask
+
+    parallel.remove()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with hf_flashmask.sequence_parallel(model, pairs[rank // 2]) as of_pair:
+        of_pair.shard(_packed(), num_items=5)
+
+
 @fault("looks tokens up")
 def image_blocks(parallel: Any, model: nn.Module, rank: int) -> None:
     from transformers.masking_utils import create_causal_mask
@@ -426,23 +572,73 @@ def run_fault(name: str) -> dict[str, Any]:
     return {"errors": errors}
 
 
-def main(rank: int, folder: Path, names: list[str]) -> None:
+LOST = {"raises": (8, ""), "absent": (8, "does not call `shard`"), "dies": (120, "")}
+"""How a rank is lost -> the seconds after which the one that waits for it gives up, and what its error says."""
+
+
+def run_lost_ranks() -> dict[str, Any]:
+    """Of each pair the second rank is lost. This comes last: groups and processes do not survive it."""
+    import datetime
+
+    import torch.distributed as dist
+
+    rank, found = dist.get_rank(), {}
+    pairs = {"raises": [0, 1], "absent": [2, 3], "dies": [2, 3]}
+    groups = {
+        way: dist.new_group(pairs[way], timeout=datetime.timedelta(seconds=timeout))
+        for way, (timeout, _) in LOST.items()
+    }
+    for way in LOST:
+        if rank in pairs[way]:
+            start = time.monotonic()
+            found[way] = {"error": lose_second_rank(way, groups[way], rank), "seconds": time.monotonic() - start}
+    return found
+
+
+def lose_second_rank(way: str, group: Any, rank: int) -> str:
+    """The error of this rank, in the forward pass of whose second layer the other one is lost."""
+    import tiny_models
+
+    import hf_flashmask
+
+    def lose(*_: Any) -> None:
+        if way == "dies":
+            os._exit(0)
+        raise RuntimeError("this rank raises")
+
+    model = tiny_models.build("llama")
+    if rank % 2:
+        model.model.layers[1].register_forward_pre_hook(lose)
+    with hf_flashmask.sequence_parallel(model, group) as parallel:
+        try:
+            if way != "absent" or rank % 2 == 0:
+                model(**parallel.shard(_packed())).loss.backward()
+        except RuntimeError as error:
+            return str(error)
+    return "none"
+
+
+def main(rank: int, folder: Path, names: list[str], gpus: int = 0) -> None:
+    """What a rank does, on the CPU or on as many GPUs."""
     import datetime
 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if gpus:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "nccl" if gpus else "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
-        world_size=WORLD,
+        world_size=gpus or WORLD,
         timeout=datetime.timedelta(seconds=240),
     )
     results: dict[str, Any] = {}
     runs: dict[str, Callable[[], dict[str, Any]]] = {case.name: lambda case=case: run_case(case) for case in CASES}
+    runs |= {case.name: lambda case=case: run_answer_case(case) for case in ANSWER_CASES}
     runs |= {name: lambda name=name: run_fault(name) for name in FAULTS}
-    for name in names or runs:
+    for name in [name for name in names if name != "lost"] or ([] if names else runs):
         try:
             results[name] = runs[name]()
         except Exception:
@@ -450,8 +646,18 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             (folder / f"{rank}.json").write_text(json.dumps(results))
             raise
     (folder / f"{rank}.json").write_text(json.dumps(results))
+    if not names or "lost" in names:
+        results["lost"] = run_lost_ranks()
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+        os._exit(0)  # the groups of lost ranks cannot be closed
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    on_gpus = [word for word in sys.argv[3:] if word.startswith("--gpus=")]
+    main(
+        int(sys.argv[1]),
+        Path(sys.argv[2]),
+        [word for word in sys.argv[3:] if word not in on_gpus],
+        *(int(word.partition("=")[2]) for word in on_gpus),
+    )

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
+from parallel_cases import count_masks
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build, config_of, eager_twin, packed
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.experimental import context_parallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_flashmask import bounds, share_prefixes
+from hf_flashmask import bounds, keep_masks, share_prefixes
 from hf_flashmask.training import PackedDataCollator
 
 LENGTHS = [[5, 1, 9, 7, 2], [3, 12, 4], [8, 8, 1], [2, 17]]
@@ -452,38 +453,74 @@ def raise_on_all(call: Callable[[], Tensor]) -> Tensor:
     return output
 
 
-@contextlib.contextmanager
-def ulysses() -> Iterator[None]:
+Attend = Callable[..., tuple[Tensor, None]]
+
+
+def deepspeed(inner: Attend) -> Attend:
     """Ulysses as DeepSpeed registers it under the name of an implementation: it hands None on as the mask."""
-    inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
     ranks = dist.get_world_size()
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if "position_ids" in kwargs:
-            parts = [torch.empty_like(kwargs["position_ids"]) for _ in range(ranks)]
-            dist.all_gather(parts, kwargs["position_ids"])
-            kwargs["position_ids"] = torch.cat(parts, 1)
+            kwargs["position_ids"] = gather_tokens(kwargs["position_ids"])
         if key.shape[1] < ranks:
             key, value = (tensor.repeat_interleave(ranks // key.shape[1], 1) for tensor in (key, value))
         query, key, value = (_Exchange.apply(tensor, 1, 2) for tensor in (query, key, value))
         output = raise_on_all(lambda: inner(module, query, key, value, None, **kwargs)[0])
         return _Exchange.apply(output, 1, 2), None
 
-    ALL_ATTENTION_FUNCTIONS["flashmask"] = attend
+    return attend
+
+
+def accelerate_ulysses(inner: Attend) -> Attend:
+    """Ulysses as accelerate's pull request 4209 registers it: it slices sinks and takes cumulative lengths away."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if kwargs.get("position_ids") is None:
+            raise ValueError("Ulysses sequence parallelism needs `position_ids` in every attention call")
+        if key.shape[1] % ranks:
+            raise ValueError("Cannot split the heads across the sequence parallel ranks")
+        query, key, value = (_Exchange.apply(tensor, 1, 2) for tensor in (query, key, value))
+        kwargs["position_ids"] = gather_tokens(kwargs["position_ids"])
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)
+        if kwargs.get("s_aux") is not None:
+            kwargs["s_aux"] = kwargs["s_aux"].chunk(ranks)[rank]
+        output = raise_on_all(lambda: inner(module, query, key, value, None, **kwargs)[0])
+        return _Exchange.apply(output, 1, 2), None
+
+    return attend
+
+
+def gather_tokens(part: Tensor) -> Tensor:
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts, 1)
+
+
+@contextlib.contextmanager
+def ulysses(engine: Callable[[Attend], Attend] = deepspeed) -> Iterator[None]:
+    inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
+    ALL_ATTENTION_FUNCTIONS["flashmask"] = engine(inner)
     try:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS["flashmask"] = inner
 
 
-def train_ulysses(name: str, kind: str) -> dict[str, float]:
+def train_ulysses(
+    name: str, kind: str, engine: Callable[[Attend], Attend] = deepspeed, keeps_masks: bool = False
+) -> dict[str, float]:
     """Each process has a part of the first row."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build_model(name)
     twin = eager_twin(model)
-    expected = true_loss(twin, "packed", 0)
+    expected = true_loss(twin, {"heads": "heads", "image bounds": "images"}.get(kind, "packed"), 0)
     expected.backward()
     batch = _ulysses_batch(kind, model)
     local = {
@@ -491,34 +528,103 @@ def train_ulysses(name: str, kind: str) -> dict[str, float]:
         for key, value in batch.items()
     }
     if kind == "tree":
-        local["attention_mask"] = bounds.from_position_ids(local["position_ids"])
-    with ulysses():
+        own = batch if keeps_masks else local
+        local["attention_mask"] = bounds.from_position_ids(own["position_ids"])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ulysses(engine))
+        masks = stack.enter_context(count_masks())
+        if keeps_masks:
+            stack.enter_context(keep_masks(model, dist.group.WORLD, exchanges_in_eval=True))
         logits = model(**local, use_cache=False).logits
     labels = torch.full_like(batch["input_ids"], -100)
-    start = 0
+    start = PADDING if kind == "padded" else 0
     for document in documents_of(0):
         end = start + document.shape[1]
         labels[0, start : end - 1] = document[0, 1:]
         start = end
+    return errors_of_parts(model, logits, labels, expected, twin) | {"masks": len(masks)}
+
+
+def errors_of_parts(
+    model: nn.Module, logits: Tensor, labels: Tensor, expected: Tensor, twin: nn.Module
+) -> dict[str, float]:
+    """Of the sum over all processes, each of which has the logits of a part of the row."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     loss = nn.functional.cross_entropy(logits[0], labels.chunk(ranks, 1)[rank][0], reduction="sum")
     loss.backward()
     gradients = {key: mean_over_ranks(value) * ranks for key, value in gradients_of(model).items()}
     return errors(mean_over_ranks(loss) * ranks, gradients, (expected.detach(), gradients_of(twin)))
 
 
+def train_ringmaster(name: str) -> dict[str, float]:
+    """Ulysses as axolotl's ringmaster has it: under a name of its own, for one document, with what it calls inside."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = build_model(name)
+    twin = eager_twin(model)
+    document = torch.cat(documents_of(0), dim=1)
+    expected = loss_of_documents(twin(document, use_cache=False).logits, [document])
+    expected.backward()
+    inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            raise NotImplementedError("attention_mask must be None")
+        query, key, value = (_Exchange.apply(tensor, 1, 2) for tensor in (query, key, value))
+        kwargs["is_causal"] = True if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        outer, module.config._attn_implementation = module.config._attn_implementation, "flashmask"
+        try:
+            output = raise_on_all(lambda: inner(module, query, key, value, None, **kwargs)[0])
+        finally:
+            module.config._attn_implementation = outer
+        return _Exchange.apply(output, 1, 2), None
+
+    transformers.AttentionInterface.register("ringmaster_ulysses", attend)
+    model.set_attn_implementation("ringmaster_ulysses")
+    positions = torch.arange(document.shape[1])[None]
+    parts = {"input_ids": document.chunk(ranks, 1)[rank], "position_ids": positions.chunk(ranks, 1)[rank]}
+    logits = model(**parts, use_cache=False).logits
+    labels = nn.functional.pad(document[:, 1:], (0, 1), value=-100)
+    return errors_of_parts(model, logits, labels, expected, twin)
+
+
+PADDING = 8
+
+
 def _ulysses_batch(kind: str, model: transformers.PreTrainedModel) -> dict[str, Any]:
     batch = batch_of(kind if kind in ("bounds", "heads", "images") else "packed", 0, model)
     length = batch["input_ids"].shape[1]
     if kind == "right padding":
-        batch["input_ids"] = nn.functional.pad(batch["input_ids"], (0, 8))
-        batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(2, 10)[None]], 1)
-        batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (0, 8))
+        batch["input_ids"] = nn.functional.pad(batch["input_ids"], (0, PADDING))
+        batch["position_ids"] = torch.cat([batch["position_ids"], torch.arange(2, 2 + PADDING)[None]], 1)
+        batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (0, PADDING))
     if kind.startswith("left padding"):
-        amount = 8 if kind == "left padding" else length
+        amount = PADDING if kind == "left padding" else length
         batch["input_ids"] = nn.functional.pad(batch["input_ids"], (amount, 0), value=1)
         batch["position_ids"] = torch.arange(length + amount)[None]
         batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (amount, 0))
+    if kind == "padded":  # left padding, which the positions of the first document count
+        batch = {key: nn.functional.pad(value, (PADDING, 0)) for key, value in batch.items()}
+        end = PADDING + LENGTHS[0][0]
+        batch["position_ids"][0, :end] = torch.arange(end)
+        batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (PADDING, 0))
+    if kind == "image bounds":
+        types = torch.cat([token_types(document) for document in documents_of(0)], dim=1)
+        starts = (types == 1) & (nn.functional.pad(types, (1, 0))[:, :-1] == 0)
+        blocks = torch.where(types == 1, starts.cumsum(1) - 1, -1)
+        documents = bounds.from_position_ids(batch["position_ids"], is_causal=False)
+        window = model.config.get_text_config().sliding_window  # as long as a block
+        batch["attention_mask"] = {
+            "full_attention": bounds.intersect(bounds.causal_with_blocks(blocks), documents),
+            "sliding_attention": bounds.intersect(bounds.causal_with_blocks(blocks, window=window), documents),
+        }
     return batch
+
+
+def keep_without_an_engine() -> dict[str, float]:
+    keep_masks(build_model("llama"), dist.group.WORLD)
+    return {}
 
 
 def attend_in_ring(name: str) -> dict[str, float]:
@@ -626,6 +732,25 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 ("llama4", "packed"),
             )
         },
+        **{
+            f"kept {engine} {name} {kind}": functools.partial(train_ulysses, name, kind, ulysses_of, True)
+            for engine, ulysses_of in (("deepspeed", deepspeed), ("accelerate", accelerate_ulysses))
+            for name, kind in (
+                ("llama", "packed"),
+                ("gemma3", "packed"),
+                ("gpt_oss", "packed"),
+                ("llama", "padded"),
+                ("llama", "bounds"),
+                ("llama", "heads"),
+                ("gemma3", "bounds"),
+                ("gemma3", "tree"),
+                ("gemma3_images", "images"),
+                ("gemma3_images", "image bounds"),
+                *([("llama_one_kv_head", "packed")] if engine == "deepspeed" else []),
+            )
+        },
+        **{f"ringmaster {name}": functools.partial(train_ringmaster, name) for name in ("llama", "gemma3", "gpt_oss")},
+        "kept deepspeed without an engine": keep_without_an_engine,
         "ring llama": functools.partial(attend_in_ring, "llama"),
         "after the ring": functools.partial(after_the_ring, "llama"),
     },

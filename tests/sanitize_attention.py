@@ -29,11 +29,12 @@ def give_all_warps_registers() -> None:
     """
     from triton.experimental.gluon import language as gl
 
-    from flashmask_kernels.hopper import backward, forward
+    from flashmask_kernels.hopper import backward, forward, fused_backward
 
-    for module in (forward, backward):
+    # As many as each warp starts with.
+    for module, registers in ((forward, 168), (backward, 168), (fused_backward, 128)):
         for name in {"REGISTERS", "REGISTERS_WITH_MASKS"} & set(vars(module)):
-            setattr(module, name, gl.constexpr([168] * len(getattr(module, name).value)))
+            setattr(module, name, gl.constexpr([registers] * len(getattr(module, name).value)))
 
 
 def main() -> None:

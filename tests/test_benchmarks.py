@@ -28,6 +28,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # its files import each other by name
 
 import attention_gpu  # noqa: E402
+import families  # noqa: E402
 import masking_gpu  # noqa: E402
 import masks  # noqa: E402
 import measurement  # noqa: E402
@@ -95,6 +96,39 @@ def test_every_mask_of_the_benchmark_exists_and_has_a_name_in_the_report() -> No
     for name in attention_gpu.WITHOUT_DOCUMENTS:
         other = masks.paper_masks(masks.random_row(64, 5, seed=1))[name]
         assert torch.equal(masks.paper_masks(masks.random_row(64, 2))[name], other), name
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_families_are_the_masks_that_flex_attention_is_given(name: str) -> None:
+    masking_gpu.check_family(name, "cpu")
+    family = families.FAMILIES[name](masking_gpu.CHECKED_DIVISOR, "cpu")
+    shape = attention_gpu.family_shape(family, 16)
+    assert (shape.length, shape.keys) == (family.q_len, family.kv_len)
+    assert family.bounds().shape[3] == family.kv_len
+
+
+def test_a_family_that_is_another_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families.FAMILIES["HSTU"](masking_gpu.CHECKED_DIVISOR, "cpu")
+    wrong = family._replace(mask_mod=lambda b, h, q, k: q >= k)
+    monkeypatch.setitem(families.FAMILIES, "HSTU", lambda divisor, device: wrong)
+    with pytest.raises(AssertionError, match="HSTU: another mask"):
+        masking_gpu.check_family("HSTU", "cpu")
+
+
+@pytest.mark.parametrize("peer", ["flashmask", "flex_attention", "sdpa, dense mask"])
+def test_peers_attend_to_more_keys_than_queries(peer: str) -> None:
+    family = families.FAMILIES["anchored blocks"](64, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    query, d_out = (torch.randn(1, 4, family.q_len, 16, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, 2, family.kv_len, 16, generator=generator) for _ in range(2))
+    sizes = (1, family.q_len, 4, 2, 16, torch.float32, "cpu", family.kv_len)
+    case = peers.Case(family.mask(), *sizes)
+    attention = peers.PEERS[peer](case)
+    bounds = family.bounds()
+    out = attention.attend(query, key, value, attention.build())
+    expected = truth.attend_in_float32(query, key, value, d_out, bounds).out
+    seen = to_dense(bounds, family.q_len)[0, 0].any(1)
+    assert torch.allclose(out[:, :, seen], expected[:, :, seen], atol=1e-4)
 
 
 @pytest.mark.parametrize("tile_size", [16, 32])
@@ -284,7 +318,8 @@ def test_the_papers_protocol_has_128k_tokens_and_a_hidden_size_of_4096() -> None
         assert shape.batch * shape.length == 128 * 1024
         assert shape.heads * shape.head_dim == 4096
         assert shape.kv_heads == shape.heads
-    assert attention_gpu.shapes("bar", [512], [64], [(32, 8), (32, 32)]) == [(1, 512, 32, 8, 64), (1, 512, 32, 32, 64)]
+    expected = [attention_gpu.Shape(1, 512, 32, 8, 64), attention_gpu.Shape(1, 512, 32, 32, 64)]
+    assert attention_gpu.shapes("bar", [512], [64], [(32, 8), (32, 32)]) == expected
 
 
 def test_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,8 +619,8 @@ def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.specializes(query, query, bounds, None, 0.0)
     candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
     with tune.launched_with(candidate):
-        specialize = dispatch.specializes(query, query, bounds, None, 0.0)
-        assert dispatch.configs_of(query, query, specialize).query_gradient == candidate.config
+        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False)
+        assert dispatch.configs_of(query, query, family).query_gradient == candidate.config
     assert dispatch.specializes(query, query, bounds, None, 0.0)
 
 

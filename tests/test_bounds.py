@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -35,6 +36,7 @@ from hf_flashmask.bounds import (
     concatenate_keys,
     document_ends,
     document_starts,
+    explain,
     from_cu_seqlens,
     from_dense,
     from_document_ends,
@@ -461,6 +463,39 @@ def test_to_dense_and_visible_pairs(drawn):
     expected = dense_of_bounds(bounds, q_len)
     np.testing.assert_array_equal(to_dense(bounds, q_len).numpy(), expected)
     np.testing.assert_array_equal(visible_pairs(bounds, q_len).numpy(), expected.sum((2, 3)))
+
+
+@few
+@given(several_bounds(1), st.data())
+def test_explain(drawn, data):
+    q_len, (bounds,) = drawn
+    if not q_len or not bounds.shape[3]:
+        return
+    query, key = data.draw(st.integers(0, q_len - 1)), data.draw(st.integers(0, bounds.shape[3] - 1))
+    batch, head = bounds.shape[0] - 1, bounds.shape[1] - 1
+    sentence = explain(bounds, query, key, q_len, batch=batch, head=head)
+    column = dense_of_bounds(bounds, q_len)[batch, head, :, key]
+    assert sentence.startswith(f"query {query} {'sees' if column[query] else 'does not see'} key {key}")
+    # The rows that it names are hidden, and where it names what hides others, all that are hidden are named.
+    named = np.zeros(q_len, dtype=bool)
+    for first, last in re.findall(r"the rows (\d+) to (\d+)", sentence):
+        named[int(first) : int(last) + 1] = True
+    for first in re.findall(r"the rows (\d+) and after", sentence):
+        named[int(first) :] = True
+    for end in re.findall(r"the rows before (\d+)", sentence):
+        named[: int(end)] = True
+    named |= "from all rows" in sentence
+    assert not (named & column).any()
+    assert named[query] if not column[query] else (named == ~column).all()
+
+
+def test_explain_names_what_it_was_not_given():
+    with pytest.raises(IndexError, match="`key` is 5, but the mask has 5"):
+        explain(causal(5), 0, 5)
+    with pytest.raises(IndexError, match="`batch` is 2, but the bounds have 2"):
+        explain(causal(5).expand(2, -1, -1, -1), 0, 0, batch=2)
+    assert explain(bidirectional(3), 0, 2) == "query 0 sees key 2, which is hidden from no row"
+    assert explain(nine_intervals, 0, 0).endswith("no row")
 
 
 @few

@@ -142,6 +142,36 @@ def test_sft_packed_fails_when_documents_see_each_other(
     assert "leaking, packed" in capsys.readouterr().out
 
 
+# Rows that several processes share
+
+
+@pytest.mark.parametrize(
+    ("options", "printed"),
+    [
+        (["--row-length", "1500", "--documents", "definitions"], '2 processes, 1 x 2, mode="all_gather"'),
+        (["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing"], "rank 1: 50.0%"),
+    ],
+    ids=["all_gather", "ulysses"],
+)
+def test_sft_long_context_trains_as_one_process(
+    small_library: Path, tmp_path: Path, options: list[str], printed: str
+) -> None:
+    command = [sys.executable, str(SCRIPT.with_name("sft_long_context.py")), "--texts", str(small_library), *options]
+    process = subprocess.run([*command, "--steps", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "The processes and one process agree" in process.stdout
+    assert printed in process.stdout
+
+    report = json.loads((tmp_path / "runs/sft_long_context/report.json").read_text())
+    assert report["loss"][0] == pytest.approx(math.log(257), abs=0.5)  # an untrained model guesses
+    assert report["loss"][-1] < report["loss"][0] - 0.1
+    assert sum(report["shares"]) == pytest.approx(1)
+    assert max(report["shares"]) < 0.6
+    content = (tmp_path / "runs/sft_long_context/mask.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 5000
+
+
 # Preference data
 
 PREFERENCE = ["--steps", "6", "--batch-size", "4", "--max-prompt", "60", "--hidden-size", "64", "--layers", "1"]

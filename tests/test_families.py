@@ -580,9 +580,9 @@ def traceable(document_ids, ids, anchors, keep, frames):
     ]
 
 
-def traceable_inputs(size):
-    generator = torch.Generator().manual_seed(size)
-    document_ids = torch.arange(size).div(5, rounding_mode="floor").expand(2, -1).clone()
+def traceable_inputs(size, seed=0):
+    generator = torch.Generator().manual_seed(size + seed)
+    document_ids = torch.arange(size).div(5 + seed, rounding_mode="floor").expand(2, -1).clone()
     document_ids[1, -3:] = -1
     anchors = torch.tensor([[0, 2, 5], [1, 4, 9]])
     keep = torch.tensor([[True, True, True], [True, True, False]])
@@ -607,6 +607,28 @@ def test_families_read_nothing_back_to_the_host():
         results = traceable(*(mode.from_tensor(value) for value in inputs))
     assert [tuple(result.shape) for result in results] == [tuple(result.shape) for result in expected]
     assert {result.dtype for result in results} == {torch.int32}
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_families_wait_for_nothing_and_follow_replays():
+    static = [value.cuda() for value in traceable_inputs(24)]
+    traceable(*static)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        traceable(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = traceable(*static)
+    for seed in range(3):
+        inputs = traceable_inputs(24, seed)
+        for value, new in zip(static, inputs):
+            value.copy_(new)
+        graph.replay()
+        for got, expected in zip(replayed, traceable(*inputs), strict=True):
+            assert torch.equal(got.cpu(), expected)
 
 
 @pytest.mark.parametrize("module", ["diffusion", "drafters", "multimodal", "segments", "streaming", "video"])

@@ -148,6 +148,28 @@ def test_positions_that_do_not_count_tokens_are_no_documents() -> None:
         torch.testing.assert_close(out, dense_attention(*inputs, triangle))
 
 
+@pytest.mark.parametrize(
+    ("argument", "variable", "expected"),
+    [(None, None, False), (None, "0", False), (None, "1", True), (False, "1", False), (True, None, True)],
+)
+def test_deterministic_gradients_are_asked_for_as_with_flash_attention(
+    argument: bool | None, variable: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`modeling_flash_attention_utils._process_flash_attention_kwargs`: the argument goes before the variable."""
+    asked = []
+
+    def attend(query: Tensor, *arguments: Any, deterministic: bool, **options: Any) -> Tensor:
+        asked.append(deterministic)
+        return query
+
+    monkeypatch.setattr(integration.attention, "flashmask_attention", attend)
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", variable)
+    flashmask_attention_forward(attention_module(), *random_inputs(), None, deterministic=argument)
+    assert asked == [expected]
+
+
 def test_scaling_softcap_and_sinks() -> None:
     query, key, value = random_inputs()
     sinks = torch.randn(4, requires_grad=True)

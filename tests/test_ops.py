@@ -7,6 +7,7 @@ import gc
 import sys
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_compiled_equals_eager() -> None:
         assert_close(ours, truth)
 
 
-@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 to 3.9")
 def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large inputs take the kernels for sm_90, in one graph for all lengths. Fake tensors stand for those on a GPU."""
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
@@ -143,7 +144,45 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
             query, key = (torch.empty(1, heads, length, 128, device="cuda").bfloat16() for heads in (32, 8))
             bounds = torch.empty(1, 1, 1, length, device="cuda", dtype=torch.int32)
         compiled(query, key, key, bounds)
-    assert chosen == [True, False]
+    assert chosen == [dispatch.HOPPER, dispatch.PORTABLE]
+
+
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 to 3.9")
+@pytest.mark.parametrize(
+    ("dim", "options", "algorithms", "family"),
+    [
+        (64, {}, False, dispatch.FUSED_HOPPER),
+        (40, {}, False, dispatch.FUSED_HOPPER),
+        (64, {"deterministic": True}, False, dispatch.HOPPER),
+        (64, {}, True, dispatch.HOPPER),
+        (64, {"scale": 0.0}, False, dispatch.HOPPER),
+        (128, {}, False, dispatch.HOPPER),
+        (64, {"softcap": 5.0}, False, dispatch.PORTABLE),
+        (32, {}, False, dispatch.PORTABLE),
+    ],
+)
+def test_only_repeatable_kernels_compute_deterministic_calls(
+    dim: int, options: dict[str, Any], algorithms: bool, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused backward adds in an order that changes. Fake tensors stand for those on a GPU."""
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    chosen = []
+
+    def note_choice(module: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        forward = torch.ops.flashmask_kernels.forward.default
+        chosen.extend(node.args[-1] for node in module.graph.nodes if node.target == forward)
+        return lambda *inputs: (torch.empty(0),)
+
+    with FakeTensorMode():
+        query, key = (torch.empty(1, heads, 16384, dim, device="cuda").bfloat16() for heads in (32, 8))
+        bounds = torch.empty(1, 1, 1, 16384, device="cuda", dtype=torch.int32)
+    torch.compiler.reset()  # so that this function is never compiled too often
+    torch.use_deterministic_algorithms(algorithms)
+    try:
+        torch.compile(flashmask_attention, fullgraph=True, backend=note_choice)(query, key, key, bounds, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen == [family]
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
@@ -154,7 +193,7 @@ def test_short_rows_do_without_descriptors(in_graph: bool, monkeypatch: pytest.M
     for length, is_described in ((1024, [False] * 3), (1536, [False, True, False]), (2048, [True] * 3)):
         with FakeTensorMode():
             query = torch.empty(1, 32, length, 128, dtype=torch.bfloat16, device="cuda")
-            chosen = dispatch.launched_configs(query, query, False, in_graph)
+            chosen = dispatch.launched_configs(query, query, dispatch.PORTABLE, in_graph)
         assert [config.use_descriptors for config in chosen] == is_described
         has_tiles_of_table = all(config[:2] == of_table[:2] for config, of_table in zip(chosen, table))
         assert has_tiles_of_table == (in_graph or length > 1024)
@@ -164,7 +203,9 @@ def test_operator_contract() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in tensors())
     bounds = random_intervals(1, 1, 2, 37, 37)
     sinks, seed = torch.randn(4), torch.tensor([5])
-    torch.library.opcheck(ops.forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, False))
+    torch.library.opcheck(
+        ops.forward_operator, (query, key, value, bounds, sinks, None, seed, 0.3, 5.0, 0.1, dispatch.PORTABLE)
+    )
 
 
 def test_dispatch_modes_see_the_operator() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from parallel_cases import CASES, FAULTS, WORLD, Case
+from parallel_answers import ANSWER_CASES
+from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 
@@ -45,19 +46,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             compute(folder)
         finally:
             finished.touch()
-    found = [folder / f"{rank}.json" for rank in range(WORLD)]
+    return read(folder, WORLD)
+
+
+def read(folder: Path, ranks: int) -> list[dict[str, Any]]:
     logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("*.log")))
     assert (folder / "succeeded").exists(), logs
-    return [json.loads(path.read_text()) for path in found]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def compute(folder: Path) -> None:
-    """All cases, on processes whose collectives fail after some minutes."""
+def compute(folder: Path, ranks: int = WORLD, *arguments: str) -> None:
+    """All cases, or those in the arguments, on processes whose collectives fail after some minutes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
-    for rank in range(WORLD):
+    for rank in range(ranks):
         with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, str(SCRIPT), str(rank), str(folder)]
+            command = [sys.executable, str(SCRIPT), str(rank), str(folder), *arguments]
             processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder))
     try:
         if not any(process.wait(timeout=420) for process in processes):
@@ -77,19 +81,36 @@ def test_averaged_losses_and_gradients_are_those_of_one_process(results: list[di
     assert found["worst"] < close
 
 
+@pytest.mark.parametrize("name", [case.name for case in ANSWER_CASES])
+def test_averaged_losses_over_answers_are_those_of_one_process(results: list[dict[str, Any]], name: str) -> None:
+    found = results[0][name]
+    loss, expected = found["loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert found["gradients"] < 1e-5
+    assert found["worst"] < 1e-5
+
+
 def test_the_page_names_cases() -> None:
     page = (ROOT / "docs" / "many_gpus.md").read_text()
     table = page.partition("| | cases |")[2].partition("\n\n")[0]
     for pattern in re.findall("`([^`]+)`", re.sub(r"by `[a-z_]+`|without `[a-z_]+`", "", table)):
         for ranks in ("2", "4") if "{2,4}" in pattern else ("",):
             name = re.escape(pattern.replace("{2,4}", ranks)).replace(r"\*", ".*")
-            assert any(re.search(f"(^|-){name}$", case.name) for case in CASES), pattern
+            assert any(re.search(f"(^|-){name}$", case.name) for case in (*CASES, *ANSWER_CASES)), pattern
 
 
 def test_masks_are_made_once_for_each_type_of_layers(results: list[dict[str, Any]]) -> None:
     for case in CASES:
-        expected = 0 if case.batch.startswith(("bounds", "tree")) else results[0][case.name]["layer_types"]
+        is_given = "bounds" in case.batch or case.batch.startswith(("tree", "prefixes"))
+        expected = 0 if is_given else results[0][case.name]["layer_types"]
         assert results[0][case.name]["masks"] == expected, case.name
+
+
+def test_shared_prefixes_are_computed_once(results: list[dict[str, Any]]) -> None:
+    for case in CASES:
+        if case.batch.startswith("prefixes"):
+            computed, given = results[0][case.name]["shared"]
+            assert (given - computed) == 2 * 19, case.name  # two more copies of the prompt
 
 
 def test_auto_says_what_it_chose(results: list[dict[str, Any]]) -> None:
@@ -106,6 +127,14 @@ def test_faults_are_errors_on_every_rank(results: list[dict[str, Any]], name: st
     assert len(errors) == WORLD
     for error in errors:
         assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("way", LOST)
+def test_a_lost_rank_is_an_error_on_the_one_that_waits(results: list[dict[str, Any]], way: str) -> None:
+    found = results[0 if way == "raises" else 2]["lost"][way]
+    assert found["error"] != "none"
+    assert re.search(LOST[way][1], found["error"]), found["error"]
+    assert found["seconds"] < 60
 
 
 @pytest.mark.parametrize(
@@ -190,5 +219,5 @@ def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
     mask = create_causal_mask(config=model.config, inputs_embeds=embeds, **call)
     heads = torch.zeros(1, 4, 16, 8)
     layer = model.model.layers[0].self_attn
-    with pytest.raises(ValueError, match=r"bounds of 8 keys, and .* attends over 16.*hf_flashmask.sequence_parallel"):
+    with pytest.raises(ValueError, match=r"one of 8 queries and 8 keys, .* 16 queries and 16 keys.*hf_flashmask.sequence_parallel"):
         hf_flashmask.integration.flashmask_attention_forward(layer, heads, heads, heads, mask)

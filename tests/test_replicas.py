@@ -13,14 +13,17 @@ Processes on one machine, connected by gloo, against one process under eager att
 | `nn.DataParallel` | exact (1) | exact (2) | | | exact | |
 | hooks of `device_map` | exact | exact | | exact | exact | |
 | Ulysses of DeepSpeed, which drops masks | exact (3) | refused (4) | refused | refused | refused | exact |
+| with `keep_masks`, also accelerate's without DeepSpeed | exact | exact | exact | as bounds | exact | exact (5) |
+| axolotl's ringmaster, one document | exact, sinks refused | | | | | |
 | torch's `context_parallel` | refused | refused | refused | refused | refused | refused |
 
 "Trees" are `share_prefixes` under a loss that compares answers, and under DDP in TRL's DPOTrainer. (1)
 `cu_seq_lens_q` is refused. (2) Bounds of batch 1 beside several rows are refused. (3) Sinks and chunks are refused.
-(4) Padding after the last token is exact.
+(4) Padding after the last token is exact. (5) accelerate's refuses it.
 
 `nn.DataParallel` itself drops the rows of the batch for which a tensor of batch 1 has no part. The layer sees it only
-where a replica has several rows. Ulysses is that of `replica_cases.ulysses`, which does what DeepSpeed's does.
+where a replica has several rows. Ulysses is that of `replica_cases.deepspeed`, `accelerate_ulysses` and
+`train_ringmaster`, which do what the libraries do.
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import replica_cases
 import torch
@@ -47,7 +52,9 @@ from tiny_models import VOCABULARY, eager_twin, padded
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_flashmask import bounds, share_prefixes
+from hf_flashmask import bounds, keep_masks, share_prefixes
+from hf_flashmask.parallel import kept_masks
+from hf_flashmask.parallel.group import Group
 
 LOSS, GRADIENTS = 1e-6, 1e-5
 
@@ -61,6 +68,11 @@ REFUSED = {
     "ulysses gemma3_images images": "has dropped image blocks",
     "ulysses llama4 packed": "has dropped image blocks, chunks",
     "ulysses gpt_oss packed": "2 query heads, and has attention sinks for 4.*Ulysses",
+    **{
+        f"kept {engine} gemma3_images images": "adds to its mask.*pass bounds" for engine in ("deepspeed", "accelerate")
+    },
+    "ringmaster gpt_oss": "2 query heads, and has attention sinks for 4",
+    "kept deepspeed without an engine": "no engine has replaced the attention function",
     "ring llama": '`context_parallel`.*needs "sdpa"',
     "tensor llama_one_kv_head packed": "shape '.*' is invalid for input",  # an error of Transformers
 }
@@ -99,8 +111,80 @@ def test_several_processes_equal_one(results: dict[int, list[dict[str, Any]]], r
             assert result["gradients"] < 1.5 * result["eager_gradients"]
         else:
             assert max(result["loss"] / LOSS, result["gradients"] / GRADIENTS) < 1, result
+        if name.startswith("kept"):
+            layer_types = 2 if re.search("gpt_oss|gemma3", name) else 1
+            assert result["masks"] == (0 if re.search("bounds|heads|tree", name) else layer_types)
         if name.startswith("tensor"):
             assert result["is_sharded"] == ("gpt_oss" not in name)
+
+
+def test_the_page_says_what_the_cases_say() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "many_gpus.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| (exact|refused) \| (.+) \|$", page, re.MULTILINE)
+    shown = {name: verdict for verdict, names in rows for name in re.findall("`([^`]+)`", names)}
+    assert shown.keys() <= CASES[2].keys()
+    assert {name for name in CASES[2] if name.startswith(("ulysses", "kept", "ring"))} - shown.keys() == {
+        "ulysses llama left padding of a whole part",
+        "kept deepspeed without an engine",
+    }
+    assert {name for name, verdict in shown.items() if verdict == "refused"} == shown.keys() & REFUSED.keys()
+
+
+def test_accelerate_takes_the_name_after_the_constructor() -> None:
+    handler = accelerate.utils.DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True)
+    handler.sp_attn_implementation = "flashmask"
+    config = accelerate.ParallelismConfig(sp_backend="deepspeed", sp_size=2, sp_handler=handler)
+    assert config.sp_handler.sp_attn_implementation == "flashmask"
+
+
+# What `keep_masks` is given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_ids": None}, r"`position_ids` \[B or 1, 12\] must say .* got NoneType"),
+        ({"cu_seq_lens_q": torch.tensor([0, 12])}, "`cu_seq_lens_q` of one rank's tokens cannot be gathered"),
+        (
+            {"attention_mask": bounds.causal(12)},
+            r"2-D with the 12 tokens of this rank, or bounds of .* 24\] on all ranks, got \[1",
+        ),
+        ({"attention_mask": torch.ones(1, 7)}, r"got \[1, 7\]"),
+    ],
+)
+def test_keep_masks_refuses(kept: Any, change: dict[str, Any], message: str) -> None:
+    batch = {"input_ids": torch.ones(1, 12, dtype=torch.long), "position_ids": torch.arange(12)[None]}
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        kept(**batch | change)
+
+
+def test_evaluation_under_an_engine_that_exchanges_only_in_training(kept: Any) -> None:
+    """Each rank has rows of its own there; what hides keys is kept as well."""
+    kept.eval()
+    twin = eager_twin(kept)
+    documents = documents_of(0)
+    batch = padded(documents, "left")
+    logits = kept(**batch, use_cache=False).logits
+    for row, document in zip(logits, documents):
+        torch.testing.assert_close(row[-document.shape[1] :], twin(document).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A model of the first of two ranks in training, under an engine that hands its function no mask."""
+    inner = ALL_ATTENTION_FUNCTIONS["flashmask"]
+
+    def drop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return inner(module, query, key, value, None, **kwargs)
+
+    group = Group(None, rank=0, size=2)
+    monkeypatch.setattr(kept_masks, "groups_of", lambda *_: [group])
+    monkeypatch.setattr(kept_masks, "all_gather", lambda part, _: torch.stack([part, part]))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flashmask", drop)
+    model = build_model("llama").train()
+    with keep_masks(model, group):
+        yield model
+    assert ALL_ATTENTION_FUNCTIONS["flashmask"] is drop
 
 
 # nn.DataParallel: on the CPU it has no replicas, so that here they are made as it makes them

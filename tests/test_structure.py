@@ -18,7 +18,7 @@ ARROWS = {
     "sharing": {"bounds", "integration"},
     "training": {"bounds", "integration", "sharing"},
     "visualization": {"bounds"},
-    "parallel": {"bounds", "integration"},
+    "parallel": {"bounds", "integration", "sharing", "training"},
 }
 KERNEL_ARROWS = {
     "common": {"configs", "dropout", "launch", "schedule"},

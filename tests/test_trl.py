@@ -37,7 +37,9 @@ from trl import (
     RLOOConfig,
     RLOOTrainer,
 )
+from trl.trainer import sft_trainer
 
+from hf_flashmask import bounds
 from hf_flashmask.sharing.shared_prefix import share_prefixes
 
 WORDS = [f"w{index}" for index in range(90)]
@@ -359,3 +361,16 @@ def test_evaluation(train_twice: Callable[..., tuple[Run, Run]]) -> None:
 def test_sliding_windows(train_twice: Callable[..., tuple[Run, Run]]) -> None:
     runs = train_twice(DPOTrainer, DPOConfig, preferences, model_class=MistralForCausalLM)
     assert_same_training(*runs)
+
+
+def test_packed_rows_for_an_engine_that_cuts_tokens() -> None:
+    """The recipe of docs/many_gpus.md: what DeepSpeed's data loader can cut, and padding in documents of its own."""
+    collate = sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=4)
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "seq_lengths": [2, 3]}]
+    given = collate(rows)
+    assert any(value.ndim == 1 for value in given.values() if isinstance(value, torch.Tensor))  # why it is needed
+    batch = {name: value for name, value in given.items() if name in ("input_ids", "labels", "position_ids")}
+    assert {tuple(value.shape) for value in batch.values()} == {(1, 8)}
+    starts = bounds.from_position_ids(batch["position_ids"])
+    assert torch.equal(bounds.to_dense(starts)[0, 0].sum(1), torch.tensor([1, 2, 1, 2, 3, 1, 1, 1]))
+    assert batch["labels"][0, 5:].eq(-100).all()

@@ -78,7 +78,7 @@ from .families import (
 from .form import MAX_INTERVALS, TooManyIntervalsError, check_bounds
 from .intervals import concatenate_keys, from_visible_intervals, select_rows
 from .trees import from_prefix_tree, limit_depth
-from .views import tile_occupancy, to_dense, to_startend_row_indices, visible_pairs
+from .views import explain, tile_occupancy, to_dense, to_startend_row_indices, visible_pairs
 
 __all__ = [
     "MAX_INTERVALS",
@@ -94,6 +94,7 @@ __all__ = [
     "concatenate_keys",
     "document_ends",
     "document_starts",
+    "explain",
     "fork_and_join",
     "frame_causal",
     "from_block_mask",

@@ -118,3 +118,66 @@ def tile_occupancy(bounds: Tensor, q_len: int | None = None, *, tile_size: int) 
         visible = padded.unflatten(-1, (columns, tile_size)).sum(-1)
         occupancy[:, :, tile] = visible.double() / (width * (last - first))
     return occupancy
+
+
+def explain(bounds: Tensor, query: int, key: int, q_len: int | None = None, *, batch: int = 0, head: int = 0) -> str:
+    """Whether a query sees a key, and which interval hides it, in a sentence. Reads one column on the host.
+
+    Args:
+        bounds: int32 `[B or 1, H or 1, C, S_k]`.
+        query, key: row and column.
+        q_len: S_q, by default S_k.
+        batch, head: which mask; any number where the bounds have one for all.
+
+    Returns:
+        The sentence.
+
+    Raises:
+        TypeError, ValueError: when `bounds` do not have the form of bounds.
+        IndexError: when there is no such query, key, batch row or head.
+
+    >>> from hf_flashmask.bounds import sliding_window
+    >>> explain(sliding_window(2, 5), query=4, key=1)
+    'query 4 does not see key 1: it is hidden from the rows 3 and after (LTS)'
+    >>> explain(sliding_window(2, 5), query=1, key=4)
+    'query 1 does not see key 4: it is hidden from the rows before 4 (the causal triangle)'
+    >>> explain(sliding_window(2, 5), query=1, key=0)
+    'query 1 sees key 0, which is hidden from the rows 2 and after (LTS)'
+    """
+    check_bounds(bounds)
+    batches, heads, _, kv_len = bounds.shape
+    q_len = kv_len if q_len is None else q_len
+    for name, index, size in (("query", query, q_len), ("key", key, kv_len)):
+        if not 0 <= index < size:
+            raise IndexError(f"`{name}` is {index}, but the mask has {size}")
+    for name, index, size in (("batch", batch, batches), ("head", head, heads)):
+        if index < 0 or (size > 1 and index >= size):
+            raise IndexError(f"`{name}` is {index}, but the bounds have {size}")
+    column = bounds[batch if batches > 1 else 0, head if heads > 1 else 0, :, key].tolist()
+    hidden = [(start, end, name) for start, end, name in _named_intervals(column, key, kv_len, q_len) if start < end]
+    hiding = [_rows(*interval, q_len) for interval in hidden if interval[0] <= query < interval[1]]
+    if hiding:
+        return f"query {query} does not see key {key}: it is hidden from {', and from '.join(hiding)}"
+    others = ", and from ".join(_rows(*interval, q_len) for interval in hidden)
+    return f"query {query} sees key {key}, which is hidden from {others or 'no row'}"
+
+
+def _named_intervals(column: list[int], key: int, kv_len: int, q_len: int) -> list[tuple[int, int, str]]:
+    """Hidden rows of one key, cut to the rows that there are, and what hides them."""
+    if len(column) <= 2:
+        upper = (0, key - (kv_len - q_len), "the causal triangle") if len(column) == 1 else (0, column[1], "UTE")
+        intervals = [(column[0], q_len, "LTS"), upper]
+    else:
+        names = ["LTS to LTE", "UTS to UTE"]
+        if len(column) > 4:
+            names = [f"interval {number} of {len(column) // 2}" for number in range(1, len(column) // 2 + 1)]
+        intervals = [*zip(column[0::2], column[1::2], names)]
+    return [(min(max(start, 0), q_len), min(max(end, 0), q_len), name) for start, end, name in intervals]
+
+
+def _rows(start: int, end: int, name: str, q_len: int) -> str:
+    if start == 0 and end == q_len:
+        return f"all rows ({name})"
+    if start == 0:
+        return f"the rows before {end} ({name})"
+    return f"the rows {start} and after ({name})" if end == q_len else f"the rows {start} to {end - 1} ({name})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ def flashmask_attention_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    kept_mask: Mask | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as Transformers' attention interface calls it.
@@ -57,6 +59,7 @@ def flashmask_attention_forward(
         position_ids: `[B or 1, S]`; in self-attention a document starts wherever they do not increase.
         cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, cumulative lengths of one packed row. They go before
             `position_ids`.
+        kept_mask: the mask that an engine has dropped from `attention_mask`, see `keep_masks`.
 
     Returns:
         output `[B, S_q, H, D_v]`, and None for the attention weights, which are never computed.
@@ -66,12 +69,14 @@ def flashmask_attention_forward(
     """
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
+    attention_mask = kept_mask if attention_mask is None else attention_mask
     if isinstance(attention_mask, Mask) and attention_mask.is_users:
         _refuse_router_losses(kwargs)
     of_user = _mask_of_user(attention_mask)
-    refuse_cut_call(module, query, of_user, cu_seq_lens_q, s_aux)
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
+    sinks_of_layer = s_aux if exchange is None else None  # an exchange takes those of its heads
+    refuse_cut_call(module, query, of_user, cu_seq_lens_q, sinks_of_layer)
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if exchange is None:
         refuse_part_alone(module)
         if isinstance(attention_mask, Mask):
@@ -88,7 +93,7 @@ def flashmask_attention_forward(
             refuse_dropped_mask(module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None)
     else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens
         check_tokens(exchange, query, key)
-        documents, of_queries, of_keys = None, stand_in_for(query, exchange.length), stand_in_for(key, exchange.length)
+        documents, of_queries, of_keys = None, stand_in_for(query, exchange), stand_in_for(key, exchange)
     mask = layer_mask(
         attention_mask,
         module,
@@ -102,7 +107,7 @@ def flashmask_attention_forward(
     if target_dtype != query.dtype:
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
     if exchange is not None:
-        mask = exchange.mask_of_rank(mask, query.shape[1])
+        mask = exchange.mask_of_rank(mask, of_queries.shape[1])
         query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
     if are_few_rows(query, key, mask) and softcap is None and s_aux is None and dropout == 0:
         output = attend_few_rows(query, key, value, mask, scaling)
@@ -117,12 +122,19 @@ def flashmask_attention_forward(
             softcap=softcap,
             sinks=s_aux,
             dropout_p=dropout,
-            deterministic=bool(kwargs.get("deterministic")),
+            deterministic=asks_for_determinism(kwargs.get("deterministic")),
             schedules=mask.schedules,
         )
     if exchange is not None:
         output = exchange.take_back(output)
     return output.transpose(1, 2).contiguous(), None
+
+
+def asks_for_determinism(argument: bool | None = None) -> bool:
+    """Whether gradients must be bitwise repeatable. As Transformers decides for FlashAttention: by the argument of the
+    call, or else by the environment.
+    """
+    return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
 
 
 def _mask_of_user(mask: Mask | Tensor | None) -> Tensor | None:

@@ -26,9 +26,13 @@ class Exchange(Protocol):
     """The tokens of a row that this rank holds."""
     length: int
     """The tokens of a row of the whole sequence."""
+    layer_length: int
+    """The tokens of a row that attention is called with: those of this rank, or all where an engine has moved them."""
+    head_parts: int
+    """Into how many parts an engine has shared the heads out, of which attention is called with one."""
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
-        """The part of the whole sequence's mask that this rank computes; `heads` of the query, those of all ranks."""
+        """The part of the whole sequence's mask that this rank computes; `heads` of the query, those of all parts."""
 
     def bring(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
@@ -110,18 +114,21 @@ def refuse_part_alone(module: nn.Module) -> None:
         )
 
 
-def stand_in_for(heads_and_tokens: Tensor, length: int) -> Tensor:
-    """`[B, H, S, D]` with the sizes of the whole sequence, from this rank's tokens; only its sizes are read."""
-    return heads_and_tokens.detach()[:, :, :1].expand(-1, -1, length, -1)
+def stand_in_for(heads_and_tokens: Tensor, exchange: Exchange) -> Tensor:
+    """`[B, H, S, D]` with all heads and the whole sequence, from those of a layer; only its sizes are read."""
+    batch, heads, _, dim = heads_and_tokens.shape
+    one = heads_and_tokens.detach()[:, :1, :1]
+    return one.expand(batch, heads * exchange.head_parts, exchange.length, dim)
 
 
 def check_tokens(exchange: Exchange, query: Tensor, key: Tensor) -> None:
-    held = exchange.local_length
-    if query.shape[2] != held or key.shape[2] != held:
+    expected = exchange.layer_length
+    if query.shape[2] != expected or key.shape[2] != expected:
         raise ValueError(
-            f"under sequence_parallel a layer was called with {query.shape[2]} queries and {key.shape[2]} keys, but "
-            f"each rank holds {held} tokens of a row: it works neither with a cache of earlier tokens nor beside "
-            "another engine that exchanges heads or gathers keys"
+            f"the mask is that of {exchange.length} tokens, of which each rank holds {exchange.local_length}; a layer "
+            f"should be called with {expected} of them, but was with {query.shape[2]} queries and {key.shape[2]} keys. "
+            "sequence_parallel works neither with a cache of earlier tokens nor beside another engine that exchanges "
+            "heads or gathers keys; keep_masks needs an engine that exchanges the heads of this layer"
         )
     if torch.compiler.is_compiling():
         raise NotImplementedError(

@@ -27,6 +27,9 @@ def check_agreement(
         batch: what this rank was given.
         settings: what else must be equal.
         error: why this rank refuses its batch.
+
+    Raises:
+        RuntimeError: also when a rank is lost: at once, or after the timeout of the process group.
     """
     tensors = dict(sorted(_tensors(batch))) if isinstance(batch, Mapping) else {}
     described = ", ".join(f"`{name}` {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
@@ -35,10 +38,16 @@ def check_agreement(
     contents = torch.zeros((), dtype=torch.int64, device=device)
     for number, tensor in enumerate(tensors.values(), start=1):
         contents = contents * 31 + number * _checksum(tensor).to(device)
-    rows, rank, size = torch.stack([is_refused, names, contents])[None], 0, 1
+    rank, size = 0, 1
     for group in groups:
-        rows, rank, size = all_gather(rows, group).flatten(0, 1), rank + size * group.rank, size * group.size
-    table = rows.tolist()
+        rank, size = rank + size * group.rank, size * group.size
+    try:
+        table = _table(torch.stack([is_refused, names, contents]), groups)
+    except RuntimeError as lost:
+        raise RuntimeError(
+            f"rank {rank} of {size} has waited for the other ranks of its sequence-parallel group in `shard`: one has "
+            f"died, has raised an error, or does not call `shard` for this batch. Rank {rank} was given {described}"
+        ) from (error or lost)
     if error is not None:
         raise error
     refusing = [rank for rank, row in enumerate(table) if row[0]]
@@ -58,6 +67,14 @@ def check_agreement(
             "of them must get the same batch, which `shard` cuts: let the sampler of the data loader depend on the "
             f"rank among the data-parallel groups only. Rank {rank} of {size} was given {described}"
         )
+
+
+def _table(row: Tensor, groups: Sequence[Group]) -> list[list[int]]:
+    """The rows of all ranks, on the host."""
+    rows = row[None]
+    for group in groups:
+        rows = all_gather(rows, group).flatten(0, 1)
+    return rows.tolist()
 
 
 def _tensors(batch: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from ..bounds.form import lower_and_upper
 from ..integration.layer_mask import LayerMask
 from .group import Group, exchange_pieces, gather_rows
 
-__all__ = ["AllGather", "GatherAcrossUlysses", "Ulysses", "kv_heads_on_the_wire"]
+__all__ = ["AllGather", "ByEngine", "GatherAcrossUlysses", "Ulysses", "kv_heads_on_the_wire"]
 
 
 def kv_heads_on_the_wire(kv_heads: int, ranks: int) -> int:
@@ -29,8 +29,11 @@ class Ulysses:
     Tokens are held in order: rank r has those from `r * S / P` on.
     """
 
+    head_parts = 1
+
     def __init__(self, group: Group, length: int) -> None:
-        self.group, self.length, self.local_length = group, length, length // group.size
+        self.group, self.length = group, length
+        self.local_length = self.layer_length = length // group.size
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
         bounds = mask.bounds
@@ -75,9 +78,12 @@ class AllGather:
         order: `[S]`, the tokens of the sequence in the order of the ranks, rising on each of them.
     """
 
+    head_parts = 1
+
     def __init__(self, group: Group, order: Tensor) -> None:
         self.group, self.order = group, order
-        self.length, self.local_length = len(order), len(order) // group.size
+        self.length = len(order)
+        self.local_length = self.layer_length = len(order) // group.size
 
     @property
     def rows(self) -> Tensor:
@@ -119,9 +125,12 @@ class GatherAcrossUlysses:
         inside: a group, for these rows.
     """
 
+    head_parts = 1
+
     def __init__(self, across: AllGather, inside: Group) -> None:
         self.across, self.inside = across, Ulysses(inside, across.local_length)
-        self.length, self.local_length = across.length, self.inside.local_length
+        self.length = across.length
+        self.local_length = self.layer_length = self.inside.local_length
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
         return self.inside.mask_of_rank(self.across.mask_of_rank(mask, heads), heads)
@@ -133,3 +142,22 @@ class GatherAcrossUlysses:
 
     def take_back(self, output: Tensor) -> Tensor:
         return self.inside.take_back(output)
+
+
+class ByEngine(Ulysses):
+    """An engine exchanges the heads: attention is called with those of this rank, over the whole sequence."""
+
+    def __init__(self, group: Group, length: int) -> None:
+        super().__init__(group, length)
+        self.layer_length, self.head_parts = length, group.size
+
+    def bring(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        heads = query.shape[1] * self.head_parts
+        if sinks is not None and sinks.shape[0] == heads:  # the engine has not cut them
+            sinks = sinks[self._own_heads(heads)]
+        return query, key, value, sinks
+
+    def take_back(self, output: Tensor) -> Tensor:
+        return output

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
+__all__ = ["Group", "add_up", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
 
 
 class Group(NamedTuple):
@@ -54,6 +54,11 @@ def gather_rows(rows: Tensor, group: Group) -> Tensor:
     return _GatherRows.apply(rows, group)
 
 
+def add_up(values: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks, on all of them. The same for the gradient: each rank has a loss of its own."""
+    return _AddUp.apply(values, group)
+
+
 def all_gather(values: Tensor, group: Group) -> Tensor:
     """`[P, ...]`, without gradients."""
     gathered = values.new_empty(group.size, *values.shape)
@@ -83,6 +88,23 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         pieces = gradient.unflatten(0, (ctx.group.size, -1))
         return _all_to_all(pieces, ctx.group).sum(0, dtype=torch.float32).to(gradient.dtype), None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_reduce(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(gradient, ctx.group), None
+
+
+def _all_reduce(values: Tensor, group: Group) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group.handle)
+    return total
 
 
 def _all_to_all(pieces: Tensor, group: Group) -> Tensor:

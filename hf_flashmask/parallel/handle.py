@@ -16,12 +16,14 @@ from .. import bounds as _bounds
 from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
+from ..training.labels import IGNORED
 from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
-from .models import Mode, check_labels, check_model, choose_mode, find_model
-from .shard import IGNORED_LABEL, Batch, read_batch, shard_batch
+from .models import Mode, check_labels, check_model, choose_mode, find_model, refuse_classifier
+from .prefixes import merge_batch
+from .shard import Batch, read_batch, read_merged_batch, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
 
@@ -67,6 +69,7 @@ class SequenceParallel:
     Attributes:
         mode: "ulysses", "all_gather", or of a mesh of two dimensions "all_gather_across_ulysses".
         reason: why it was chosen.
+        size: the number of ranks that share a row.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class SequenceParallel:
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)
-        self._size = math.prod(group.size for group in self._groups)
+        self.size = math.prod(group.size for group in self._groups)
         self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
         of_model = next(self._model.parameters()).device.type
         self._device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else of_model
@@ -95,7 +98,7 @@ class SequenceParallel:
             if len(self._groups) > 1:
                 self.mode, self.reason = "all_gather_across_ulysses", "the mesh has two dimensions"
             else:
-                self.mode, self.reason = choose_mode(self._model, self._size)
+                self.mode, self.reason = choose_mode(self._model, self.size)
             logger.info(f'sequence_parallel: mode="{self.mode}" ({self.reason})')
         elif len(self._groups) > 1:
             raise ValueError(f'`mode` must be "auto" for a mesh of two dimensions, which names both, got {mode!r}')
@@ -115,9 +118,9 @@ class SequenceParallel:
             )
 
     def __repr__(self) -> str:
-        return f'SequenceParallel({type(self._model).__name__}, {self._size} ranks, mode="{self.mode}": {self.reason})'
+        return f'SequenceParallel({type(self._model).__name__}, {self.size} ranks, mode="{self.mode}": {self.reason})'
 
-    def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def shard(self, batch: Mapping[str, Any], *, num_items: Tensor | float | None = None) -> dict[str, Any]:
         """The part of a batch that this rank calls the model with. All ranks of the group give the same batch.
 
         Rows are padded until the ranks can share them out. Labels are shifted before they are cut; the loss is divided
@@ -126,7 +129,10 @@ class SequenceParallel:
         Args:
             batch: what a collator returns: `input_ids` or `inputs_embeds`, `labels` or `shift_labels`, `position_ids`,
                 `cu_seq_lens_q`, `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
-                layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by).
+                layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by; with a
+                `data_mesh` those of all groups are added up).
+            num_items: labels of all groups, each counted once, that the losses are divided by instead. With what
+                `count_labels` returns, the losses of several batches add up to the mean over all their labels.
 
         Raises:
             NotImplementedError, TypeError, ValueError: for what cannot be cut, and on every rank of the group when the
@@ -134,29 +140,50 @@ class SequenceParallel:
         """
         part, error = None, None
         try:
-            part = self._shard(batch)
+            part = self._shard(batch, num_items)
         except Exception as refused:  # whatever it is, the other ranks must learn of it
             if not self._check_batches:
                 raise
             error = refused
         if self._check_batches:
-            check_agreement(self._groups, self._device_on_the_wire(), batch, f'mode "{self.mode}"', error)
+            settings = f'mode "{self.mode}"' + ("" if num_items is None else f", num_items {float(num_items)}")
+            check_agreement(self._groups, self._device_on_the_wire(), batch, settings, error)
         assert part is not None
-        if part.get("labels") is not None:
-            part["num_items_in_batch"] = self._label_share(part["num_items_in_batch"])
+        if "shift_labels" in part:
+            total = self._over_groups(part["num_items_in_batch"]) if num_items is None else float(num_items)
+            # A number: engines of mixed precision round tensors that a model is called with, FSDP2 to three digits.
+            part["num_items_in_batch"] = total / (self.size * self._num_groups)
         return part
 
-    def _shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def count_labels(self, *batches: Mapping[str, Any]) -> int:
+        """The labels that losses are computed of, of these batches of all groups, each counted once.
+
+        All ranks call it, with the batches of a step of the optimizer over which gradients are accumulated.
+        """
+        counts = [(batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]) for batch in batches]
+        return round(self._over_groups(sum((labels != IGNORED).sum() for labels in counts)))
+
+    def _shard(self, batch: Mapping[str, Any], num_items: Tensor | float | None) -> dict[str, Any]:
         if not is_part(self._model):
             raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
-        whole = read_batch(batch, self._padded_length, self._device())
-        if whole.labels is not None:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
+        merged = merge_batch(self._model, batch)
+        if merged is None:
+            whole = read_batch(batch, self._padded_length, self._device())
+        else:
+            whole = read_merged_batch(merged, self._padded_length, self._device())
+        if num_items is not None:
+            self._check_num_items(whole)
+        if whole.answers is None:
+            refuse_classifier(self._model)
+        if whole.labels is not None or whole.labels_in_tree is not None:
             check_labels(self._model)
         order: Tensor | slice
         exchange: Exchange
         inside, across = self._groups[0], self._groups[-1]
-        first = inside.rank * (whole.length // self._size)
-        own = slice(first, first + whole.length // self._size)
+        first = inside.rank * (whole.length // self.size)
+        own = slice(first, first + whole.length // self.size)
         if self.mode == "ulysses":
             exchange, order = Ulysses(inside, whole.length), own
         else:
@@ -166,24 +193,37 @@ class SequenceParallel:
             else:
                 exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
         given = whole.options.get("num_items_in_batch")
-        return shard_batch(whole, exchange, order, _count(whole.labels) if given is None else given)
+        return shard_batch(whole, exchange, order, whole.label_count if given is None else given, self._groups)
 
-    def _label_share(self, count: Tensor | float) -> Tensor | float:
-        """What each rank divides the sum of its losses by, so that their average is the mean over all labels."""
+    def _check_num_items(self, batch: Batch) -> None:
+        if "num_items_in_batch" in batch.options:
+            raise ValueError("`num_items` and `num_items_in_batch` in the batch: give one of them")
+        if self._data_group is None and dist.get_world_size() != self.size:
+            raise ValueError(
+                f"`num_items` counts the labels of all groups, but {dist.get_world_size()} processes may be more than "
+                f"this group of {self.size}, and their batches are not known: pass `data_mesh` to sequence_parallel"
+            )
+
+    @property
+    def _num_groups(self) -> int:
+        return 1 if self._data_group is None else self._data_group.size
+
+    def _over_groups(self, count: Tensor | float) -> float:
+        """The sum over the ranks of `data_mesh`. Those of a group are not added up: they have the same labels."""
         if self._data_group is None:
-            return count / self._size
+            return float(count)
         total = torch.as_tensor(count, dtype=torch.float64).to(self._device_on_the_wire(), copy=True)
         dist.all_reduce(total, group=self._data_group.handle)
-        return (total / (self._size * self._data_group.size)).float()
+        return total.item()
 
     def _padded_length(self, length: int) -> int:
         if self.mode == "ulysses":
-            return -(-length // self._size) * self._size
-        return padded_length(length, self._size)
+            return -(-length // self.size) * self.size
+        return padded_length(length, self.size)
 
     def _deal(self, batch: Batch, ranks: int) -> Tensor:
         """The rows of the sequence in the order of the ranks: blocks of them, dealt by what their layers see."""
-        block = block_length(batch.length, self._size)
+        block = block_length(batch.length, self.size)
         work = torch.zeros(batch.length // block, dtype=torch.int64, device=batch.device)
         config: Any = self._model.config.get_text_config()
         types = getattr(config, "layer_types", None) or [None]
@@ -231,7 +271,3 @@ class SequenceParallel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _count(labels: Tensor | None) -> Tensor | int:
-    return 0 if labels is None else (labels != IGNORED_LABEL).sum()

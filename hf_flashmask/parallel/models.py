@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from .exchanges import kv_heads_on_the_wire
 
-__all__ = ["Mode", "check_labels", "check_model", "choose_mode", "find_model"]
+__all__ = ["Mode", "check_labels", "check_model", "choose_mode", "find_model", "refuse_classifier"]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
 
@@ -46,8 +47,8 @@ def check_model(base: PreTrainedModel) -> None:
         raise NotImplementedError(
             f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
         )
-    is_backbone = name.endswith("Model")
-    if not is_backbone and base.get_output_embeddings() is None:
+    has_known_head = name.endswith("Model") or isinstance(base, GenericForSequenceClassification)
+    if not has_known_head and base.get_output_embeddings() is None:
         raise NotImplementedError(
             f"sequence_parallel does not know how the head of {name} reads the tokens of a row, which are on several "
             "ranks: use a causal language model, or the model without a head"
@@ -56,6 +57,16 @@ def check_model(base: PreTrainedModel) -> None:
         raise NotImplementedError(
             "with `output_router_logits=True` each rank would balance the experts over its own tokens, which is not "
             "the loss of one process: set it to False"
+        )
+
+
+def refuse_classifier(base: PreTrainedModel) -> None:
+    """A sequence classifier takes the last token of a row, which one rank has. With labels of answers it may differ."""
+    if isinstance(base, GenericForSequenceClassification):
+        raise NotImplementedError(
+            f"{type(base).__name__} takes the last token of each row, but under sequence_parallel each rank has some "
+            "tokens: train it with set_loss(model, reward_loss) on batches of SharedPromptDataCollator, which name the "
+            "tokens that are scored"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from .. import bounds as _bounds
 from ..integration import Mask
 from ..integration.whole_sequence import Exchange, WholeSequence
+from ..training.labels import IGNORED, AnswerLabels
+from ..training.preference_collator import SELECTS_BY_ROW
+from .answers import answers_of_rank
+from .group import Group
+from .prefixes import LabelsInTree, MergedBatch
 
-__all__ = ["Batch", "read_batch", "shard_batch"]
-
-IGNORED_LABEL = -100
+__all__ = ["Batch", "read_batch", "read_merged_batch", "shard_batch"]
 
 _BY_TOKEN = {"token_type_ids"}
 """Arguments `[B, S]` that are cut like `input_ids`, besides those that `Batch` names."""
@@ -29,6 +32,9 @@ class Batch(NamedTuple):
     Attributes:
         by_token: `[B, S]` and `[B, S, D]`, what is cut as it is.
         labels: `[B, S]`, for each token the label of the next one; None without labels.
+        answers: the labels of SharedPromptDataCollator, or None.
+        labels_in_tree: labels of the rows that were merged into one, or None.
+        selects_logits: whether the model computes only the logits that predict tokens of answers.
         position_ids: `[B or 1, S]`, what the model counts.
         document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
@@ -39,12 +45,31 @@ class Batch(NamedTuple):
 
     by_token: dict[str, Tensor]
     labels: Tensor | None
+    answers: AnswerLabels | None
+    labels_in_tree: LabelsInTree | None
+    selects_logits: bool
     position_ids: Tensor
     document_positions: Tensor | None
     mask: Tensor | dict[str, Tensor] | None
     options: dict[str, Any]
     length: int
     device: torch.device
+
+    @property
+    def label_count(self) -> Tensor | int:
+        """The labels that a loss of causal language models is computed of."""
+        if self.labels_in_tree is not None:
+            return len(self.labels_in_tree.tokens)
+        return 0 if self.labels is None else (self.labels != IGNORED).sum()
+
+
+def read_merged_batch(merged: MergedBatch, length_of: Callable[[int], int], device: torch.device) -> Batch:
+    """The same as `read_batch`, of rows that were merged into one."""
+    whole = read_batch(merged.arguments, length_of, device)
+    depth = merged.depth.to(device)
+    tail = torch.arange(whole.length - depth.shape[1], device=device)
+    labels = LabelsInTree(*(part.to(device) for part in merged.labels))
+    return whole._replace(document_positions=torch.cat([depth, tail[None]], dim=1), labels_in_tree=labels)
 
 
 def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device) -> Batch:
@@ -55,10 +80,10 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
         length_of: the length that rows of this length are padded to.
         device: where the model computes.
     """
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
     given = _on_device(kept, device)
+    answers = given.pop("labels") if isinstance(given.get("labels"), AnswerLabels) else None
+    selects = answers is not None and given.pop("logits_to_keep", None) is not None
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise ValueError(
@@ -80,11 +105,11 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *_BY_TOKEN) if name in given}
     labels = None
     if "shift_labels" in given:
-        labels = padded("shift_labels", IGNORED_LABEL)
+        labels = padded("shift_labels", IGNORED)
         given.pop("labels", None)
     elif "labels" in given:
-        labels = padded("labels", IGNORED_LABEL)
-        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        labels = padded("labels", IGNORED)
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     index = torch.arange(length, device=tokens.device)
     tail_positions = index[:tail]
@@ -112,15 +137,18 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     _refuse_others(given)
-    return Batch(by_token, labels, positions, documents, mask, given, length, device)
+    return Batch(by_token, labels, answers, None, selects, positions, documents, mask, given, length, device)
 
 
-def shard_batch(batch: Batch, exchange: Exchange, order: Tensor | slice, label_share: Tensor | float) -> dict[str, Any]:
+def shard_batch(
+    batch: Batch, exchange: Exchange, order: Tensor | slice, label_count: Tensor | float, groups: Sequence[Group]
+) -> dict[str, Any]:
     """The arguments of the model on one rank.
 
     Args:
         order: the tokens of this rank.
-        label_share: what the sum of this rank's losses is divided by.
+        label_count: what the sum of the losses of all ranks is divided by.
+        groups: of this rank, the dimensions of the mesh.
     """
     part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
     part.update(batch.options)
@@ -128,7 +156,16 @@ def shard_batch(batch: Batch, exchange: Exchange, order: Tensor | slice, label_s
     if batch.labels is not None:
         # Models compute a loss where there are labels, and read those that are shifted.
         part["labels"] = part["shift_labels"] = batch.labels[:, order].contiguous()
-        part["num_items_in_batch"] = label_share
+        part["num_items_in_batch"] = label_count
+    rows = torch.arange(batch.length, device=batch.device)[order]
+    if batch.labels_in_tree is not None:
+        part["logits_to_keep"], labels = batch.labels_in_tree.of_rank(rows)
+        part["labels"] = part["shift_labels"] = labels[None]
+        part["num_items_in_batch"] = label_count
+    elif batch.answers is not None:
+        part["labels"] = answers = answers_of_rank(batch.answers, rows, groups)
+        if batch.selects_logits:
+            part["logits_to_keep"] = answers.positions if SELECTS_BY_ROW else answers.positions[0]
     if isinstance(batch.mask, dict):
         masks = {name: Mask.of_user(bounds) for name, bounds in batch.mask.items()}
         for mask in masks.values():
@@ -142,7 +179,9 @@ def shard_batch(batch: Batch, exchange: Exchange, order: Tensor | slice, label_s
 def _on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     moved: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, AnswerLabels):
+            moved[name] = AnswerLabels(_on_device(value, device))
+        elif isinstance(value, Mapping):
             moved[name] = _on_device(value, device)
         else:
             moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -8,9 +8,9 @@ what they always see, and autograd adds up the gradients of what was shared.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..integration import register_tree
 from ..integration.conversion import Tree
 from .backbone import Traits, check_backbone, find_backbone
 from .call import check_call, has_cache, is_padded_batch, positions_of
-from .prefix_tree import merge_prefixes
+from .prefix_tree import PrefixTree, merge_prefixes
 
 __all__ = ["share_prefixes"]
 
@@ -117,6 +117,22 @@ class share_prefixes:
         arguments = {**dict(zip(traits.arguments, args)), **kwargs}
         if not self._handles or has_cache(arguments) or not is_padded_batch(arguments):
             return None
+        tree = self.merge(backbone, arguments, traits)
+        if tree is None:
+            return None
+        self._running.put(backbone, _PackedCall(tree.index, has_padding=tree.num_tokens < tree.index.numel()))
+        arguments.update(
+            input_ids=tree.input_ids,
+            position_ids=tree.position_ids,
+            attention_mask=register_tree(
+                Tree(tree.bounds, tree.depth, arguments["input_ids"].shape[1], tree.max_branches)
+            ),
+            use_cache=False,
+        )
+        return (), arguments
+
+    def merge(self, backbone: PreTrainedModel, arguments: Mapping[str, Any], traits: Traits) -> PrefixTree | None:
+        """The rows of a padded batch as one row, or None where that has no fewer tokens."""
         check_call(backbone, arguments)
         input_ids = arguments["input_ids"]
         length = input_ids.shape[1]
@@ -132,16 +148,7 @@ class share_prefixes:
         is_shared = num_rows < input_ids.numel() and max(num_rows, length) <= traits.packs_up_to
         self.given_tokens += tree.num_tokens
         self.computed_tokens += num_rows if is_shared else tree.num_tokens
-        if not is_shared:
-            return None
-        self._running.put(backbone, _PackedCall(tree.index, has_padding=tree.num_tokens < tree.index.numel()))
-        arguments.update(
-            input_ids=tree.input_ids,
-            position_ids=tree.position_ids,
-            attention_mask=register_tree(Tree(tree.bounds, tree.depth, length, tree.max_branches)),
-            use_cache=False,
-        )
-        return (), arguments
+        return tree if is_shared else None
 
     def _gather(self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         packed = self._running.take(backbone)
@@ -153,17 +160,33 @@ class _Hook:
     """A hook on a model that belongs to a `share_prefixes`: copies of the model have it too, pickled ones do not."""
 
     def __init__(self, function: Callable[..., Any], *options: Any) -> None:
-        self._function, self._options = function, options
+        self._function, self.options = function, options
+
+    @property
+    def sharing(self) -> share_prefixes | None:
+        """Whose it is, if it merges."""
+        owner = getattr(self._function, "__self__", None)
+        is_merging = isinstance(owner, share_prefixes) and self._function == owner._merge and owner._handles
+        return owner if is_merging else None
 
     @torch.compiler.disable
     def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments, *self._options)
+        return self._function(*arguments, *self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _get_nothing, ()
+
+
+def merge_if_shared(model: nn.Module, arguments: Mapping[str, Any]) -> PrefixTree | None:
+    """What `share_prefixes` would make of a call of this model; None where it would leave the call alone."""
+    for part in model.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, _Hook) and (sharing := hook.sharing) is not None and is_padded_batch(arguments):
+                return sharing.merge(cast(PreTrainedModel, part), arguments, *hook.options)
+    return None
 
 
 def _get_nothing() -> Callable[..., None]:

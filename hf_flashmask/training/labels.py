@@ -55,6 +55,52 @@ class AnswerLabels(dict[str, Tensor]):
         _refuse(TypeError, f"gave them to {getattr(function, '__name__', function)}()")
 
 
+class LabelsOfRank:
+    """The labels of a batch whose rows several ranks share out. It reads like the `AnswerLabels` of the whole batch.
+
+    The losses of this package make values of the tokens that this rank holds, and add up those of all ranks: each rank
+    gets the values of all answers. N tokens of each row are here, L of the K labels of the whole row.
+
+    Attributes:
+        whole: those of the whole batch.
+        positions: int64 `[B, L]`, the places among the tokens of this rank that predict tokens of answers.
+        tokens: int64 `[B, L]`, the tokens that they predict, -100 for padding.
+        numbers: int64 `[B, L]`, which of the K labels these are.
+        last: int64 `[B, A]`, the places among the tokens of this rank of the answers' last tokens, -1 if they are
+            elsewhere.
+        add_up: the sum of a tensor over the ranks, with gradients.
+    """
+
+    # Engines rebuild dataclasses and dictionaries on their way to the model, and would drop what they do not know.
+    def __init__(
+        self,
+        whole: AnswerLabels,
+        *,
+        positions: Tensor,
+        tokens: Tensor,
+        numbers: Tensor,
+        last: Tensor,
+        add_up: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.whole, self.positions, self.tokens, self.numbers, self.last = whole, positions, tokens, numbers, last
+        self.add_up = add_up
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.whole
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _refuse(AttributeError, f"asked for their `{name}`")
+
+    __torch_function__ = AnswerLabels.__torch_function__
+
+    def gather_labels(self, values: Tensor) -> Tensor:
+        """`[B, L]` of each rank, 0 for padding -> `[B, K]` on all of them."""
+        return self.add_up(values.new_zeros(self.whole["tokens"].shape).scatter_add(1, self.numbers, values))
+
+
 def _refuse(error: type[Exception], what: str) -> NoReturn:
     raise error(
         "the labels of SharedPromptDataCollator say where answers are, and only the losses of hf_flashmask read them, "

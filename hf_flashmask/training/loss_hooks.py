@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from .branches import follow_branches, unwrap_model
-from .labels import AnswerLabels
+from .labels import AnswerLabels, LabelsOfRank
 from .losses import answer_log_probs, answer_scores, check_dpo_options, dpo_loss, reward_loss
 
 Loss = Callable[..., Tensor]
@@ -34,6 +34,7 @@ def set_loss(model: nn.Module, loss: Loss, **options: Any) -> None:
     Args:
         model: a causal language model, or a sequence classifier made of Transformers' own `score` head.
         loss: called with values `[B, A]`, the `AnswerLabels`, and `options`: `dpo_loss`, `reward_loss` or your own.
+            Under `sequence_parallel` the labels are `LabelsOfRank`, which read alike, and every rank gets all values.
 
     Raises:
         TypeError: when the loss does not take these options, or takes others that are missing.
@@ -79,13 +80,13 @@ class _LossOfAnswers:
         hook: of `follow_branches`.
     """
 
-    values_of: Callable[[Tensor, AnswerLabels], Tensor]
+    values_of: Callable[[Tensor, AnswerLabels | LabelsOfRank], Tensor]
     loss: Loss
     replaced: dict[str, Any]
     hook: RemovableHandle
 
-    def __call__(self, logits: Tensor, labels: AnswerLabels, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(labels, Mapping):
+    def __call__(self, logits: Tensor, labels: AnswerLabels | LabelsOfRank, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(labels, Mapping | LabelsOfRank):
             raise TypeError(
                 f"this model has a loss over answers (set_loss), but its `labels` are {type(labels).__name__}: pass "
                 "the labels that SharedPromptDataCollator makes, or call reset_loss(model) to train with its own loss"
@@ -93,7 +94,7 @@ class _LossOfAnswers:
         return self.loss(self.values_of(logits, labels), labels)
 
 
-def _values_of_answers(base: PreTrainedModel) -> Callable[[Tensor, AnswerLabels], Tensor]:
+def _values_of_answers(base: PreTrainedModel) -> Callable[[Tensor, AnswerLabels | LabelsOfRank], Tensor]:
     if isinstance(base, GenericForSequenceClassification):
         if base.config.num_labels != 1:
             raise ValueError(f"a reward model has one label, got `num_labels` {base.config.num_labels}")
@@ -103,7 +104,7 @@ def _values_of_answers(base: PreTrainedModel) -> Callable[[Tensor, AnswerLabels]
     return answer_log_probs
 
 
-_VALUES_OF_LOSS: dict[Loss, Callable[[Tensor, AnswerLabels], Tensor]] = {
+_VALUES_OF_LOSS: dict[Loss, Callable[[Tensor, AnswerLabels | LabelsOfRank], Tensor]] = {
     dpo_loss: answer_log_probs,
     reward_loss: answer_scores,
 }

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .labels import IGNORED, AnswerLabels
+from .labels import IGNORED, AnswerLabels, LabelsOfRank
 
 _LABELS_AT_ONCE = 1024  # rows of logits whose float32 log-softmax exists at the same time
 
 
-def token_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
+def token_log_probs(logits: Tensor, labels: AnswerLabels | LabelsOfRank) -> Tensor:
     """The log-probability of every token of the answers, given the tokens before it in its branch.
 
     Only the positions that predict an answer are computed, in float32 and in parts: neither forward nor backward keeps
@@ -25,14 +25,15 @@ def token_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
     Returns:
         float32 `[B, E]`, one answer after the other as in `labels["answers"]`, 0 for padding.
     """
-    selected, tokens = _select_positions(logits, labels["positions"]), labels["tokens"]
-    parts = zip(selected.flatten(0, 1).split(_LABELS_AT_ONCE), tokens.flatten().split(_LABELS_AT_ONCE))
-    log_probs = torch.cat([checkpoint(_log_probs_of_tokens, *part, use_reentrant=False) for part in parts])
+    if isinstance(labels, LabelsOfRank):
+        log_probs = labels.gather_labels(_log_probs_of_positions(logits, labels.positions, labels.tokens))
+    else:
+        log_probs = _log_probs_of_positions(logits, labels["positions"], labels["tokens"])
     answers = labels["answers"]
-    return log_probs.view_as(tokens).gather(1, answers.clamp(min=0)).masked_fill(answers < 0, 0.0)
+    return log_probs.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, 0.0)
 
 
-def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
+def answer_log_probs(logits: Tensor, labels: AnswerLabels | LabelsOfRank) -> Tensor:
     """The log-probability of each answer given its prompt, the sum of `token_log_probs`.
 
     Returns:
@@ -45,7 +46,7 @@ def answer_log_probs(logits: Tensor, labels: AnswerLabels) -> Tensor:
     return log_probs.float().masked_fill(ends < 0, 0.0)
 
 
-def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
+def answer_scores(scores: Tensor, labels: AnswerLabels | LabelsOfRank) -> Tensor:
     """The score at each answer's last token.
 
     Args:
@@ -56,13 +57,22 @@ def answer_scores(scores: Tensor, labels: AnswerLabels) -> Tensor:
     """
     if scores.ndim == 3 and scores.shape[2] == 1:
         scores = scores[..., 0]
-    last = labels["last"]
+    last = labels.last if isinstance(labels, LabelsOfRank) else labels["last"]
     if scores.ndim != 2 or scores.shape[0] != last.shape[0]:
         raise ValueError(
             f"`scores` must be [B, N, 1] or [B, N], a score for each position of {last.shape[0]} rows, got "
             f"{list(scores.shape)}; the `logits` that a sequence classifier returns are one for each row"
         )
-    return scores.float().gather(1, last.clamp(min=0)).masked_fill(last < 0, 0.0)
+    own = scores.float().gather(1, last.clamp(min=0)).masked_fill(last < 0, 0.0)
+    return labels.add_up(own) if isinstance(labels, LabelsOfRank) else own
+
+
+def _log_probs_of_positions(logits: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """float32 `[B, L]`, 0 for padding."""
+    selected = _select_positions(logits, positions)
+    parts = zip(selected.flatten(0, 1).split(_LABELS_AT_ONCE), tokens.flatten().split(_LABELS_AT_ONCE))
+    log_probs = torch.cat([checkpoint(_log_probs_of_tokens, *part, use_reentrant=False) for part in parts])
+    return log_probs.view_as(tokens)
 
 
 def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ def _log_probs_of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.float(), tokens, ignore_index=IGNORED, reduction="none")
 
 
-def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, Tensor]:
+def split_pairs(values: Tensor, labels: AnswerLabels | LabelsOfRank) -> tuple[Tensor, Tensor, Tensor]:
     """Values of answers `[B, A]` -> values of the chosen and of the rejected ones, `[B, P]` each, and bool, is a pair.
 
     Raises:
@@ -100,7 +110,7 @@ def split_pairs(values: Tensor, labels: AnswerLabels) -> tuple[Tensor, Tensor, T
     return chosen, rejected, pairs[..., 0] >= 0
 
 
-def reference_log_probs(labels: AnswerLabels) -> Tensor:
+def reference_log_probs(labels: AnswerLabels | LabelsOfRank) -> Tensor:
     """The `ref_logps` of the examples, float32 `[B, A]`, 0 for padding.
 
     Raises:
@@ -116,7 +126,7 @@ def reference_log_probs(labels: AnswerLabels) -> Tensor:
 
 def dpo_loss(
     log_probs: Tensor,
-    labels: AnswerLabels,
+    labels: AnswerLabels | LabelsOfRank,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -152,7 +162,9 @@ def check_dpo_options(*, label_smoothing: float = 0.0, **options: Any) -> None:
         raise ValueError(f"`label_smoothing` must be from 0 to less than 0.5, got {label_smoothing}")
 
 
-def reward_loss(scores: Tensor, labels: AnswerLabels, *, center_rewards_coefficient: float = 0.0) -> Tensor:
+def reward_loss(
+    scores: Tensor, labels: AnswerLabels | LabelsOfRank, *, center_rewards_coefficient: float = 0.0
+) -> Tensor:
     """The Bradley-Terry loss of a reward model (arXiv 2203.02155, equation 1), averaged over the pairs of the batch.
 
     The loss of a pair is -log sigmoid(s_chosen - s_rejected - margin) + c * (s_chosen + s_rejected)^2. The examples may

@@ -121,7 +121,7 @@ class SharedPromptDataCollator:
             "attention_mask": pad_row("subtree_ends", 0)[:, None, None, :],
             "labels": labels,
         }
-        if _SELECTS_BY_ROW:
+        if SELECTS_BY_ROW:
             batch["logits_to_keep"] = labels["positions"]
         elif self.max_length is None:  # always a single row: Trainer joins the logits of several batches
             batch["logits_to_keep"] = labels["positions"][0]
@@ -135,5 +135,5 @@ class SharedPromptDataCollator:
         return ExampleTree.of(merged, sequences, starts)
 
 
-_SELECTS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
+SELECTS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")
 """Whether models take `logits_to_keep` `[B, L]`. Older ones take `[L]`, the same positions of all rows."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dispatch import Plan, kind_of, plans, remember, specializes, tiles_of
+from .dispatch import Plan, family_of, kind_of, plans, remember, tiles_of
 from .dropout import draw_seed
 from .ops import Attention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
 from .schedules import Schedules, home_of
@@ -83,7 +83,8 @@ def flashmask_attention(
         dropout_p: probability with which a weight of the softmax counts for nothing; the others are scaled by
             ``1 / (1 - dropout_p)``. The seed is drawn from the default generator of the device; the same seed drops the
             same weights on every device.
-        deterministic: bitwise repeatable gradients. Every implementation here gives them anyway.
+        deterministic: bitwise repeatable gradients; `torch.use_deterministic_algorithms(True)` asks for them too. Only
+            the fused backward kernel for sm_90 is not, which then gives way to two slower ones.
         return_lse: also return the log-sum-exp of each row.
         schedules: `Schedules(bounds, S_q)`, which all calls with the same ``bounds`` may share. None: they are made for
             this call and its backward.
@@ -104,7 +105,8 @@ def flashmask_attention(
                 query, key, value, bounds, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks,
                 dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, schedules=schedules,
             )  # type: ignore[call-overload, misc]  # fmt: skip
-    arguments = is_causal, scale, softcap, float(dropout_p)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    arguments = is_causal, scale, softcap, float(dropout_p), deterministic
     if schedules is not None:
         schedules.check(bounds, query.shape[-2])
     if _runs_as_operator(query):
@@ -124,6 +126,7 @@ def _attend_in_graph(
     scale: float | None,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
     query, key, value = (with_dense_rows(tensor) for tensor in (query, key, value))
@@ -131,18 +134,18 @@ def _attend_in_graph(
         bounds = _plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
-    specialize = specializes(query, value, bounds, softcap, dropout_p)
-    tiles = tiles_of("forward", query, value, specialize)
+    scale, softcap = _scale_and_softcap(query, scale, softcap)
+    family = family_of(query, value, bounds, scale, softcap, dropout_p, deterministic)
+    tiles = tiles_of("forward", query, value, family)
     if tiles is None:
         schedule = None
     elif schedules is None:
         schedule = schedule_operator(bounds, query.shape[2], *tiles)
     else:
         schedule = schedules.get_in_graph(schedule_operator, tiles)
-    scale, softcap = _scale_and_softcap(query, scale, softcap)
     is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     attend = TransformedAttention.apply if is_transformed else forward_operator
-    return attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, specialize)
+    return attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, family)
 
 
 def _attend_eagerly(
@@ -156,9 +159,10 @@ def _attend_eagerly(
     scale: float | None,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    kind = kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p
+    kind = kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p, deterministic
     plan = plans.get(kind)
     if plan is None:
         _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
@@ -173,10 +177,11 @@ def _attend_eagerly(
             if schedules is None:
                 schedules = Schedules(bounds, query.shape[2])
             return _attend_eagerly(
-                query, key, value, bounds, sinks, schedules, is_causal, scale, softcap, dropout_p, return_lse
-            )
-        specialize = specializes(query, value, bounds, softcap, dropout_p)
-        plan = Plan(query, key, value, *_scale_and_softcap(query, scale, softcap), dropout_p, specialize)
+                query, key, value, bounds, sinks, schedules,
+                is_causal, scale, softcap, dropout_p, deterministic, return_lse,
+            )  # fmt: skip
+        factors = *_scale_and_softcap(query, scale, softcap), dropout_p
+        plan = Plan(query, key, value, *factors, family_of(query, value, bounds, *factors, deterministic))
         remember(plans, kind, plan)
     if plan.configs is None:
         schedules = None

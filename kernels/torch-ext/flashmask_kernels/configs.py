@@ -120,12 +120,24 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 # backward in ms at D = 128 against the portable kernels in one run (H200, Triton 3.6, bfloat16, 32 query and 8 key
 # heads, 32K tokens): causal 13.8 / 45.3 against 15.9 / 50.0, full 27.0 / 92.1 against 32.3 / 103.5, documents of 3200
 # tokens 1.38 / 4.54 against 1.73 / 5.17, of 800 0.77 / 1.76 against 0.81 / 1.93, of 400 0.76 / 1.47 against
-# 0.67 / 1.42. At D = 64, kernels of this form were no faster: backward causal 26.4 against 26.2, documents of 4K 3.72
-# against 3.54.
-_SMALLEST_SPECIALIZED_DIM, _LARGEST_SPECIALIZED_DIM = 65, 128
-_SPECIALIZED = Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True))
-# The releases of Triton that the tests compile them with: they use Gluon, which promises no stability.
-_OLDEST_GLUON, _NEWEST_GLUON = (3, 6), (3, 7)
+# 0.67 / 1.42.
+# At D = 64, with the fused backward: causal 9.7 / 22.8 against 10.7 / 27.6, full 20.4 / 44.4 against 20.4 / 54.2,
+# documents of 2.7K 1.71 / 3.71 against 1.72 / 4.34, of 800 0.63 / 1.10 against 0.50 / 1.23, a window of 2K 1.38 / 3.13
+# against 1.44 / 3.41; two kernels for the gradients are as fast as the portable ones, causal 27.4. A forward with three
+# consumers, 192 x 128, took 9.7, 18.3, 1.92, 0.97 and 1.53: less only where nearly all tiles are full. Statistics of
+# the next step loaded while products run gained nothing in the backward, 22.9, 45.0, 3.97, 1.16 and 3.19.
+_SMALLEST_SPECIALIZED_DIM = 33
+_SPECIALIZED = {
+    64: Configs(Config(128, 128, 8, 4, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+    128: Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+}
+LARGEST_FUSED_DIM = 64
+# dQ's tiles are those in which rows are computed again after NaN: the forward's, whose schedule they share.
+_FUSED = _SPECIALIZED[64]._replace(
+    key_value_gradient=Config(64, 128, 12, 2, True), query_gradient=_SPECIALIZED[64].forward
+)
+# The releases of Triton that the tests compile them with, see `hopper.gluon_api`.
+_OLDEST_GLUON, _NEWEST_GLUON = (3, 6), (3, 9)
 _HAS_GLUON = _OLDEST_GLUON <= TRITON_VERSION <= _NEWEST_GLUON
 
 
@@ -154,21 +166,25 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
     """The configurations of the kernels of `hopper`; None where these have none."""
-    is_theirs = (
-        dtype in (torch.float16, torch.bfloat16)
-        and _SMALLEST_SPECIALIZED_DIM <= head_dim <= _LARGEST_SPECIALIZED_DIM
-        and architecture(device) == "sm_90"
-    )
-    if is_theirs and not _HAS_GLUON:
+    if dtype == torch.float32 or head_dim < _SMALLEST_SPECIALIZED_DIM or architecture(device) != "sm_90":
+        return None
+    chosen = next((configs for largest, configs in _SPECIALIZED.items() if head_dim <= largest), None)
+    if chosen is not None and not _HAS_GLUON:
         _warn_of_new_triton()
-    return _SPECIALIZED if is_theirs and _HAS_GLUON else None
+    return chosen if _HAS_GLUON else None
+
+
+def select_fused_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:
+    """`select_specialized_configs`, where one kernel makes all gradients: its tiles are those of dK and dV."""
+    chosen = select_specialized_configs(device, dtype, head_dim)
+    return None if chosen is None or head_dim > LARGEST_FUSED_DIM else _FUSED
 
 
 @functools.lru_cache(maxsize=1)
 def _warn_of_new_triton() -> None:
     if TRITON_VERSION > _NEWEST_GLUON:
         warnings.warn(
-            f"flashmask_kernels does not use its kernels for sm_90: they are tested with Triton 3.6 and 3.7, this is "
+            f"flashmask_kernels does not use its kernels for sm_90: they are tested with Triton 3.6 to 3.9, this is "
             f"{triton.__version__}. The portable kernels compute the same in more time",
             stacklevel=2,
         )

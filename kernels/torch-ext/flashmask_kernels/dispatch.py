@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Kind = tuple[Hashable, ...]
 MOST_REMEMBERED = 4096
 
+Family = str
+"""Which kernels compute: `PORTABLE`, `HOPPER` or `FUSED_HOPPER`. A plain string, which operators may take."""
+PORTABLE, HOPPER, FUSED_HOPPER = "portable", "hopper", "hopper with a fused backward"
+
 
 def kind_of(*tensors: Tensor | None) -> Kind:
     """All that plans depend on: device, dtype, shape, strides, and the address up to multiples of 16."""
@@ -50,14 +54,14 @@ class Plan:
         scale: float,
         softcap: float | None,
         dropout_p: float,
-        specialize: bool,
+        family: Family,
         in_graph: bool = False,
     ) -> None:
         self.factors = scale, softcap, dropout_p
-        self.specialize = specialize
+        self.family = family
         is_empty = query.numel() == 0 or key.numel() == 0
         # None: plain torch computes them.
-        self.configs = None if is_empty else launched_configs(query, value, specialize, in_graph)
+        self.configs = None if is_empty else launched_configs(query, value, family, in_graph)
         if self.configs is not None:
             self.forward_tiles = *self.configs.forward[:2], False
             self.key_value_gradient_tiles = *self.configs.key_value_gradient[:2], True
@@ -65,15 +69,16 @@ class Plan:
         self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._backwards: dict[Kind, Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
-    def kernels(self) -> tuple[Any, tuple[Any, ...]]:
-        """The module of the kernels, and what they take of the factors."""
-        if self.specialize:
-            from . import hopper
+    def kernels(self) -> tuple[type[Any], type[Any], tuple[Any, ...]]:
+        """The classes of the forward and the backward kernels, and what they take of the factors."""
+        if self.family == PORTABLE:
+            from . import portable
 
-            return hopper, self.factors[:1]
-        from . import portable
+            return portable.AttentionForward, portable.AttentionBackward, self.factors
+        from . import hopper
 
-        return portable, self.factors
+        backward = hopper.FusedAttentionBackward if self.family == FUSED_HOPPER else hopper.AttentionBackward
+        return hopper.AttentionForward, backward, self.factors[:1]
 
     def forward(
         self,
@@ -90,10 +95,8 @@ class Plan:
                 return self.forward(query, key, value, bounds, sinks, schedule, seed)
         if self._forward is None:
             assert self.configs is not None
-            kernels, factors = self.kernels()
-            self._forward = kernels.AttentionForward(
-                query, key, value, bounds, sinks, schedule, *factors, self.configs.forward
-            )
+            forward, _, factors = self.kernels()
+            self._forward = forward(query, key, value, bounds, sinks, schedule, *factors, self.configs.forward)
         return self._forward(query, key, value, bounds, sinks, schedule, seed)
 
     def backward(
@@ -117,10 +120,8 @@ class Plan:
         kind = kind_of(d_out, d_lse, query, key, value, bounds, out, lse)
         backward = self._backwards.get(kind)
         if backward is None:
-            kernels, factors = self.kernels()
-            backward = kernels.AttentionBackward(
-                d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs
-            )
+            _, kernels, factors = self.kernels()
+            backward = kernels(d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs)
             remember(self._backwards, kind, backward)
         return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
 
@@ -142,18 +143,32 @@ def plan_of(
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    specialize: bool,
+    family: Family,
 ) -> Plan:
     """The plan of an operator, whose arguments have been checked before."""
-    kind = kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, specialize, "operator"
+    kind = kind_of(query, key, value, bounds, sinks), scale, softcap, dropout_p, family, "operator"
     plan = plans.get(kind)
     if plan is None:
-        plan = Plan(query, key, value, scale, softcap, dropout_p, specialize, in_graph=True)
+        plan = Plan(query, key, value, scale, softcap, dropout_p, family, in_graph=True)
         remember(plans, kind, plan)
     return plan
 
 
 # Implementations
+
+
+def family_of(
+    query: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    deterministic: bool,
+) -> Family:
+    if not specializes(query, value, bounds, softcap, dropout_p):
+        return PORTABLE
+    return HOPPER if deterministic or not fuses_backward(query, value, scale) else FUSED_HOPPER
 
 
 # Elements of the query: 8K tokens with 16 heads of size 128.
@@ -186,20 +201,32 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
     return select_specialized_configs(query.device, query.dtype, max(dim, dim_v)) is not None
 
 
-def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None:
+def fuses_backward(query: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether `hopper` has one kernel for all gradients of these inputs. It adds dQ in an order that changes."""
+    from .configs import LARGEST_FUSED_DIM
+
+    # Its scores begin with the log-sum-exp divided by the scale.
+    return max(query.shape[-1], value.shape[-1]) <= LARGEST_FUSED_DIM and scale > 0
+
+
+def configs_of(query: Tensor, value: Tensor, family: Family) -> Configs | None:
     """Tile sizes of the Triton kernels for these inputs, or None where `tiled` computes them."""
     if query.device.type != "cuda":
         return None
     head_dim = max(query.shape[-1], value.shape[-1])
     try:
-        from .configs import select_configs, select_specialized_configs
+        from .configs import select_configs, select_fused_configs, select_specialized_configs
     except ImportError as error:
         configs, reason = None, f"Triton does not import ({error})"
     else:
         if query.dtype == torch.float64:
             configs, reason = None, "there is no kernel for float64"
         else:
-            select = select_specialized_configs if specialize else select_configs
+            select = {
+                PORTABLE: select_configs,
+                HOPPER: select_specialized_configs,
+                FUSED_HOPPER: select_fused_configs,
+            }[family]
             configs = select(query.device, query.dtype, head_dim)
             reason = f"there is no kernel for head size {head_dim} in {query.dtype}"
     if configs is None:
@@ -214,20 +241,20 @@ def configs_of(query: Tensor, value: Tensor, specialize: bool) -> Configs | None
 FEWEST_DESCRIBED_ELEMENTS = {"forward": 1 << 23, "key_value_gradient": 5 << 20, "query_gradient": 1 << 23}
 
 
-def launched_configs(query: Tensor, value: Tensor, specialize: bool, in_graph: bool) -> Configs | None:
+def launched_configs(query: Tensor, value: Tensor, family: Family, in_graph: bool) -> Configs | None:
     """`configs_of`, for kernels that are launched. The schedules of a graph have their tiles at every length: a graph
     that asked for the length would be another for short rows.
     """
-    configs = configs_of(query, value, specialize)
-    if configs is None or specialize:
+    configs = configs_of(query, value, family)
+    if configs is None or family != PORTABLE:
         return configs
     short = [kernel for kernel, fewest in FEWEST_DESCRIBED_ELEMENTS.items() if query.numel() < fewest]
     return configs.without_descriptors(*short) if in_graph else configs.for_short_rows(*short)
 
 
-def tiles_of(kernel: str, query: Tensor, value: Tensor, specialize: bool) -> Tiles | None:
+def tiles_of(kernel: str, query: Tensor, value: Tensor, family: Family) -> Tiles | None:
     """Tiles of the kernel of that name in `Configs`; None where `tiled` computes."""
-    configs = configs_of(query, value, specialize)
+    configs = configs_of(query, value, family)
     if configs is None:
         return None
     config = getattr(configs, kernel)

@@ -14,7 +14,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import Plan, plan_of, tiles_of
+from .dispatch import Family, Plan, plan_of, tiles_of
 from .schedules import Schedules, build_schedule
 from .tiled import tiled_backward, tiled_forward
 
@@ -37,7 +37,7 @@ def _forward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    specialize: bool,
+    family: Family,
 ) -> tuple[Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         out, lse = _new_outputs(query, value)
@@ -45,7 +45,7 @@ def _forward(
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
     if schedule is None:
         return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
-    plan = plan_of(query, key, value, bounds, sinks, scale, softcap, dropout_p, specialize)
+    plan = plan_of(query, key, value, bounds, sinks, scale, softcap, dropout_p, family)
     return plan.forward(query, key, value, bounds, sinks, schedule, seed)
 
 
@@ -64,14 +64,14 @@ def _backward(
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    specialize: bool,
+    family: Family,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         d_query, d_key, d_value = (_new_gradient(tensor).zero_() for tensor in (query, key, value))
         return d_query, d_key, d_value, torch.zeros_like(lse)
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
-    plan = plan_of(query, key, value, bounds, None, scale, softcap, dropout_p, specialize)
+    plan = plan_of(query, key, value, bounds, None, scale, softcap, dropout_p, family)
     arguments = d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed
     d_query, d_key, d_value, delta = plan.backward(*arguments)
     return d_query, d_key, d_value, delta[..., : lse.shape[2]]
@@ -125,7 +125,7 @@ class Attention(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         # With a `setup_context` of its own the class would bind the arguments by signature, most of 90 us per call.
         if schedules is None:
-            output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.specialize)
+            output = _forward(query, key, value, bounds, sinks, None, seed, *plan.factors, plan.family)
         else:
             output = plan.forward(query, key, value, bounds, sinks, schedules.get(plan.forward_tiles), seed)
         ctx.plan, ctx.schedules = plan, schedules
@@ -215,7 +215,7 @@ def _planned_backward(
     arguments = d_out, d_lse, query, key, value, bounds, out, lse
     schedules: Schedules | None = ctx.schedules
     if schedules is None:
-        return _backward(*arguments, None, None, seed, *plan.factors, plan.specialize)
+        return _backward(*arguments, None, None, seed, *plan.factors, plan.family)
     by_column, by_row = schedules.get(plan.key_value_gradient_tiles), schedules.get(plan.query_gradient_tiles)
     return plan.backward(*arguments, by_column, by_row, seed)
 
@@ -250,7 +250,7 @@ def _(
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    specialize: bool,
+    family: Family,
 ) -> tuple[Tensor, Tensor]:
     return _new_outputs(query, value)
 
@@ -271,7 +271,7 @@ def _(
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    specialize: bool,
+    family: Family,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _new_gradient(query), _new_gradient(key), _new_gradient(value), torch.empty_like(lse)
 
@@ -283,7 +283,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *_, specialize = ctx.choices
+    *_, family = ctx.choices
 
     def backward(
         d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *others: Any
@@ -292,8 +292,8 @@ def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> 
         by_column, by_row = (
             None if tiles is None else schedule_operator(bounds, query.shape[2], *tiles)
             for tiles in (
-                tiles_of("key_value_gradient", query, value, specialize),
-                tiles_of("query_gradient", query, value, specialize),
+                tiles_of("key_value_gradient", query, value, family),
+                tiles_of("query_gradient", query, value, family),
             )
         )
         return backward_operator(

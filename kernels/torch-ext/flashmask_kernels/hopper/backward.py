@@ -9,10 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..common.nan_repair import redo_backward
 from ..common.row_statistics import RowStatistics, padded_rows
@@ -21,6 +17,7 @@ from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
+from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
     LAUNCH_OPTIONS,
     REGISTERS,
@@ -70,8 +67,8 @@ def _produce_rows(
             full = k_ring.full.index(consumer)
             mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
             mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
-            tma.async_copy_global_to_shared(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
+            async_load(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
+            async_load(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -85,12 +82,10 @@ def _produce_rows(
                     mbarrier.wait(q_ring.empty.index(stage), phase)
                     store_scalar(row_tiles.index(stage), row_tile)
                     mbarrier.expect(full, q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage)
-                    )
+                    async_load(q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage))
                     rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK_M]
-                    tma.async_copy_global_to_shared(lse_2, rows, full, lse_tiles.index(stage))
-                    tma.async_copy_global_to_shared(delta, rows, full, delta_tiles.index(stage))
+                    async_load(lse_2, rows, full, lse_tiles.index(stage))
+                    async_load(delta, rows, full, delta_tiles.index(stage))
                     d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M, 0], stage, phase)
                     step += 1
         number += 1
@@ -240,8 +235,8 @@ def _produce_columns(
             full = q_ring.full.index(consumer)
             mbarrier.wait(q_ring.empty.index(consumer), (number & 1) ^ 1)
             mbarrier.expect(full, q.block_type.nbytes + d_out.block_type.nbytes)
-            tma.async_copy_global_to_shared(q, [batch, head, row, 0], full, q_ring.tiles.index(consumer))
-            tma.async_copy_global_to_shared(d_out, [batch, head, row, 0], full, d_out_tiles.index(consumer))
+            async_load(q, [batch, head, row, 0], full, q_ring.tiles.index(consumer))
+            async_load(d_out, [batch, head, row, 0], full, d_out_tiles.index(consumer))
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
 
 from ..common.nan_repair import redo_forward
 from ..common.tiles import LN_2, LOG2_E
@@ -18,6 +15,7 @@ from ..configs import Config
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
+from .gluon_api import gl, gluon, hopper
 from .tiles import (
     LAUNCH_OPTIONS,
     REGISTERS_WITH_MASKS,

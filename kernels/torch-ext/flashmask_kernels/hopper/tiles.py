@@ -11,15 +11,11 @@ import functools
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.core import _aggregate as aggregate
 
 from ..launch.launcher import num_processors
 from ..launch.tile_sources import descriptors_can_address
 from ..schedule import tiles_in
+from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, mbarrier
 
 # 3 x 128 threads with 168 registers fill the register file; of these, consumers take 240 and leave 24 to the others.
 LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 168}
@@ -142,7 +138,7 @@ class Ring:
         """Fill a buffer by TMA once it is empty."""
         mbarrier.wait(self.empty.index(index), phase)
         mbarrier.expect(self.full.index(index), source.block_type.nbytes)
-        tma.async_copy_global_to_shared(source, coordinates, self.full.index(index), self.tiles.index(index))
+        async_load(source, coordinates, self.full.index(index), self.tiles.index(index))
 
     @gluon.jit
     def wait(self, index, phase):
