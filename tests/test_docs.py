@@ -19,7 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = "<!-- not run"
 """Begins the comment above a snippet that no CPU can run; the comment says why."""
-RUN_ELSEWHERE = {"docs/many_gpus.md": "several processes, see tests/test_parallel.py", "docs/cuda_graphs.md": "a GPU"}
+RUN_ELSEWHERE = {
+    "docs/many_gpus.md": "several processes, see tests/test_parallel.py",
+    "docs/cuda_graphs.md": "a GPU",
+    "docs/upstream.md": "code of other libraries",
+}
 
 
 class Snippet(NamedTuple):
