@@ -2,7 +2,7 @@
 
 from . import bounds
 from ._old_paths import keep_old_paths
-from .integration import register
+from .integration import masks_of, register
 from .parallel import sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
@@ -22,6 +22,7 @@ __all__ = [
     "bounds",
     "compute_log_probs",
     "dpo_loss",
+    "masks_of",
     "prefix_tree",
     "register",
     "register_tree_attention",
