@@ -2,13 +2,8 @@
 
 from . import bounds
 from ._old_paths import keep_old_paths
-<<<<<<< HEAD
-from .integration import register
-from .parallel import keep_masks, sequence_parallel
-=======
 from .integration import masks_of, register
-from .parallel import sequence_parallel
->>>>>>> families
+from .parallel import keep_masks, sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
     PackedDataCollator,
@@ -27,11 +22,8 @@ __all__ = [
     "bounds",
     "compute_log_probs",
     "dpo_loss",
-<<<<<<< HEAD
     "keep_masks",
-=======
     "masks_of",
->>>>>>> families
     "prefix_tree",
     "register",
     "register_tree_attention",

@@ -12,14 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
-<<<<<<< HEAD
 from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention
 from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
-=======
-from .documents import documents_of_layer, is_cross_attention
-from .engines import refuse_cut_call, refuse_dropped_mask, refuse_local_bounds, refuse_ring
 from .inspection import note_layer
->>>>>>> families
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import NAME, logger
