@@ -194,7 +194,7 @@ def measure_mask(what: dict[str, Any], mask: Mask, shape: Shape, peers: list[str
             torch.cuda.empty_cache()
             torch.cuda.synchronize()  # raises here if the error has left the device unusable
 
-    yield from with_end_to_end(rows(), attentions, inputs, d_out) if shape.length <= SHORT else rows()
+    yield from with_end_to_end(rows(), attentions, inputs, d_out) if max(shape.length, shape.keys) <= SHORT else rows()
 
 
 def with_end_to_end(

@@ -2,7 +2,7 @@
 
 from . import bounds
 from ._old_paths import keep_old_paths
-from .integration import register
+from .integration import masks_of, register
 from .parallel import keep_masks, sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
@@ -23,6 +23,7 @@ __all__ = [
     "compute_log_probs",
     "dpo_loss",
     "keep_masks",
+    "masks_of",
     "prefix_tree",
     "register",
     "register_tree_attention",

@@ -14,6 +14,7 @@ from flashmask_kernels import flashmask_attention
 from .decoding import are_few_rows, attend_few_rows
 from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention
 from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
+from .inspection import note_layer
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import NAME, logger
@@ -103,6 +104,8 @@ def flashmask_attention_forward(
         is_causal=is_causal,
         sliding_window=sliding_window or None,
     )
+    if not torch.compiler.is_compiling():
+        note_layer(module, of_queries, of_keys, mask)
     target_dtype = _target_dtype(module, query)
     if target_dtype != query.dtype:
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
