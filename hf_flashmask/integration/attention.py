@@ -64,6 +64,22 @@ def flashmask_attention_forward(
     Raises:
         NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
     """
+    exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
+    if exchange is not None and torch.compiler.is_compiling():
+        return _attend_outside_of_graphs(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+            **kwargs,
+        )
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
     if isinstance(attention_mask, Mask):
@@ -72,7 +88,6 @@ def flashmask_attention_forward(
         refuse_local_bounds(attention_mask, module, query, key)
     refuse_cut_call(module, query, _bounds_of_user(attention_mask), cu_seq_lens_q, s_aux)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     if exchange is None:
         refuse_part_alone(module)
         documents = documents_of_layer(module, query, is_causal, position_ids, cu_seq_lens_q, cu_seq_lens_k, kwargs)
@@ -118,6 +133,13 @@ def flashmask_attention_forward(
     if exchange is not None:
         output = exchange.take_back(output)
     return output.transpose(1, 2).contiguous(), None
+
+
+_attend_outside_of_graphs = torch.compiler.disable(
+    flashmask_attention_forward,
+    reason="the ranks of sequence_parallel exchange tokens in every layer, which no graph holds: compile without "
+    "fullgraph",
+)
 
 
 def _bounds_of_user(mask: Mask | Tensor | None) -> Tensor | None:
