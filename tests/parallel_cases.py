@@ -85,6 +85,7 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
+    yield Case("ulysses-compiled", "llama", changes={"num_hidden_layers": 1}, engine="compiler")
     for kind, model in (
         ("packed", "gpt_oss"),
         ("left_padding", "llama"),
@@ -349,7 +350,7 @@ def differences(
     import torch.distributed as dist
 
     found = [loss.detach().float(), *_gradients(model)]
-    for tensor in found[:1] if case.engine else found:  # engines have averaged the gradients
+    for tensor in found[:1] if case.engine in ("ddp", "fsdp2") else found:  # engines have averaged the gradients
         dist.all_reduce(tensor)
         tensor /= world_size()
     found = [tensor.cpu() for tensor in found]
@@ -376,6 +377,8 @@ def device_of_rank() -> torch.device:
 
 
 def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
+    if engine == "compiler":
+        return torch.compile(model, backend="eager")
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":

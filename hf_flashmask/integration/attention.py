@@ -68,13 +68,28 @@ def flashmask_attention_forward(
     Raises:
         NotImplementedError, TypeError, ValueError: for whatever would otherwise change the result silently.
     """
+    attention_mask = kept_mask if attention_mask is None else attention_mask
+    exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
+    if exchange is not None and torch.compiler.is_compiling():
+        return _attend_outside_of_graphs(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+            **kwargs,
+        )
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
-    attention_mask = kept_mask if attention_mask is None else attention_mask
     if isinstance(attention_mask, Mask) and attention_mask.is_users:
         _refuse_router_losses(kwargs)
     of_user = _mask_of_user(attention_mask)
-    exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     sinks_of_layer = s_aux if exchange is None else None  # an exchange takes those of its heads
     refuse_cut_call(module, query, of_user, cu_seq_lens_q, sinks_of_layer)
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -138,6 +153,13 @@ def asks_for_determinism(argument: bool | None = None) -> bool:
     call, or else by the environment.
     """
     return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
+
+
+_attend_outside_of_graphs = torch.compiler.disable(
+    flashmask_attention_forward,
+    reason="the ranks of sequence_parallel exchange tokens in every layer, which no graph holds: compile without "
+    "fullgraph",
+)
 
 
 def _mask_of_user(mask: Mask | Tensor | None) -> Tensor | None:

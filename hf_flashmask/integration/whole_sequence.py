@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -129,9 +128,4 @@ def check_tokens(exchange: Exchange, query: Tensor, key: Tensor) -> None:
             f"should be called with {expected} of them, but was with {query.shape[2]} queries and {key.shape[2]} keys. "
             "sequence_parallel works neither with a cache of earlier tokens nor beside another engine that exchanges "
             "heads or gathers keys; keep_masks needs an engine that exchanges the heads of this layer"
-        )
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "sequence_parallel does not work inside of torch.compile: compile without the attention layers, or run the "
-            "model without it"
         )
