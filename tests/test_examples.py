@@ -22,6 +22,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from hf_flashmask.bounds import anchored_blocks, block_diffusion
 from hf_flashmask.sharing.prefix_tree import PrefixTree, merge_prefixes
 from hf_flashmask.training import SharedPromptDataCollator
 
@@ -257,6 +258,72 @@ def test_shared_prompt_examples_fail_when_answers_see_each_other(
     monkeypatch.delitem(sys.modules, "dpo_shared_prompt", raising=False)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
         preference_example("dpo_shared_prompt", "--dataset", str(pairs))
+
+
+# Masks of two copies, and of draft tokens
+
+PACKED_TEXT = ["--dense-steps", "3", "--length", "128", "--hidden-size", "64", "--layers", "1"]
+
+
+def check_dense_report(report: dict[str, Any], folder: Path) -> None:
+    ours, dense = report["loss"]["flashmask"], report["loss"]["dense"]
+    assert len(dense) == 3 < len(ours)
+    assert ours[:3] == pytest.approx(dense, abs=1e-4)
+    assert report["largest_loss_difference"] == max(abs(a - b) for a, b in zip(ours, dense))
+    assert report["gradient_difference"] < 1e-4
+    for picture in ("loss.png", "mask.png"):
+        content = (folder / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+
+
+def test_block_diffusion_trains_as_under_a_dense_mask(run_script: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_script("block_diffusion.py", *PACKED_TEXT, "--steps", "6", "--block-size", "4")
+    assert "The two runs agree" in printed
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    check_dense_report(report, tmp_path / "out")
+    loss = report["loss"]["flashmask"]
+    assert loss[0] == pytest.approx(math.log(1025), abs=1)  # an untrained model guesses
+    assert loss[-1] < loss[0] - 0.1
+    assert report["mask_bytes"] == {"flashmask": 2 * 6 * 256 * 4, "dense": 2 * 256 * 256}
+    assert 1 <= report["passes"] <= report["sampled_tokens"]
+    assert report["sample"] in printed
+
+
+def test_block_diffusion_fails_when_documents_see_each_other(
+    run_script: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(block_size: int, document_ids: torch.Tensor) -> torch.Tensor:
+        return block_diffusion(block_size, document_ids=document_ids * 0)
+
+    monkeypatch.setattr("hf_flashmask.bounds.block_diffusion", leaking)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        run_script("block_diffusion.py", *PACKED_TEXT, "--steps", "3")
+
+
+DRAFT = [*PACKED_TEXT, "--target-steps", "10", "--anchors", "8", "--prompts", "8", "--learning-rate", "0.01"]
+
+
+def test_draft_model_trains_as_under_a_dense_mask(run_script: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_script("draft_model.py", *DRAFT, "--steps", "30", "--block-size", "4")
+    assert "The two runs agree" in printed
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    check_dense_report(report, tmp_path / "out")
+    assert report["loss"]["flashmask"][-1] < report["loss"]["flashmask"][0] - 0.1
+    assert report["mask_bytes"] == {"flashmask": 2 * 2 * 160 * 4, "dense": 2 * 32 * 160}
+    assert report["is_same_text"]
+    assert 1 <= report["acceptance"]["before"] < report["acceptance"]["after"] <= 4
+
+
+def test_draft_model_fails_when_blocks_see_their_anchors_later_context(
+    run_script: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(anchors: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return anchored_blocks(anchors + 1, *args, **kwargs)
+
+    monkeypatch.setattr("hf_flashmask.bounds.anchored_blocks", leaking)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        run_script("draft_model.py", *DRAFT, "--steps", "3")
 
 
 # TRL
