@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,13 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner, Result
 
 import hf_flashmask
 from flashmask_kernels import configs, environment
 from flashmask_kernels.launch import launcher
 from flashmask_kernels.report import describe_kernels
+from hf_flashmask.command_line import bench
 from hf_flashmask.command_line.app import app
+from hf_flashmask.command_line.estimate import Cost, Way, estimate
+from hf_flashmask.command_line.sequences import read_sequences
 
 
 def call(*arguments: str) -> Result:
@@ -131,3 +139,150 @@ def test_run_refuses_what_is_not_there(executed: list[list[str]]) -> None:
     assert result.exit_code == 2
     assert "'trian.py' is neither a Python file nor a command" in " ".join(result.output.split())
     assert not executed
+
+
+# estimate
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """The configuration of a small model, and a tokenizer that makes a token of each word."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
+    transformers.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, head_dim=16
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_estimate_counts_positions_and_pairs(tmp_path: Path) -> None:
+    lengths = [5, 3, 9, 2, 20]
+    rows: list[dict[str, object]] = [{"input_ids": list(range(length))} for length in lengths]
+    sequences = read_sequences(write_lines(tmp_path / "data.jsonl", rows), None, 10)
+    assert sequences.num_truncated == 1
+    result = estimate(sequences, 10, batch_size=5)
+    padded, _, dense, packed = result.ways
+    assert (padded.positions, padded.pairs) == (50, 500)
+    assert (packed.positions, packed.pairs) == (29, 15 + 6 + 45 + 3 + 55)
+    assert dense.pairs == 10**2 + 9**2 + 10**2  # rows of 10; 9; 5, 3 and 2
+    assert result.padding == 1 - 29 / 50
+    assert result.fill == 29 / 30
+    assert result.shared == 0
+
+
+def test_estimate_counts_shared_prefixes(tmp_path: Path, model_folder: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "a b c", "chosen": " a a", "rejected": " a b b"},
+        {"prompt": "b", "chosen": " c", "rejected": " a"},
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    result = estimate(read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2)
+    distinct = {(0, tuple(s[:k])) for s in ("abcaa", "abcabb") for k in range(1, len(s) + 1)}
+    distinct |= {(1, tuple(s[:k])) for s in ("bc", "ba") for k in range(1, len(s) + 1)}
+    assert result.num_tokens == 5 + 6 + 2 + 2
+    assert result.ways[-1].positions == len(distinct)
+    assert result.ways[-1].pairs == sum(len(prefix) for _, prefix in distinct)
+    assert result.ways[0].positions == 4 * 6
+
+
+def test_estimate_counts_the_operations_of_a_model(model_folder: Path) -> None:
+    """Against torch's own count of a forward pass, of which a backward pass takes twice as much."""
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    cost, length = Cost.of(config), 64
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.int64))
+    assert Way("", length, length**2).operations(cost) == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
+
+
+def test_estimate_prints_a_table_and_draws(tmp_path: Path, model_folder: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "a b c"}, {"text": "b"}, {"text": "a a b b c c"}])
+    plot = tmp_path / "plot.png"
+    options = ("--tokenizer", str(model_folder), "--max-length", "8", "--plot", str(plot))
+    printed = call("estimate", data, *options).output
+    assert "3 examples (text), 3 sequences of 1 to 6 tokens, median 3, 10 in all" in printed
+    assert "speed by operations" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("data.jsonl", {"text": "a"}, "pass --tokenizer"),
+        ("data.jsonl", {"title": "a"}, "has the columns title"),
+        ("data.xls", {"text": "a"}, "only files ending in"),
+        ("data.jsonl", {"input_ids": []}, "has a token"),
+    ],
+)
+def test_estimate_refuses_what_it_cannot_read(name: str, row: dict[str, object], message: str, tmp_path: Path) -> None:
+    result = call("estimate", write_lines(tmp_path / name, [row]), "--max-length", "8")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+# explain
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32)},
+        {"attention_mask": torch.tensor([[[[3, 3, 3, 5, 5]]]], dtype=torch.int32)},
+        {"attention_mask": torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).tril().bool()[None, None]},
+    ],
+    ids=["positions", "lengths", "bounds", "dense"],
+)
+def test_explain_shows_the_mask_of_a_batch(batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(batch, tmp_path / "batch.pt")
+    printed = call("explain", str(tmp_path / "batch.pt"), "--plot", str(tmp_path / "plot.png")).output
+    assert "visible   9 of 25 pairs, 36.0%" in printed
+    assert "██········\n████······\n██████····\n······██··\n······████" in printed
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_intersects_positions_and_padding(tmp_path: Path) -> None:
+    batch = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    torch.save(batch, tmp_path / "batch.pt")
+    assert "visible   5 of 16" in call("explain", str(tmp_path / "batch.pt")).output
+
+
+def test_explain_refuses_a_batch_without_a_mask(tmp_path: Path) -> None:
+    torch.save({"input_ids": torch.zeros(1, 3)}, tmp_path / "batch.pt")
+    result = call("explain", str(tmp_path / "batch.pt"))
+    assert result.exit_code == 2
+    assert "the batch has input_ids: a mask is in" in " ".join(result.output.split())
+
+
+# bench
+
+
+def test_bench_checks_and_times_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = bench._implementations
+
+    def with_a_leak(shape: bench.Shape, ends: torch.Tensor) -> dict[str, object]:
+        found = implementations(shape, ends)
+        del found["flex_attention"]  # compiling takes a minute
+        whole_row = bench._each_document_alone(torch.tensor([0, shape.length]))
+        return found | {"leaking": lambda: whole_row, "failing": lambda: 1 / 0}
+
+    monkeypatch.setattr(bench, "_implementations", with_a_leak)
+    options = ("--length", "100", "--documents", "3", "--heads", "4", "--head-size", "16", "--device", "cpu")
+    result = call("bench", *options, "--seconds", "0.1", "--plot", str(tmp_path / "plot.png"))
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[0]: line for line in result.output.splitlines()}
+    for name in ("flashmask", "sdpa, dense mask"):
+        assert lines[name].count(" ms") == 2
+    assert lines["leaking"].endswith("WRONG, and so not timed")
+    assert "ZeroDivisionError" in lines["failing"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses_heads_that_do_not_divide() -> None:
+    assert call("bench", "--heads", "6", "--kv-heads", "4").exit_code == 2
