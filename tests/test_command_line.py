@@ -286,3 +286,41 @@ def test_bench_checks_and_times_on_the_cpu(tmp_path: Path, monkeypatch: pytest.M
 
 def test_bench_refuses_heads_that_do_not_divide() -> None:
     assert call("bench", "--heads", "6", "--kv-heads", "4").exit_code == 2
+
+
+# Programs of others: docs/recipes/frameworks.md
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no trl for Python 3.10")
+def test_run_trains_with_the_command_line_of_trl(tmp_path: Path, model_folder: Path) -> None:
+    """Whose command starts `accelerate launch`, which starts the process that trains."""
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"eos_token": "c", "pad_token": "?"})
+    tokenizer.save_pretrained(model_folder)
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data/train.jsonl", [{"text": "a b " * length} for length in range(1, 9)])
+    command = [sys.executable, "-m", "hf_flashmask", "run", "-m", "trl.cli.main", "sft"]
+    options = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "data"),
+        "attn_implementation": "flashmask",
+        "max_length": "32",
+        "max_steps": "1",
+        "logging_steps": "1",
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+        "bf16": "false",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    process = subprocess.run(
+        [*command, *arguments, "--packing", "--use_cpu"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "'loss': '1." in process.stdout
+    assert (tmp_path / "out/model.safetensors").exists()
