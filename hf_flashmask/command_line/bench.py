@@ -22,6 +22,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """The largest error of outputs and gradients, as a fraction of the largest value of the truth."""
 
+LARGE_SPREAD = 0.1
+
 
 class Shape(NamedTuple):
     """One row of equal documents, and the heads: q `[1, num_heads, length, head_dim]`."""
@@ -79,12 +81,15 @@ def _measure_one(
     if not error <= TOLERANCE[d_out.dtype]:  # written so that nan fails
         return Result(name, error, None, None, "WRONG, and so not timed")
     if remark:
-        return Result(name, error, _milliseconds(lambda: attend(*inputs), seconds), None, remark)
+        return Result(name, error, _time(lambda: attend(*inputs), seconds).milliseconds, None, remark)
     leaves = _leaves(inputs)
-    forward = _milliseconds(lambda: attend(*leaves), seconds)
+    forward = _time(lambda: attend(*leaves), seconds)
     out = attend(*leaves)
-    backward = _milliseconds(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True), seconds)
-    return Result(name, error, forward, backward)
+    backward = _time(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True), seconds)
+    spread = max(forward.spread, backward.spread)
+    if spread > LARGE_SPREAD:
+        remark = f"times vary by {spread:.0%}: is the machine busy?"
+    return Result(name, error, forward.milliseconds, backward.milliseconds, remark)
 
 
 def _leaves(inputs: Inputs) -> Inputs:
@@ -98,9 +103,17 @@ def _results(attend: Attend, inputs: Inputs, d_out: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-def _milliseconds(function: Callable[[], Any], seconds: float) -> float:
+class _Time(NamedTuple):
+    """Median, and interquartile range over median."""
+
+    milliseconds: float
+    spread: float
+
+
+def _time(function: Callable[[], Any], seconds: float) -> _Time:
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    return _Time(1e3 * measured.median, measured.iqr / measured.median)
 
 
 # Implementations

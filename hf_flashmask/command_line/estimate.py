@@ -166,10 +166,12 @@ def speeds(ways: Sequence[Way], cost: Cost | None) -> list[float]:
 def draw(result: Estimate, cost: Cost | None, path: Path) -> None:
     """Lengths of the sequences, and the speed of each way, as a picture. Needs matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.hist(result.lengths, bins=40, range=(0, max(result.lengths)), color="#6baed6")
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="tokens of a sequence", ylabel="sequences")
     left.set_title(f"{result.padding:.0%} of padded batches is padding", loc="left", fontsize="medium")
     found = speeds(result.ways, cost)
