@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset, load_dataset
-from sft_packed import FILE_FORMATS, StepRecorder, python_texts, train_tokenizer
+from sft_packed import FILE_FORMATS, StepRecorder, hide_progress_bars_in_files, python_texts, train_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -59,6 +59,7 @@ def parse_arguments(description: str | None, name: str) -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, got {args.steps}: the first one is not timed")
+    hide_progress_bars_in_files()
     return args
 
 

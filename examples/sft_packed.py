@@ -5,7 +5,9 @@ Two runs see the same documents in the same batches and the same order, from the
   packed   every batch is one row without padding; attn_implementation="flashmask" keeps its documents apart
   padded   one document per row, padded to the longest of its batch; Transformers' own "eager" attention
 
-Both compute the same loss, so the curves must agree step by step; when they do not, the script says so and fails.
+Both compute the same loss, so the curves must agree step by step; when they do not, the script says so and fails. At
+the end a few batches are computed with "sdpa" as well: padded, and packed beside a 2-D mask of ones, as many collators
+make it. There the documents see each other, and the loss is another one.
 Nothing is downloaded: the documents are the documentation strings and licence texts of this Python installation, the
 tokenizer is a byte-level BPE trained on them, the model a small Llama. --model and --dataset take others.
 """
@@ -26,7 +28,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -41,6 +43,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 
@@ -50,6 +53,9 @@ FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "p
 # attention (sdpa and eager by 0.1 on an H200), so only the steps before that are compared.
 TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
 COMPARED_STEPS = {"float32": None, "bfloat16": 10}
+LEAK_BATCHES = 3
+IS_TERMINAL = sys.stderr.isatty()
+LINES_IN_A_FILE = 10
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,20 +164,45 @@ def build_model(args: argparse.Namespace, vocab_size: int, attention: str) -> An
 
 
 class StepRecorder(ProgressCallback):
-    """Trainer's progress bar with the loss in it; keeps what the report needs of every step."""
+    """Keeps what the report needs of every step. Shows Trainer's progress bar, or in a file a line now and then."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loss: list[float] = []
         self.seconds: list[float] = []
         self.positions: list[int] = []  # computed up to this step, padding included
+        self.model: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model = kwargs["model"]
+        if IS_TERMINAL:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if IS_TERMINAL:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if IS_TERMINAL:
+            super().on_train_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.loss.append(logs["loss"])
-            self.seconds.append(time.perf_counter())
-            self.positions.append(state.num_input_tokens_seen)
+        if "loss" not in logs:
+            return
+        self.loss.append(logs["loss"])
+        self.seconds.append(time.perf_counter())
+        self.positions.append(state.num_input_tokens_seen)
+        if IS_TERMINAL:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")  # type: ignore[attr-defined]
+        elif state.global_step % -(-state.max_steps // LINES_IN_A_FILE) == 0 or state.global_step == state.max_steps:
+            print(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}", flush=True)
+
+
+def hide_progress_bars_in_files() -> None:
+    """A bar that is not on a terminal is hundreds of lines in a log."""
+    if not IS_TERMINAL:
+        disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 def train(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, attention: str, collator: Any) -> StepRecorder:
@@ -200,6 +231,30 @@ def train(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, attention:
     print(f"\nTraining with {attention}", flush=True)
     trainer.train()
     return recorder
+
+
+@torch.no_grad()
+def losses_with_sdpa(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, model: Any) -> dict[str, list[float]]:
+    """Losses of the first batches with the trained weights: padded with sdpa, and packed with both implementations."""
+    starts = range(0, min(LEAK_BATCHES * args.batch_size, len(dataset)), args.batch_size)
+    batches = [[dataset[i] for i in range(start, min(start + args.batch_size, len(dataset)))] for start in starts]
+
+    def losses(attention: str, collate: Any) -> list[float]:
+        model.set_attn_implementation(attention)
+        found = []
+        for batch in map(collate, batches):
+            # The mask that most collators and tokenizers make. Padding has it already.
+            batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+            inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            found.append(model(**inputs).loss.item())
+        return found
+
+    model.eval()
+    return {
+        "sdpa, padded": losses("sdpa", DataCollatorForSeq2Seq(tokenizer)),
+        f"{args.attn}, packed": losses(args.attn, DataCollatorWithFlattening()),
+        "sdpa, packed": losses("sdpa", DataCollatorWithFlattening()),
+    }
 
 
 def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder) -> dict[str, Any]:
@@ -241,6 +296,10 @@ def print_table(report: dict[str, Any]) -> None:
     for label, (packed, padded) in rows.items():
         print(f"{label:<36}{packed:>18}{padded:>18}")
     print(f"Padding saved: {report['padding_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
+    print("\nLosses of a few batches with the trained weights:")
+    for name, losses in report["sdpa"].items():
+        print(f"{name:<36}{''.join(f'{loss:>18.6f}' for loss in losses)}")
+    print(f"Packed with sdpa, documents see each other: its losses are off by up to {report['leak']:.1e}.\n")
 
 
 def draw_loss(report: dict[str, Any], path: Path) -> None:
@@ -272,6 +331,7 @@ def main() -> None:
     # One process, one GPU: with several GPUs, Trainer would cut the packed row into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     args = parse_arguments()
+    hide_progress_bars_in_files()
     texts = load_texts(args)
     tokenizer = train_tokenizer(texts) if args.model is None else AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token is None:
@@ -286,6 +346,9 @@ def main() -> None:
     padded = train(args, tokenizer, dataset, "eager", DataCollatorForSeq2Seq(tokenizer))
 
     report = compare(args, packed, padded)
+    report["sdpa"] = losses_with_sdpa(args, tokenizer, dataset, packed.model)
+    alone, _, leaking = report["sdpa"].values()
+    report["leak"] = max(abs(a - b) for a, b in zip(alone, leaking))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     draw_loss(report, args.output / "loss.png")

@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from _preferences import draw_loss, draw_mask, figures_of, print_table
 from datasets import Dataset, load_dataset
-from sft_packed import FILE_FORMATS, StepRecorder, build_model, python_texts, train_tokenizer
+from sft_packed import (
+    FILE_FORMATS,
+    StepRecorder,
+    build_model,
+    hide_progress_bars_in_files,
+    python_texts,
+    train_tokenizer,
+)
 from transformers import AutoTokenizer, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -127,6 +134,7 @@ def main() -> None:
     # One process, one GPU: with several GPUs, Trainer would cut batches into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     args = parse_arguments()
+    hide_progress_bars_in_files()
     dataset = load_pairs(args)
     tokenizer: Any
     if args.model is None:

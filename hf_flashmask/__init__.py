@@ -6,6 +6,7 @@ from .integration import masks_of, register
 from .parallel import keep_masks, sequence_parallel
 from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
+    FlashMaskCallback,
     PackedDataCollator,
     SharedPromptDataCollator,
     compute_log_probs,
@@ -16,6 +17,7 @@ from .training import (
 )
 
 __all__ = [
+    "FlashMaskCallback",
     "PackedDataCollator",
     "SharedPromptDataCollator",
     "__version__",

@@ -93,6 +93,10 @@ def test_sft_packed_runs_in_a_process_of_its_own(documents: Path, tmp_path: Path
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "The two runs agree" in process.stdout
+    assert "step 6 of 6, loss " in process.stdout
+    for output in (process.stdout, process.stderr):  # a log file, not hundreds of pieces of progress bars
+        assert len(output) < 5000
+        assert "\r" not in output
     assert (tmp_path / "runs/sft_packed/report.json").exists()
 
 
@@ -110,6 +114,9 @@ def test_sft_packed_trains_as_padded_eager_does(run_script: Callable[..., str], 
     assert packed["loss"][0] == pytest.approx(math.log(1024), abs=0.5)  # an untrained model guesses
     assert packed["loss"][-1] < packed["loss"][0] - 0.1
     assert packed["padding"] == 0 < padded["padding"]
+    alone, apart, leaking = report["sdpa"].values()
+    assert apart == pytest.approx(alone, abs=1e-5)
+    assert report["leak"] == max(abs(a - b) for a, b in zip(alone, leaking)) > 1e-4
     assert report["padding_saved"] == pytest.approx(padded["padding"] / (padded["padding"] + report["tokens"]))
     for picture in ("loss.png", "mask.png"):
         content = (tmp_path / "out" / picture).read_bytes()

@@ -25,7 +25,6 @@ from transformers.utils import generic
 
 import hf_flashmask
 from hf_flashmask import integration
-from hf_flashmask.__main__ import report
 from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask, predicate, versions
 
 _TRAINING_NAMES = ["SharedPromptDataCollator", "compute_log_probs", "dpo_loss", "reward_loss", "set_loss"]
@@ -443,22 +442,6 @@ def test_prefixes_that_see_themselves_are_refused_to_flash_attention_only() -> N
 
 
 # The package
-
-
-def test_environment_report() -> None:
-    command = [sys.executable, "-m", "hf_flashmask"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for expected in (hf_flashmask.__version__, torch.__version__, transformers.__version__, "is registered", "gpu"):
-        assert expected in printed
-
-
-@pytest.mark.parametrize(("value", "is_repeatable"), [("0", False), ("1", True)])
-def test_environment_report_says_which_gradients_are_repeatable(
-    value: str, is_repeatable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", value)
-    line = next(line for line in report().splitlines() if line.startswith("gradients"))
-    assert ("heads of 33 to 64" in line) == (not is_repeatable)
 
 
 def test_versions_newer_than_the_tested_ones_are_named_once(

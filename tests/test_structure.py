@@ -19,6 +19,7 @@ ARROWS = {
     "training": {"bounds", "integration", "sharing"},
     "visualization": {"bounds"},
     "parallel": {"bounds", "integration", "sharing", "training"},
+    "command_line": {"bounds", "integration", "sharing", "training", "visualization"},
 }
 KERNEL_ARROWS = {
     "common": {"configs", "dropout", "launch", "schedule"},

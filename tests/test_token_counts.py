@@ -11,7 +11,13 @@ from test_preference import answers_of, random_groups, random_pairs
 from tiny_models import build
 from transformers import Trainer, TrainingArguments
 
-from hf_flashmask import PackedDataCollator, SharedPromptDataCollator, set_loss, share_prefixes
+from hf_flashmask import (
+    FlashMaskCallback,
+    PackedDataCollator,
+    SharedPromptDataCollator,
+    set_loss,
+    share_prefixes,
+)
 
 
 def num_input_tokens_seen(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path) -> int:
@@ -60,3 +66,65 @@ def test_padded_batches(tmp_path: Path) -> None:
     with share_prefixes(model) as shared:
         assert num_input_tokens_seen(model, examples, pad_right, tmp_path) == sum(lengths)
     assert shared.computed_tokens < shared.given_tokens == sum(lengths)
+
+
+# FlashMaskCallback
+
+
+def logged(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path, sharing: Any = None) -> Any:
+    """The logs of a training of two steps with four examples each, without those at its end."""
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(folder),
+            use_cpu=True,
+            report_to="none",
+            remove_unused_columns=False,
+            max_steps=2,
+            per_device_train_batch_size=4,
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            train_sampling_strategy="sequential",
+        ),
+        train_dataset=examples,
+        data_collator=collator,
+        callbacks=[FlashMaskCallback(sharing)],
+    )
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_the_callback_logs_the_fill_of_packed_rows(with_bounds: bool, tmp_path: Path) -> None:
+    model, lengths = build("llama"), [9, 2, 17, 5, 7, 13, 6, 3]
+    collator = PackedDataCollator(24, pad_to_multiple_of=24, bounds_for=model.config if with_bounds else None)
+    logs = logged(model, Corpus(lengths).examples("list"), collator, tmp_path)
+    for log, tokens in zip(logs, (33, 29)):  # both batches need two rows of 24
+        assert log["flashmask/fill"] == pytest.approx(tokens / 48, abs=1e-4)
+        assert log["flashmask/padding"] == 48 - tokens
+        assert log["flashmask/tokens_per_document"] == tokens / 4
+        assert "flashmask/shared" not in log
+
+
+def test_the_callback_logs_padding_and_shared_tokens(tmp_path: Path) -> None:
+    model = build("llama")
+    rows = [[1, 2, 3, 4, 5], [1, 2, 3, 9], [7, 8], [7, 8, 9, 10, 11, 12]] * 2
+    examples = [{"input_ids": row} for row in rows]
+    with share_prefixes(model) as sharing:
+        first, second = logged(model, examples, pad_right, tmp_path, sharing)
+    assert first["flashmask/fill"] == pytest.approx(17 / 24, abs=1e-4)
+    assert first["flashmask/shared"] == second["flashmask/shared"] == pytest.approx(5 / 17, abs=1e-4)
+    assert "share_prefixes computed 24 of 34 tokens in 2 calls: 29.4% saved" in sharing.summary
+
+
+def test_the_callback_logs_prompts_that_a_row_shares(tmp_path: Path) -> None:
+    model, examples = build("llama"), random_groups(1, count=8)
+    set_loss(model, lambda values, labels: values.sum())
+    collator = SharedPromptDataCollator()
+    log = logged(model, examples, collator, tmp_path)[0]
+    given = sum(len(example["prompt"]) + len(answer) for example in examples[:4] for answer in answers_of(example))
+    computed = collator(examples[:4])["input_ids"].numel()  # one row without padding; equal answers are one too
+    assert log["flashmask/shared"] == pytest.approx(1 - computed / given, abs=1e-4)
+    assert log["flashmask/shared"] > 0
+    assert log["flashmask/fill"] == 1

@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from .name import logger
 
-TESTED = {"transformers": ("5.4", "5.24"), "torch": ("2.9", "2.15")}
+TESTED = {"transformers": ("5.4", "5.24"), "torch": ("2.9", "2.15"), "triton": ("3.5", "3.9")}
 """Package -> the oldest and the newest version; `tests/run_versions.py` runs the tests with both, and some between."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from logging import INFO, WARNING
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
@@ -30,6 +31,8 @@ __all__ = ["share_prefixes"]
 logger = logging.get_logger(__name__)
 
 _CALLS_BEFORE_A_WARNING = 100
+_CALLS_OF_A_TRAINING = 20
+"""From so many calls on, the summary is for everybody to see; a loop may open a `with` block for a call or two."""
 
 
 class share_prefixes:
@@ -52,6 +55,7 @@ class share_prefixes:
             also wrapped by peft or DDP. None is skipped, so that `trainer.ref_model` can always be given.
 
     Attributes:
+        summary: what was saved, in a sentence; logged when sharing ends.
         given_tokens: tokens of all batches so far, padding not counted.
         computed_tokens: tokens that were computed for them.
 
@@ -82,10 +86,21 @@ class share_prefixes:
 
     def remove(self) -> None:
         """Switch sharing off again, also for copies of the models."""
-        if self._handles and self._num_calls < _CALLS_BEFORE_A_WARNING:
+        if self._handles and self.given_tokens:
+            logger.log(WARNING if self._num_calls >= _CALLS_OF_A_TRAINING else INFO, self.summary)
+        elif self._handles and self._num_calls < _CALLS_BEFORE_A_WARNING:
             self._warn_when_nothing_was_shared()
         while self._handles:
             self._handles.pop().remove()
+
+    @property
+    def summary(self) -> str:
+        """What was saved so far, in a sentence."""
+        saved = 1 - self.computed_tokens / self.given_tokens if self.given_tokens else 0.0
+        return (
+            f"share_prefixes computed {self.computed_tokens:,} of {self.given_tokens:,} tokens in {self._num_calls:,} "
+            f"calls: {saved:.1%} saved, padding not counted"
+        )
 
     def _warn_when_nothing_was_shared(self) -> None:
         if self._num_calls and not self.given_tokens:

@@ -1,5 +1,6 @@
 """Training: collators that pack rows, losses over answers that share prompts, and how a model computes them."""
 
+from .callback import FlashMaskCallback
 from .labels import AnswerLabels, LabelsOfRank
 from .log_probs import compute_log_probs
 from .loss_hooks import reset_loss, set_loss
@@ -17,6 +18,7 @@ from .preference_collator import SharedPromptDataCollator
 
 __all__ = [
     "AnswerLabels",
+    "FlashMaskCallback",
     "LabelsOfRank",
     "Overflow",
     "PackedDataCollator",

@@ -37,16 +37,28 @@ def count_tokens_in_trainer() -> None:
 
 
 def _num_tokens(inputs: Any) -> Tensor | None:
-    """The tokens that the examples of a batch had, a prompt once for each answer; None where there are no bounds."""
+    """`num_given_tokens`; None where there are no bounds."""
+    is_padding = padding_of_bounds(inputs)
+    return None if is_padding is None else num_given_tokens(inputs, is_padding)
+
+
+def num_given_tokens(inputs: Mapping[str, Any], is_padding: Tensor) -> Tensor:
+    """The tokens that the examples of a batch had, a prompt once for each answer."""
+    labels = inputs.get("labels")
+    if not isinstance(labels, AnswerLabels):
+        return (~is_padding).sum()
+    last = labels["last"]
+    return (inputs["position_ids"].gather(1, last.clamp(min=0)) + 1).masked_fill(last < 0, 0).sum()
+
+
+def padding_of_bounds(inputs: Any) -> Tensor | None:
+    """Where a batch with bounds of a collator of ours has padding, bool `[B, S]`; None where there are no bounds."""
     if not isinstance(inputs, Mapping):
         return None
-    bounds, labels = inputs.get("attention_mask"), inputs.get("labels")
+    bounds = inputs.get("attention_mask")
     if isinstance(bounds, Mapping):
         bounds = next(iter(bounds.values()))
     if not isinstance(bounds, Tensor) or bounds.ndim != 4 or bounds.dtype != torch.int32:
         return None
-    if isinstance(labels, AnswerLabels):
-        last = labels["last"]
-        return (inputs["position_ids"].gather(1, last.clamp(min=0)) + 1).masked_fill(last < 0, 0).sum()
     # LTS of a token is more than its own row, LTS of padding 0.
-    return (bounds[:, 0, 0] > torch.arange(bounds.shape[-1], device=bounds.device)).sum()
+    return bounds[:, 0, 0] <= torch.arange(bounds.shape[-1], device=bounds.device)

@@ -188,3 +188,16 @@ def _warn_of_new_triton() -> None:
             f"{triton.__version__}. The portable kernels compute the same in more time",
             stacklevel=2,
         )
+
+
+def reason_against_specialized(device: torch.device) -> str | None:
+    """Why no input on this GPU is computed by the kernels of `hopper`; None where some are."""
+    row = architecture(device)
+    if row != "sm_90":
+        return f"there are none for this GPU, only for sm_90; it is served as {row}"
+    if _HAS_GLUON:
+        return None
+    oldest, newest, installed = (
+        ".".join(map(str, version)) for version in (_OLDEST_GLUON, _NEWEST_GLUON, TRITON_VERSION)
+    )
+    return f"they are tested with Triton {oldest} to {newest}, this is {installed}: install the torch of one of those"

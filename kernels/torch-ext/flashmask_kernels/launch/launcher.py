@@ -18,7 +18,8 @@ from .. import environment
 from ..configs import TRITON_VERSION
 
 # The releases for which tests/launch_kinds.py finds that the driver gets from here what it gets from Triton.
-_IS_FAST = environment.FAST_LAUNCH and (3, 5) <= TRITON_VERSION <= (3, 9)
+FAST_RELEASES = (3, 5), (3, 9)
+_IS_FAST = environment.FAST_LAUNCH and FAST_RELEASES[0] <= TRITON_VERSION <= FAST_RELEASES[1]
 
 
 class _Compiled(NamedTuple):
@@ -93,3 +94,11 @@ def _addresses(argument: Any) -> Any:
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; for tests without one, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def reason_against_fast_launch() -> str | None:
+    """Why every launch goes through Triton; None where it does not."""
+    if _IS_FAST:
+        return None
+    oldest, newest = (".".join(map(str, version)) for version in FAST_RELEASES)
+    return f"it is tested with Triton {oldest} to {newest}" if environment.FAST_LAUNCH else "FLASHMASK_FAST_LAUNCH is 0"

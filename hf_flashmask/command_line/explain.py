@@ -1,0 +1,110 @@
+"""A mask, or the mask of a batch, in words and as a drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import bounds as bounds_of
+from ..visualization import plot, to_text
+
+_TILE = 64
+
+
+def read(path: Path) -> Any:
+    """What is in a file: a tensor, or a batch.
+
+    Raises:
+        ValueError: for a file of another kind.
+    """
+    if path.suffix == ".npy":
+        import numpy
+
+        return torch.from_numpy(numpy.load(path))
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    raise ValueError(f"cannot read {path}: a mask or a batch is a file ending in .pt, .npy or .safetensors")
+
+
+def masks_of(content: Any) -> dict[str, Tensor]:
+    """The bounds that a model gets of a tensor or a batch, by name.
+
+    Raises:
+        ValueError: for what is no mask, and for a batch that says nothing of one.
+    """
+    if isinstance(content, Tensor):
+        return {"mask": _bounds_of_tensor(content)}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"a mask is a tensor and a batch a dict of tensors, this is {type(content).__name__}")
+    mask, positions, ends = (content.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+    if isinstance(mask, Mapping):
+        return {str(name): _bounds_of_tensor(tensor) for name, tensor in mask.items()}
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return {"attention_mask": _bounds_of_tensor(mask)}
+    parts: dict[str, Tensor] = {}
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        parts["position_ids"] = bounds_of.from_position_ids(positions)
+    if isinstance(ends, Tensor):
+        parts["cu_seq_lens_q"] = bounds_of.from_cu_seqlens(ends, int(ends[-1]))
+    if isinstance(mask, Tensor):
+        parts["attention_mask"] = bounds_of.from_padding_mask(mask)
+    if not parts:
+        others = [name for name, value in content.items() if isinstance(value, Tensor) and value.ndim == 4]
+        if others:
+            return {name: _bounds_of_tensor(content[name]) for name in others}
+        raise ValueError(
+            f"the batch has {', '.join(content) or 'nothing'}: a mask is in `attention_mask`, `position_ids` or "
+            "`cu_seq_lens_q`. Without them the model's own mask is all there is"
+        )
+    whole = next(iter(parts.values()))
+    for other in list(parts.values())[1:]:
+        whole = bounds_of.intersect(whole, other)
+    return {" and ".join(parts): whole}
+
+
+def _bounds_of_tensor(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.int32 and tensor.ndim == 4:
+        bounds_of.check_bounds(tensor)
+        return tensor
+    if tensor.ndim == 2 and tensor.dtype != torch.bool:
+        return bounds_of.from_padding_mask(tensor)
+    if tensor.is_floating_point():  # an additive mask
+        tensor = tensor == 0
+    while tensor.ndim < 4:
+        tensor = tensor[None]
+    return bounds_of.from_dense(tensor.bool())
+
+
+def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[str]:
+    """The mask as lines of text; `q_len` rows, as many as keys by default."""
+    q_len = bounds.shape[3] if q_len is None else q_len
+    planes = bounds.shape[2]
+    visible = bounds_of.visible_pairs(bounds, q_len).sum().item()
+    pairs = bounds.shape[0] * bounds.shape[1] * q_len * bounds.shape[3]
+    fewest = bounds_of.simplify(bounds, q_len).shape[2]
+    occupancy = bounds_of.tile_occupancy(bounds, q_len, tile_size=_TILE)
+    full, hidden = ((occupancy == value).float().mean().item() for value in (1, 0))
+    yield f"{name}: int32 {list(bounds.shape)}, {bounds.numel() * 4:,} bytes; dense it would take {pairs:,}"
+    yield f"planes    C = {planes}" + (f", {fewest} suffice: bounds.simplify" if fewest < planes else "")
+    yield f"visible   {visible:,} of {pairs:,} pairs, {visible / pairs:.1%}"
+    cut = 1 - full - hidden
+    yield f"tiles     of {_TILE} x {_TILE}: {hidden:.1%} skipped, {full:.1%} computed without a mask, {cut:.1%} cut"
+    yield f"batch row {row} of {bounds.shape[0]}, head 0 of {bounds.shape[1]}; queries downwards, keys to the right:"
+    yield to_text(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0)
+
+
+def draw(name: str, bounds: Tensor, q_len: int | None, row: int, path: Path) -> None:
+    """The mask as a picture. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    plot(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0, ax=figure.subplots(), title=name)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,104 @@
+"""The token sequences of a dataset, as trainers make them of its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+_COLUMNS = (
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("text",),
+)
+"""The columns that are read, the first of these that the dataset has; `input_ids` go before all of them."""
+
+Group = list[list[int]]
+"""The sequences of one example, which may share a prefix."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What was read.
+
+    Attributes:
+        groups: for each example its sequences: one, or two of preference data, which share their prompt.
+        columns: those that were read.
+        num_truncated: sequences that were cut to `max_length`.
+    """
+
+    groups: list[Group]
+    columns: tuple[str, ...]
+    num_truncated: int
+
+
+def read_sequences(
+    data: str, tokenizer: Any, max_length: int, *, split: str = "train", most_examples: int = 5000
+) -> Sequences:
+    """Read a file, a folder or a dataset of the Hub, and tokenize its first examples.
+
+    Args:
+        data: a file ending in csv, json, jsonl, parquet, arrow or txt, a folder, or a name on the Hub.
+        tokenizer: of Transformers; None for a dataset with `input_ids`.
+        max_length: longer sequences are cut to so many tokens.
+
+    Raises:
+        ValueError: for a file of another kind, or columns that no trainer makes sequences of.
+    """
+    dataset = _load(data, split)
+    dataset = dataset.select(range(min(most_examples, len(dataset))))
+    columns = _columns_of(dataset.column_names)
+    if columns != ("input_ids",) and tokenizer is None:
+        raise ValueError(f"the dataset holds text ({', '.join(columns)}): pass --tokenizer")
+    groups = [_tokenize(row, columns, tokenizer) for row in dataset.select_columns(list(columns))]
+    groups = [[sequence for sequence in group if sequence] for group in groups]
+    num_truncated = sum(len(sequence) > max_length for group in groups for sequence in group)
+    groups = [[sequence[:max_length] for sequence in group] for group in groups if group]
+    if not groups:
+        raise ValueError(f"no example of {data!r} has a token")
+    return Sequences(groups, columns, num_truncated)
+
+
+def _load(data: str, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("reading data needs datasets: pip install 'hf-flashmask[train]'") from error
+    path = Path(data)
+    if not path.is_file():
+        return datasets.load_dataset(data, split=split)
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"cannot read {data}: only files ending in {', '.join(_FORMATS)}")
+    return datasets.load_dataset(_FORMATS[path.suffix], data_files=data, split="train")
+
+
+def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
+    for columns in (("input_ids",), *_COLUMNS):
+        if set(columns) <= set(found):
+            return columns
+    known = "; ".join(" + ".join(columns) for columns in _COLUMNS)
+    raise ValueError(f"the dataset has the columns {', '.join(found)}; one of these sets is needed: input_ids; {known}")
+
+
+def _tokenize(row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any) -> Group:
+    values = [row[column] for column in columns]
+    if columns == ("input_ids",):
+        return [list(values[0])]
+    if columns in (("messages",), ("text",)):
+        return [_encode(values, tokenizer)]
+    if "rejected" not in columns:
+        return [_encode(values, tokenizer)]
+    *prompt, chosen, rejected = values
+    return [_encode([*prompt, answer], tokenizer) for answer in (chosen, rejected)]
+
+
+def _encode(parts: list[Any], tokenizer: Any) -> list[int]:
+    """Text parts, or the turns of conversations, one after the other."""
+    if isinstance(parts[0], str):
+        return list(tokenizer("".join(parts))["input_ids"])
+    turns = [turn for part in parts for turn in part]
+    return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])

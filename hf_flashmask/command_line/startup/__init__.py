@@ -1,0 +1,1 @@
+"""A folder for PYTHONPATH. Nothing of it is imported by this package."""

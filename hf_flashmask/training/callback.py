@@ -1,0 +1,123 @@
+"""What packing and sharing save, in the logs of Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from ..sharing import share_prefixes
+from .labels import AnswerLabels
+from .token_counts import num_given_tokens, padding_of_bounds
+
+__all__ = ["FlashMaskCallback"]
+
+
+class FlashMaskCallback(TrainerCallback):
+    """Log how full the rows of a training are, for `transformers.Trainer` and the trainers of TRL::
+
+        sharing = share_prefixes(model)
+        trainer = DPOTrainer(model, ..., callbacks=[FlashMaskCallback(sharing)])
+
+    Each entry of the log gets, over the training batches of this process since the last one:
+
+    * `flashmask/fill`: fraction of positions that hold tokens; the rest is padding.
+    * `flashmask/padding`: positions of padding.
+    * `flashmask/tokens_per_document`: tokens over documents. A row without `position_ids` is one document.
+    * `flashmask/shared`: with `sharing`, or rows of `SharedPromptDataCollator`, the fraction of tokens that needed no
+      computation because another sequence shares them.
+
+    Batches are counted on their device and read once for each entry of the log. Trackers (wandb, TensorBoard) come
+    before callbacks that are given to a Trainer and see its logs first. `trainer.callback_handler.callbacks.insert(0,
+    callback)` puts it before them.
+
+    Args:
+        sharing: the `share_prefixes` of the model.
+    """
+
+    def __init__(self, sharing: share_prefixes | None = None) -> None:
+        self._sharing = sharing
+        self._handle: RemovableHandle | None = None
+        self._forget()
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        assert model is not None, "Trainer gives its model to every callback"
+        self._remove_hook()
+        self._forget()
+        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._remove_hook()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs is None or self._num_positions == 0:
+            return
+        figures = {name: round(figure, 4) for name, figure in self._figures().items()}
+        logs.update(figures)
+        if state.log_history:  # Trainer has put a copy of the logs there
+            state.log_history[-1].update(figures)
+        self._forget()
+
+    def _figures(self) -> dict[str, float]:
+        num_tokens, num_documents, given = int(self._num_tokens), int(self._num_documents), int(self._num_given)
+        computed = num_tokens
+        if self._sharing is not None:
+            given, computed = (now - then for now, then in zip(_counts_of(self._sharing), self._counts_before))
+        figures = {
+            "flashmask/fill": num_tokens / self._num_positions,
+            "flashmask/padding": float(self._num_positions - num_tokens),
+            "flashmask/tokens_per_document": num_tokens / max(num_documents, 1),
+        }
+        return figures | ({"flashmask/shared": 1 - computed / given} if given else {})
+
+    def _forget(self) -> None:
+        self._num_positions = 0
+        self._num_tokens: Tensor | int = 0
+        self._num_documents: Tensor | int = 0
+        self._num_given: Tensor | int = 0
+        self._counts_before = (0, 0) if self._sharing is None else _counts_of(self._sharing)
+
+    def _remove_hook(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @torch.compiler.disable
+    def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids = kwargs.get("input_ids")
+        if not model.training or not isinstance(input_ids, Tensor):
+            return
+        is_token = ~_padding_of(kwargs, input_ids)
+        self._num_positions += input_ids.numel()
+        self._num_tokens += is_token.sum()
+        self._num_documents += _num_documents(kwargs.get("position_ids"), is_token)
+        if isinstance(kwargs.get("labels"), AnswerLabels):
+            self._num_given += num_given_tokens(kwargs, ~is_token)
+
+
+def _counts_of(sharing: share_prefixes) -> tuple[int, int]:
+    return sharing.given_tokens, sharing.computed_tokens
+
+
+def _padding_of(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+    """Where the batch has padding, bool `[B, S]`."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if (is_padding := padding_of_bounds(batch)) is not None:
+        return is_padding
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask == 0
+    if not isinstance(positions, Tensor) or positions.shape != input_ids.shape:
+        return torch.zeros_like(input_ids, dtype=torch.bool)
+    # Padding ends a row, each position of it at 0. A document of one token looks alike there; it trains nothing either.
+    return positions.flip(1).cumsum(1).flip(1) == 0
+
+
+def _num_documents(positions: Any, is_token: Tensor) -> Tensor | int:
+    is_packed = isinstance(positions, Tensor) and positions.shape == is_token.shape
+    return ((positions == 0) & is_token).sum() if is_packed else len(is_token)

@@ -1,0 +1,336 @@
+"""`python -m hf_flashmask`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner, Result
+
+import hf_flashmask
+from flashmask_kernels import configs, environment
+from flashmask_kernels.launch import launcher
+from flashmask_kernels.report import describe_kernels
+from hf_flashmask.command_line import bench
+from hf_flashmask.command_line.app import app
+from hf_flashmask.command_line.environment import report
+from hf_flashmask.command_line.estimate import Cost, Way, estimate
+from hf_flashmask.command_line.sequences import read_sequences
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+# The report
+
+
+def test_the_report_names_versions_with_the_tested_range_and_what_is_installed() -> None:
+    printed = call().output
+    for expected in (hf_flashmask.__version__, torch.__version__, transformers.__version__, "is registered", "cpu"):
+        assert expected in printed
+    for line in (r"triton +[0-9.]+.* \(tested: 3.5 to 3.9\)", "accelerate [0-9]", "magi-attention "):
+        assert re.search(line, printed), line
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Makes "cuda" a device of a compute capability."""
+    configs.architecture.cache_clear()
+
+    def of_capability(*capability: int) -> list[str]:
+        configs.architecture.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return describe_kernels(torch.device("cuda"))
+
+    yield of_capability
+    configs.architecture.cache_clear()
+
+
+def test_the_report_says_why_the_kernels_for_a_gpu_do_not_run(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "_HAS_GLUON", True)
+    assert "kernels for sm_90: 16-bit heads of" in gpu(9, 0)[0]
+    assert "NOT used: there are none for this GPU" in gpu(8, 0)[0]
+    assert "served as sm_86" in gpu(12, 0)[0]
+
+    monkeypatch.setattr(configs, "_HAS_GLUON", False)
+    monkeypatch.setattr(configs, "TRITON_VERSION", (4, 1))
+    assert "NOT used: they are tested with Triton 3.6 to" in gpu(9, 0)[0]
+    assert "this is 4.1" in gpu(9, 0)[0]
+
+    monkeypatch.setattr(environment, "PORTABLE", True)
+    assert gpu(9, 0)[0].endswith("NOT used: FLASHMASK_PORTABLE is 1")
+
+
+def test_the_report_says_why_launches_are_slow(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "NOT" not in gpu(8, 0)[-1]
+    monkeypatch.setattr(launcher, "_IS_FAST", False)
+    assert gpu(8, 0)[-1].endswith("NOT used: it is tested with Triton 3.5 to 3.9")
+    monkeypatch.setattr(environment, "FAST_LAUNCH", False)
+    assert gpu(8, 0)[-1].endswith("NOT used: FLASHMASK_FAST_LAUNCH is 0")
+
+
+@pytest.mark.parametrize(("value", "is_repeatable"), [("0", False), ("1", True)])
+def test_the_report_says_which_gradients_are_repeatable(
+    value: str, is_repeatable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", value)
+    line = next(line for line in report().splitlines() if line.startswith("gradients"))
+    assert ("heads of 33 to 64" in line) == (not is_repeatable)
+
+
+def test_the_report_of_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashmask_kernels.configs", None)
+    monkeypatch.delattr("flashmask_kernels.configs")
+    (line,) = describe_kernels(torch.device("cuda"))
+    assert "install triton" in line
+
+
+# run
+
+PROGRAM = """
+import subprocess, sys
+if sys.argv[1] == "launch":  # as `accelerate launch` does
+    sys.exit(subprocess.run([sys.executable, __file__, *sys.argv[2:]]).returncode)
+assert "torch" not in sys.modules  # most processes never import Transformers
+import sitecustomize_of_the_user
+from transformers import AutoModelForCausalLM, LlamaConfig
+config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="flashmask")
+print(sys.argv[1:], model.config._attn_implementation)
+"""
+
+
+def test_run_registers_in_the_processes_that_the_program_starts(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, types; sys.modules['sitecustomize_of_the_user'] = types.ModuleType('found')"
+    )
+    command = [sys.executable, "-m", "hf_flashmask", "run", str(tmp_path / "program.py")]
+    process = subprocess.run(
+        [*command, "launch", "-m", "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "['-m', '--help'] flashmask\n"
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would replace this process."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execvpe", lambda file, command, environment: commands.append(command))
+    return commands
+
+
+def test_run_takes_modules_and_commands(executed: list[list[str]], tmp_path: Path) -> None:
+    assert call("run", "-m", "trl.cli.main", "sft", "--help").exit_code == 0
+    assert call("run", Path(sys.executable).name, "-m", "x", "--config=a b").exit_code == 0
+    assert executed[0] == [sys.executable, "-m", "trl.cli.main", "sft", "--help"]
+    assert Path(executed[1][0]).samefile(sys.executable)
+    assert executed[1][1:] == ["-m", "x", "--config=a b"]
+
+
+def test_run_refuses_what_is_not_there(executed: list[list[str]]) -> None:
+    result = call("run", "trian.py")
+    assert result.exit_code == 2
+    assert "'trian.py' is neither a Python file nor a command" in " ".join(result.output.split())
+    assert not executed
+
+
+# estimate
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """The configuration of a small model, and a tokenizer that makes a token of each word."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
+    transformers.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, head_dim=16
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_estimate_counts_positions_and_pairs(tmp_path: Path) -> None:
+    lengths = [5, 3, 9, 2, 20]
+    rows: list[dict[str, object]] = [{"input_ids": list(range(length))} for length in lengths]
+    sequences = read_sequences(write_lines(tmp_path / "data.jsonl", rows), None, 10)
+    assert sequences.num_truncated == 1
+    result = estimate(sequences, 10, batch_size=5)
+    padded, _, dense, packed = result.ways
+    assert (padded.positions, padded.pairs) == (50, 500)
+    assert (packed.positions, packed.pairs) == (29, 15 + 6 + 45 + 3 + 55)
+    assert dense.pairs == 10**2 + 9**2 + 10**2  # rows of 10; 9; 5, 3 and 2
+    assert result.padding == 1 - 29 / 50
+    assert result.fill == 29 / 30
+    assert result.shared == 0
+
+
+def test_estimate_counts_shared_prefixes(tmp_path: Path, model_folder: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "a b c", "chosen": " a a", "rejected": " a b b"},
+        {"prompt": "b", "chosen": " c", "rejected": " a"},
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    result = estimate(read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2)
+    distinct = {(0, tuple(s[:k])) for s in ("abcaa", "abcabb") for k in range(1, len(s) + 1)}
+    distinct |= {(1, tuple(s[:k])) for s in ("bc", "ba") for k in range(1, len(s) + 1)}
+    assert result.num_tokens == 5 + 6 + 2 + 2
+    assert result.ways[-1].positions == len(distinct)
+    assert result.ways[-1].pairs == sum(len(prefix) for _, prefix in distinct)
+    assert result.ways[0].positions == 4 * 6
+
+
+def test_estimate_counts_the_operations_of_a_model(model_folder: Path) -> None:
+    """Against torch's own count of a forward pass, of which a backward pass takes twice as much."""
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    cost, length = Cost.of(config), 64
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.int64))
+    assert Way("", length, length**2).operations(cost) == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
+
+
+def test_estimate_prints_a_table_and_draws(tmp_path: Path, model_folder: Path) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "a b c"}, {"text": "b"}, {"text": "a a b b c c"}])
+    plot = tmp_path / "plot.png"
+    options = ("--tokenizer", str(model_folder), "--max-length", "8", "--plot", str(plot))
+    printed = call("estimate", data, *options).output
+    assert "3 examples (text), 3 sequences of 1 to 6 tokens, median 3, 10 in all" in printed
+    assert "speed by operations" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("data.jsonl", {"text": "a"}, "pass --tokenizer"),
+        ("data.jsonl", {"title": "a"}, "has the columns title"),
+        ("data.xls", {"text": "a"}, "only files ending in"),
+        ("data.jsonl", {"input_ids": []}, "has a token"),
+    ],
+)
+def test_estimate_refuses_what_it_cannot_read(name: str, row: dict[str, object], message: str, tmp_path: Path) -> None:
+    result = call("estimate", write_lines(tmp_path / name, [row]), "--max-length", "8")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+# explain
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32)},
+        {"attention_mask": torch.tensor([[[[3, 3, 3, 5, 5]]]], dtype=torch.int32)},
+        {"attention_mask": torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).tril().bool()[None, None]},
+    ],
+    ids=["positions", "lengths", "bounds", "dense"],
+)
+def test_explain_shows_the_mask_of_a_batch(batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(batch, tmp_path / "batch.pt")
+    printed = call("explain", str(tmp_path / "batch.pt"), "--plot", str(tmp_path / "plot.png")).output
+    assert "visible   9 of 25 pairs, 36.0%" in printed
+    assert "██········\n████······\n██████····\n······██··\n······████" in printed
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_intersects_positions_and_padding(tmp_path: Path) -> None:
+    batch = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    torch.save(batch, tmp_path / "batch.pt")
+    assert "visible   5 of 16" in call("explain", str(tmp_path / "batch.pt")).output
+
+
+def test_explain_refuses_a_batch_without_a_mask(tmp_path: Path) -> None:
+    torch.save({"input_ids": torch.zeros(1, 3)}, tmp_path / "batch.pt")
+    result = call("explain", str(tmp_path / "batch.pt"))
+    assert result.exit_code == 2
+    assert "the batch has input_ids: a mask is in" in " ".join(result.output.split())
+
+
+# bench
+
+
+def test_bench_checks_and_times_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = bench._implementations
+
+    def with_a_leak(shape: bench.Shape, ends: torch.Tensor) -> dict[str, object]:
+        found = implementations(shape, ends)
+        del found["flex_attention"]  # compiling takes a minute
+        whole_row = bench._each_document_alone(torch.tensor([0, shape.length]))
+        return found | {"leaking": lambda: whole_row, "failing": lambda: 1 / 0}
+
+    monkeypatch.setattr(bench, "_implementations", with_a_leak)
+    options = ("--length", "100", "--documents", "3", "--heads", "4", "--head-size", "16", "--device", "cpu")
+    result = call("bench", *options, "--seconds", "0.1", "--plot", str(tmp_path / "plot.png"))
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[0]: line for line in result.output.splitlines()}
+    for name in ("flashmask", "sdpa, dense mask"):
+        assert lines[name].count(" ms") == 2
+    assert lines["leaking"].endswith("WRONG, and so not timed")
+    assert "ZeroDivisionError" in lines["failing"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses_heads_that_do_not_divide() -> None:
+    assert call("bench", "--heads", "6", "--kv-heads", "4").exit_code == 2
+
+
+# Programs of others: docs/recipes/frameworks.md
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no trl for Python 3.10")
+def test_run_trains_with_the_command_line_of_trl(tmp_path: Path, model_folder: Path) -> None:
+    """Whose command starts `accelerate launch`, which starts the process that trains."""
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"eos_token": "c", "pad_token": "?"})
+    tokenizer.save_pretrained(model_folder)
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data/train.jsonl", [{"text": "a b " * length} for length in range(1, 9)])
+    command = [sys.executable, "-m", "hf_flashmask", "run", "-m", "trl.cli.main", "sft"]
+    options = {
+        "model_name_or_path": str(model_folder),
+        "dataset_name": str(tmp_path / "data"),
+        "attn_implementation": "flashmask",
+        "max_length": "32",
+        "max_steps": "1",
+        "logging_steps": "1",
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+        "bf16": "false",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    process = subprocess.run(
+        [*command, *arguments, "--packing", "--use_cpu"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "'loss': '1." in process.stdout
+    assert (tmp_path / "out/model.safetensors").exists()
