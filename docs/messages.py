@@ -66,6 +66,10 @@ AREAS = {
         "The message names the example or the option. [SFT](how_to/sft.md) and "
         "[preference training](how_to/preferences.md) show the form of examples.",
     ),
+    "hf_flashmask/command_line": (
+        "The command line",
+        "`python -m hf_flashmask COMMAND --help` shows the options. [The command line](command_line.md) has examples.",
+    ),
     "kernels/torch-ext/flashmask_kernels": (
         "Calling the kernels",
         "Tensors are `[B, H, S, D]`: heads before tokens. Every argument is described in the "

@@ -257,6 +257,13 @@ def test_explain_shows_the_mask_of_a_batch(batch: dict[str, torch.Tensor], tmp_p
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_explain_says_what_hides_a_key(tmp_path: Path) -> None:
+    torch.save({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, tmp_path / "batch.pt")
+    printed = call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "1").output
+    assert "query 4 does not see key 1: it is hidden from the rows 3 and after" in printed
+    assert "`key` is 7, but the mask has 5" in call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "7").output
+
+
 def test_explain_intersects_positions_and_padding(tmp_path: Path) -> None:
     batch = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     torch.save(batch, tmp_path / "batch.pt")

@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
+from .. import bounds as bounds_of
 from . import bench as benchmark
 from . import estimate as estimation
 from . import explain as explanation
@@ -46,7 +47,7 @@ def _mistakes_in_one_line() -> Iterator[None]:
     """What the user can mend ends without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, IndexError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -109,6 +110,9 @@ def explain(
     file: Annotated[Path, typer.Argument(help="a mask or a batch: .pt, .npy or .safetensors", exists=True)],
     q_len: Annotated[int | None, typer.Option(min=1, help="query rows; default: as many as keys")] = None,
     row: Annotated[int, typer.Option(min=0, help="of the batch, to draw")] = 0,
+    pair: Annotated[
+        tuple[int, int] | None, typer.Option(help="a query and a key: what hides the key, if it is")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="a picture of the mask, if wanted")] = None,
 ) -> None:
     """A mask, or the mask of a batch, in words and as a drawing."""
@@ -117,6 +121,8 @@ def explain(
             if row >= max(bounds.shape[0], 1):
                 raise ValueError(f"--row is {row}, but the mask has {bounds.shape[0]} rows of a batch")
             typer.echo("\n".join(explanation.explain(name, bounds, q_len, row)))
+            if pair is not None:
+                typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
                 explanation.draw(name, bounds, q_len, row, plot)
 
