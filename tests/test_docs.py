@@ -23,6 +23,7 @@ RUN_ELSEWHERE = {
     "docs/many_gpus.md": "several processes, see tests/test_parallel.py",
     "docs/cuda_graphs.md": "a GPU",
     "docs/upstream.md": "code of other libraries",
+    "docs/recipes/": "lines for the programs of other projects",
 }
 
 
@@ -42,7 +43,7 @@ def snippets() -> list[Snippet]:
         for block in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
             before = text[: block.start()]
             is_run = NOT_RUN not in before.rstrip().rpartition("\n")[2]
-            if is_run and name not in RUN_ELSEWHERE:
+            if is_run and not name.startswith(tuple(RUN_ELSEWHERE)):
                 found.append(Snippet(name, before.count("\n") + 1, block[1]))
     return found
 
