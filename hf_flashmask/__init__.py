@@ -8,6 +8,7 @@ from .sharing import prefix_tree, register_tree_attention, share_prefixes
 from .training import (
     PackedDataCollator,
     SharedPromptDataCollator,
+    TurnsDataCollator,
     compute_log_probs,
     dpo_loss,
     reset_loss,
@@ -18,6 +19,7 @@ from .training import (
 __all__ = [
     "PackedDataCollator",
     "SharedPromptDataCollator",
+    "TurnsDataCollator",
     "__version__",
     "bounds",
     "compute_log_probs",

@@ -1,0 +1,232 @@
+"""The collator that packs conversations, every turn under the context that inference gives it, as prefix trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..sharing.prefix_tree import PrefixTree, from_sequences
+from .labels import IGNORED
+from .packing import PackingStrategy, check_at_least, check_choice, pack_lengths
+from .token_counts import count_tokens_in_trainer
+from .turns import Turn, find_turns
+
+__all__ = ["TurnOverflow", "TurnsDataCollator"]
+
+TurnOverflow: TypeAlias = Literal["error", "truncate", "drop"]
+
+
+@dataclass
+class TurnsDataCollator:
+    """Train every turn of the assistant under the context that inference gives it, all turns of a conversation at once.
+
+    Chat templates of reasoning models drop the thinking of earlier turns (Qwen3, gpt-oss): the context of a turn is not
+    the beginning of the whole conversation, and each turn would need a row of its own. This collator renders the
+    context and the turn of each message of the assistant, and merges them into a prefix tree: a trunk with the
+    conversation as later turns see it, and a branch for each turn that they see in another form. Loss and gradients are
+    those of a row for each turn, averaged over the tokens of all turns. It is for causal language models with
+    attn_implementation="flashmask", `transformers.Trainer` and TRL's `SFTTrainer`.
+
+    An example is `{"messages": [...]}`, with `tools` (a list or its JSON) and `chat_template_kwargs` if it has them;
+    other columns are ignored. A message of the assistant with `"train": False` or `"weight": 0` is context only. What
+    is trained is what inference would generate: the tokens after the generation prompt, up to the first one that stops
+    generation. They are found by rendering the messages before the turn with `add_generation_prompt=True`, and those up
+    to it without.
+
+    Set `TrainingArguments(remove_unused_columns=False)`, because Trainer takes all columns for unused, and with
+    `SFTTrainer` also `dataset_kwargs={"skip_prepare_dataset": True}` (its metric `num_tokens` adds up the bounds, and
+    means nothing). Trainer's `per_device_train_batch_size` counts conversations. Layers with a window or chunks follow
+    the branches.
+
+    Args:
+        tokenizer: with a chat template.
+        max_length: tokens that fit into a row. None: one row with all conversations, however long. The turns of a
+            conversation that needs more are distributed over several trees, which changes nothing but the tokens saved.
+        eos_token_id: the token or tokens that stop generation, as in `model.generation_config.eos_token_id`. Default:
+            the EOS token of the tokenizer.
+        overflow: what to do with a turn that is longer than `max_length` with its context. "error" raises; "truncate"
+            keeps its first `max_length` tokens, if any of them are its own; "drop" leaves the turn out.
+        max_branches: the largest number of branches of a tree. Models with sliding windows or chunks need a limit for
+            conversations of more than 15 branches: each branch takes one of the 16 intervals of bounds.
+        strategy: how conversations are distributed over rows, see `pack_lengths`.
+        pad_to_multiple_of: round the length of rows up.
+
+    Attributes:
+        given_tokens: tokens of a row for each turn, over all batches so far.
+        computed_tokens: tokens of the trees. The workers of a DataLoader count for themselves.
+
+    Returns:
+        When called with a list of examples, a dict with
+
+        * `input_ids`, int64 `[R, S]`, and `position_ids`, int64 `[R, S]`, which count along each branch;
+        * `attention_mask`, bounds, int32 `[R, 1, 1, S]`; padding is hidden, and sees nothing;
+        * `labels`, int64 `[R, S]`, which the model shifts, -100 for what no turn generates.
+
+    Raises:
+        TypeError, ValueError: for an option or an example that cannot be used, for a message that the chat template
+            renders as something else than the continuation of its context; the message names it.
+
+    >>> collator = TurnsDataCollator(tokenizer, max_length=16384)  # doctest: +SKIP
+    >>> Trainer(model, args, train_dataset=conversations, data_collator=collator).train()  # doctest: +SKIP
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    eos_token_id: int | Sequence[int] | None = field(default=None, kw_only=True)
+    overflow: TurnOverflow = field(default="error", kw_only=True)
+    max_branches: int | None = field(default=None, kw_only=True)
+    strategy: PackingStrategy = field(default="first_fit_decreasing", kw_only=True)
+    pad_to_multiple_of: int = field(default=1, kw_only=True)
+    given_tokens: int = field(default=0, init=False, compare=False)
+    computed_tokens: int = field(default=0, init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, PackingStrategy)
+        check_choice("overflow", self.overflow, TurnOverflow)
+        for name, least in (("max_length", 2), ("max_branches", 1), ("pad_to_multiple_of", 1)):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), least)
+        self._stop_ids = _stop_ids(self.tokenizer, self.eos_token_id)
+        count_tokens_in_trainer()
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Pack one batch of conversations."""
+        turns = [self._turns(number, example) for number, example in enumerate(examples)]
+        pieces = [piece for some in turns for piece in self._pieces(some)]
+        if not pieces:
+            raise ValueError(
+                f"the batch has no turn to train: none of its {len(examples)} examples has a message of the assistant "
+                "that is trained and fits into a row; leave such examples out"
+            )
+        lengths = [len(piece.labels) for piece in pieces]
+        rows = pack_lengths(lengths, self.max_length or sum(lengths), self.strategy)
+        longest = max(sum(lengths[piece] for piece in row) for row in rows)
+        shape = len(rows), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        pad_token_id = self.tokenizer.pad_token_id
+        input_ids = torch.full(shape, 0 if pad_token_id is None else pad_token_id)
+        position_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
+        subtree_ends = torch.zeros(shape, dtype=torch.int32)
+        for row, numbers in enumerate(rows):
+            start = 0
+            for piece in (pieces[number] for number in numbers):
+                places = slice(start, start + len(piece.labels))
+                input_ids[row, places] = piece.tree.input_ids[0]
+                position_ids[row, places] = piece.tree.position_ids[0]
+                subtree_ends[row, places] = piece.tree.bounds[0, 0, 0] + start
+                labels[row, places] = piece.labels
+                start = places.stop
+
+        self.given_tokens += sum(len(turn.tokens) for some in turns for turn in some)
+        self.computed_tokens += sum(lengths)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": subtree_ends[:, None, None],
+            "labels": labels,
+        }
+
+    def _turns(self, number: int, example: Mapping[str, Any]) -> list[Turn]:
+        """The turns of an example that are trained and fit into a row."""
+        turns = find_turns(number, example, self.tokenizer, self._stop_ids)
+        limit = self.max_length or max((len(turn.tokens) for turn in turns), default=0)
+        too_long = [turn for turn in turns if len(turn.tokens) > limit]
+        if not too_long:
+            return turns
+        if self.overflow == "error":
+            raise ValueError(
+                f"message {too_long[0].message} of example {number} of the batch has {len(too_long[0].tokens)} tokens "
+                f'with its context, more than `max_length` ({limit}): raise it, or pass overflow="truncate" or '
+                'overflow="drop"'
+            )
+        if self.overflow == "drop":
+            return [turn for turn in turns if len(turn.tokens) <= limit]
+        return [turn._replace(tokens=turn.tokens[:limit]) for turn in turns if turn.start < limit]
+
+    def _pieces(self, turns: Sequence[Turn]) -> list[_Piece]:
+        """The turns of a conversation in one tree, or in as many as they need."""
+        branches = _branches(turns)
+        pieces: list[_Piece] = []
+        first = 0
+        while first < len(branches):
+            last = len(branches)
+            piece = _Piece.of(branches[first:last], self.max_branches)
+            if not self._fits(piece):  # the most branches that do
+                last, piece = first + 1, _Piece.of(branches[first : first + 1], self.max_branches)
+                while self._fits(larger := _Piece.of(branches[first : last + 1], self.max_branches)):
+                    last, piece = last + 1, larger
+            pieces.append(piece)
+            first = last
+        return pieces
+
+    def _fits(self, piece: _Piece) -> bool:
+        is_short = self.max_length is None or len(piece.labels) <= self.max_length
+        return is_short and not piece.has_equal_turns
+
+
+class _Branch(NamedTuple):
+    """Turns one after the other. `spans` are where the tokens of each turn start and end."""
+
+    tokens: list[int]
+    spans: list[tuple[int, int]]
+
+
+def _branches(turns: Sequence[Turn]) -> list[_Branch]:
+    """A turn whose context begins with all of the turn before it continues its branch."""
+    branches: list[_Branch] = []
+    for turn in turns:
+        span = turn.start, len(turn.tokens)
+        last = branches[-1] if branches else None
+        if last is not None and turn.tokens[: turn.start][: len(last.tokens)] == last.tokens:
+            branches[-1] = _Branch(turn.tokens, [*last.spans, span])
+        else:
+            branches.append(_Branch(turn.tokens, [span]))
+    return branches
+
+
+class _Piece(NamedTuple):
+    """A tree as a part of a row.
+
+    Attributes:
+        tree: its tokens.
+        labels: `[L]`, those that turns generate; the place before a label predicts it.
+        has_equal_turns: whether two turns generate the same tokens in the same context, which no label can count twice.
+            Only templates that leave out whole messages make such turns.
+    """
+
+    tree: PrefixTree
+    labels: Tensor
+    has_equal_turns: bool
+
+    @classmethod
+    def of(cls, branches: Sequence[_Branch], max_branches: int | None) -> _Piece:
+        tree = from_sequences(
+            [branch.tokens for branch in branches], one_label_per_token=True, max_branches=max_branches
+        )
+        labels = torch.full_like(tree.input_ids[0], IGNORED)
+        num_labels = 0
+        for index, branch in zip(tree.index, branches):
+            for start, end in branch.spans:
+                start = max(start, 1)  # nothing predicts the first token of a row
+                # What a place predicts stands right after it: a branch begins with a copy of its parent's last token.
+                labels[index[start - 1 : end - 1] + 1] = torch.tensor(branch.tokens[start:end])
+                num_labels += end - start
+        return cls(tree, labels, int((labels != IGNORED).sum()) < num_labels)
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, eos_token_id: int | Sequence[int] | None) -> list[int]:
+    given: Any = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    if given is None:
+        raise ValueError(
+            "the tokenizer has no EOS token: pass `eos_token_id`, the tokens that stop generation "
+            "(`model.generation_config.eos_token_id`)"
+        )
+    ids = [given] if isinstance(given, int) else list(given)
+    for token in ids:
+        check_at_least("eos_token_id", token, 0)
+    return ids
