@@ -82,7 +82,7 @@ class PackedDataCollator:
         check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         check_at_least("pad_token_id", self.pad_token_id, 0)
         if self.bounds_for is not None:
-            _layer_types(self.bounds_for)
+            layer_types_of(self.bounds_for)
             count_tokens_in_trainer()
 
     @property
@@ -269,7 +269,7 @@ def _final_bounds(config: PreTrainedConfig, position_ids: Tensor, is_padding: Te
         layer_type: bounds.hide_keys(
             _bounds_of_layer_type(layer_type, config.get_text_config(), position_ids), is_padding
         )
-        for layer_type in _layer_types(config)
+        for layer_type in layer_types_of(config)
     }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -283,13 +283,14 @@ def _bounds_of_layer_type(layer_type: str, config: Any, position_ids: Tensor) ->
     return bounds.intersect(documents, bounds.sliding_window(config.sliding_window, position_ids.shape[1]))
 
 
-def _layer_types(config: PreTrainedConfig) -> list[str]:
+def layer_types_of(config: PreTrainedConfig, asking: str = "`bounds_for`") -> list[str]:
     """The types of layers that `transformers.masking_utils.create_masks_for_generate` finds in this model."""
     text_config: Any = config.get_text_config()
     if getattr(text_config, "output_router_logits", False):
         raise NotImplementedError(
-            "`bounds_for`: with output_router_logits=True this model reads `attention_mask` as a padding mask for its "
-            "auxiliary loss, and would read bounds wrongly; leave `bounds_for` out, the positions keep documents apart"
+            f"{asking}: with output_router_logits=True this model reads `attention_mask` as a padding mask for its "
+            "auxiliary loss, and would read bounds wrongly; set it to False, or pack documents by their positions "
+            "(PackedDataCollator without `bounds_for`)"
         )
     layer_types = sorted(set(getattr(text_config, "layer_types", None) or ()))
     unknown = [layer_type for layer_type in layer_types if layer_type not in _LAYER_TYPES]

@@ -101,7 +101,7 @@ def _end_of_turn(name: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int
     if end is None:
         raise ValueError(
             f"{name} has no end: {_template(tokenizer)} writes {_quote(tokenizer, tokens[-8:])} at its end, and none "
-            f"of {stops}; pass `eos_token_id`, the tokens that stop generation (`model.generation_config.eos_token_id`)"
+            f"of {stops}; pass `eos_token_id`, the tokens that stop generation"
         )
     following: Any = tokenizer.decode(tokens[end:], skip_special_tokens=True)
     if following.strip():

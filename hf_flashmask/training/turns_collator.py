@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import bounds
+from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..sharing.backbone import Traits, check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
 from .labels import IGNORED
-from .packing import PackingStrategy, check_at_least, check_choice, pack_lengths
+from .packing import PackingStrategy, check_at_least, check_choice, layer_types_of, pack_lengths
 from .token_counts import count_tokens_in_trainer
 from .turns import Turn, find_turns
 
@@ -40,19 +43,19 @@ class TurnsDataCollator:
 
     Set `TrainingArguments(remove_unused_columns=False)`, because Trainer takes all columns for unused, and with
     `SFTTrainer` also `dataset_kwargs={"skip_prepare_dataset": True}` (its metric `num_tokens` adds up the bounds, and
-    means nothing). Trainer's `per_device_train_batch_size` counts conversations. Layers with a window or chunks follow
-    the branches.
+    means nothing). Trainer's `per_device_train_batch_size` counts conversations.
 
     Args:
         tokenizer: with a chat template.
+        model: the causal language model that is trained, with attn_implementation="flashmask"; it may have adapters of
+            PEFT. It is not kept. The bounds are final: layers with a window or chunks get theirs along the branches.
         max_length: tokens that fit into a row. None: one row with all conversations, however long. The turns of a
             conversation that needs more are distributed over several trees, which changes nothing but the tokens saved.
-        eos_token_id: the token or tokens that stop generation, as in `model.generation_config.eos_token_id`. Default:
-            the EOS token of the tokenizer.
+            So are those of a conversation with more than 15 branches, for a model with windows or chunks.
+        eos_token_id: the token or tokens that stop generation. Default: those of `model.generation_config`, and the EOS
+            token of the tokenizer.
         overflow: what to do with a turn that is longer than `max_length` with its context. "error" raises; "truncate"
             keeps its first `max_length` tokens, if any of them are its own; "drop" leaves the turn out.
-        max_branches: the largest number of branches of a tree. Models with sliding windows or chunks need a limit for
-            conversations of more than 15 branches: each branch takes one of the 16 intervals of bounds.
         strategy: how conversations are distributed over rows, see `pack_lengths`.
         pad_to_multiple_of: round the length of rows up.
 
@@ -64,34 +67,40 @@ class TurnsDataCollator:
         When called with a list of examples, a dict with
 
         * `input_ids`, int64 `[R, S]`, and `position_ids`, int64 `[R, S]`, which count along each branch;
-        * `attention_mask`, bounds, int32 `[R, 1, 1, S]`; padding is hidden, and sees nothing;
+        * `attention_mask`, bounds, int32 `[R, 1, C, S]`, or a dict of them where the layers of the model see different
+          keys; padding is hidden, and sees nothing;
         * `labels`, int64 `[R, S]`, which the model shifts, -100 for what no turn generates.
 
     Raises:
         TypeError, ValueError: for an option or an example that cannot be used, for a message that the chat template
             renders as something else than the continuation of its context; the message names it.
+        NotImplementedError: for a model that cannot be called with prefix trees, such as one with recurrent layers.
 
-    >>> collator = TurnsDataCollator(tokenizer, max_length=16384)  # doctest: +SKIP
+    >>> collator = TurnsDataCollator(tokenizer, model, max_length=16384)  # doctest: +SKIP
     >>> Trainer(model, args, train_dataset=conversations, data_collator=collator).train()  # doctest: +SKIP
     """
 
     tokenizer: PreTrainedTokenizerBase
+    model: InitVar[nn.Module]
     max_length: int | None = None
     eos_token_id: int | Sequence[int] | None = field(default=None, kw_only=True)
     overflow: TurnOverflow = field(default="error", kw_only=True)
-    max_branches: int | None = field(default=None, kw_only=True)
     strategy: PackingStrategy = field(default="first_fit_decreasing", kw_only=True)
     pad_to_multiple_of: int = field(default=1, kw_only=True)
     given_tokens: int = field(default=0, init=False, compare=False)
     computed_tokens: int = field(default=0, init=False, compare=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model: nn.Module) -> None:
         check_choice("strategy", self.strategy, PackingStrategy)
         check_choice("overflow", self.overflow, TurnOverflow)
-        for name, least in (("max_length", 2), ("max_branches", 1), ("pad_to_multiple_of", 1)):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), least)
-        self._stop_ids = _stop_ids(self.tokenizer, self.eos_token_id)
+        if self.max_length is not None:
+            check_at_least("max_length", self.max_length, 2)
+        check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        backbone = find_backbone(model, type(self).__name__)
+        check_backbone(backbone, type(self).__name__)
+        self._key_ranges = _key_ranges(backbone.config)
+        self._longest_row = Traits.of(backbone).packs_up_to
+        self._stop_ids = _stop_ids(self.eos_token_id, model, self.tokenizer)
         count_tokens_in_trainer()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -106,6 +115,11 @@ class TurnsDataCollator:
         lengths = [len(piece.labels) for piece in pieces]
         rows = pack_lengths(lengths, self.max_length or sum(lengths), self.strategy)
         longest = max(sum(lengths[piece] for piece in row) for row in rows)
+        if longest > self._longest_row:
+            raise ValueError(
+                f"a row of the batch has {longest} tokens, and this model scales scores by the column of a token from "
+                f"{self._longest_row} on: set `max_length` to at most that"
+            )
         shape = len(rows), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
         pad_token_id = self.tokenizer.pad_token_id
@@ -127,9 +141,26 @@ class TurnsDataCollator:
         return {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "attention_mask": subtree_ends[:, None, None],
+            "attention_mask": self._bounds(subtree_ends[:, None, None], position_ids, pieces),
             "labels": labels,
         }
+
+    def _bounds(self, trees: Tensor, depth: Tensor, pieces: Sequence[_Piece]) -> Tensor | dict[str, Tensor]:
+        """The trees `[R, 1, 1, S]` for each type of layers."""
+        max_branches = max(piece.tree.max_branches for piece in pieces)
+
+        def within(key_range: _KeyRange | None) -> Tensor:
+            if key_range is None or int(depth.max()) < key_range.limit:
+                return trees
+            return bounds.limit_depth(trees, depth, key_range.end(depth), max_branches=max_branches)
+
+        masks = {layer_type: within(key_range) for layer_type, key_range in self._key_ranges.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @property
+    def _max_branches(self) -> int | None:
+        """A window takes an interval for each branch, and one for what is below the tree."""
+        return bounds.MAX_INTERVALS - 1 if any(self._key_ranges.values()) else None
 
     def _turns(self, number: int, example: Mapping[str, Any]) -> list[Turn]:
         """The turns of an example that are trained and fit into a row."""
@@ -155,10 +186,10 @@ class TurnsDataCollator:
         first = 0
         while first < len(branches):
             last = len(branches)
-            piece = _Piece.of(branches[first:last], self.max_branches)
+            piece = _Piece.of(branches[first:last], self._max_branches)
             if not self._fits(piece):  # the most branches that do
-                last, piece = first + 1, _Piece.of(branches[first : first + 1], self.max_branches)
-                while self._fits(larger := _Piece.of(branches[first : last + 1], self.max_branches)):
+                last, piece = first + 1, _Piece.of(branches[first : first + 1], self._max_branches)
+                while self._fits(larger := _Piece.of(branches[first : last + 1], self._max_branches)):
                     last, piece = last + 1, larger
             pieces.append(piece)
             first = last
@@ -219,14 +250,45 @@ class _Piece(NamedTuple):
         return cls(tree, labels, int((labels != IGNORED).sum()) < num_labels)
 
 
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    given: Any = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-    if given is None:
-        raise ValueError(
-            "the tokenizer has no EOS token: pass `eos_token_id`, the tokens that stop generation "
-            "(`model.generation_config.eos_token_id`)"
+class _KeyRange(NamedTuple):
+    """The keys that layers see: those in a window of `limit` tokens, or in the same chunk."""
+
+    limit: int
+    is_chunk: bool
+
+    def end(self, depth: Tensor) -> Tensor:
+        """The depth from which a key at `depth` is hidden."""
+        return (depth // self.limit + 1) * self.limit if self.is_chunk else depth + self.limit
+
+
+def _key_ranges(config: Any) -> dict[str, _KeyRange | None]:
+    """Layer type -> the keys that it sees, None for all."""
+    ranges: dict[str, _KeyRange | None] = {}
+    for layer_type in layer_types_of(config, "TurnsDataCollator"):
+        setting = KEY_RANGE_OF_LAYER_TYPE.get(layer_type)
+        is_chunk = layer_type == "chunked_attention"
+        ranges[layer_type] = (
+            None if setting is None else _KeyRange(getattr(config.get_text_config(), setting), is_chunk)
         )
-    ids = [given] if isinstance(given, int) else list(given)
+    return ranges
+
+
+def _stop_ids(given: int | Sequence[int] | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if given is None:
+        generation_config: Any = getattr(model, "generation_config", None)
+        found = [*_as_list(getattr(generation_config, "eos_token_id", None)), *_as_list(tokenizer.eos_token_id)]
+        ids = list(dict.fromkeys(found))
+    else:
+        ids = _as_list(given)
+    if not ids:
+        raise ValueError(
+            "neither the model's `generation_config` nor the tokenizer has an EOS token: pass `eos_token_id`, the "
+            "tokens that stop generation"
+        )
     for token in ids:
         check_at_least("eos_token_id", token, 0)
     return ids
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
