@@ -77,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     has_gpu = torch.cuda.is_available()
     add("--model", help="a causal language model on the Hub or in a folder (default: a small Llama from scratch)")
     add("--steps", type=int, default=80 if has_gpu else 25, help="training steps of each run (default: %(default)s)")
-    add("--batch-size", type=int, default=16 if has_gpu else 4, help="conversations per step (default: %(default)s)")
-    add("--questions", type=int, default=5, help="of a conversation (default: %(default)s)")
+    add("--batch-size", type=int, default=16 if has_gpu else 3, help="conversations per step (default: %(default)s)")
+    add("--questions", type=int, default=3, help="of a conversation (default: %(default)s)")
     add("--hidden-size", type=int, default=256 if has_gpu else 128, help="a multiple of 64 (default: %(default)s)")
     add("--layers", type=int, default=6 if has_gpu else 2, help="of the small Llama (default: %(default)s)")
     add("--learning-rate", type=float, default=1e-3, help="decays linearly to 0 (default: %(default)s)")
@@ -104,8 +104,8 @@ def documented_functions() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
             for node in ast.walk(ast.parse(path.read_bytes())):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     documentation = ast.get_docstring(node)
-                    if documentation and 100 < len(documentation) < 1000:
-                        functions.append((node.name, ast.unparse(node)[:600], documentation))
+                    if documentation and 100 < len(documentation) < 600:
+                        functions.append((node.name, ast.unparse(node)[:240], documentation))
             yield ".".join(parts), functions
 
 

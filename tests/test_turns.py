@@ -276,7 +276,8 @@ def test_options_of_the_template() -> None:
 def test_the_model_says_what_stops_generation() -> None:
     """As Gemma, whose tokenizer has another EOS token than the end of a turn."""
     tokenizer, model = make_tokenizer(CHATML, "<end>"), build("llama")
-    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<e>")]
+    # An "a" is no special token: the default of a configuration, as in a model from scratch.
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<e>", "a"])
     batch = TurnsDataCollator(tokenizer, model)([{"messages": [user("q"), assistant("a")]}])
     assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "a<e>"
 

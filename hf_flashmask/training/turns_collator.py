@@ -52,8 +52,8 @@ class TurnsDataCollator:
         max_length: tokens that fit into a row. None: one row with all conversations, however long. The turns of a
             conversation that needs more are distributed over several trees, which changes nothing but the tokens saved.
             So are those of a conversation with more than 15 branches, for a model with windows or chunks.
-        eos_token_id: the token or tokens that stop generation. Default: those of `model.generation_config`, and the EOS
-            token of the tokenizer.
+        eos_token_id: the token or tokens that stop generation. Default: those of `model.generation_config` that are
+            special tokens of the tokenizer, and the tokenizer's EOS token.
         overflow: what to do with a turn that is longer than `max_length` with its context. "error" raises; "truncate"
             keeps its first `max_length` tokens, if any of them are its own; "drop" leaves the turn out.
         strategy: how conversations are distributed over rows, see `pack_lengths`.
@@ -275,9 +275,11 @@ def _key_ranges(config: Any) -> dict[str, _KeyRange | None]:
 
 def _stop_ids(given: int | Sequence[int] | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if given is None:
-        generation_config: Any = getattr(model, "generation_config", None)
-        found = [*_as_list(getattr(generation_config, "eos_token_id", None)), *_as_list(tokenizer.eos_token_id)]
-        ids = list(dict.fromkeys(found))
+        stated = _as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        # A model from scratch has an id from the defaults of its configuration, which may be that of a word.
+        added: Any = tokenizer.added_tokens_decoder
+        special = [token for token in stated if token in added and added[token].special]
+        ids = list(dict.fromkeys([*special, *_as_list(tokenizer.eos_token_id)]))
     else:
         ids = _as_list(given)
     if not ids:
