@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import VOCABULARY, build, eager_twin
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -328,6 +328,53 @@ def test_workers_make_the_same_batches() -> None:
     loader = DataLoader(examples, batch_size=2, collate_fn=TurnsDataCollator(tokenizer, LLAMA, 400), num_workers=1)
     for batch, other in zip(loader, expected, strict=True):
         torch.testing.assert_close(batch, other, rtol=0, atol=0)
+
+
+# Templates of models
+
+
+def tokenizer_of_model(name: str, stop: str) -> PreTrainedTokenizerFast:
+    """The template that a family of models comes with, as TRL stores it, over bytes."""
+    trl = pytest.importorskip("trl")
+    template = (Path(trl.__file__).parent / f"chat_templates/{name}.jinja").read_text()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=stop, bos_token="<bos>", chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "has_tools"),
+    [
+        ("qwen2_5", "<|im_end|>", True),
+        ("qwen3", "<|im_end|>", True),
+        ("qwen3_6", "<|im_end|>", True),
+        ("llama3_1", "<|eot_id|>", True),
+        ("nemotron_3_nano", "<|im_end|>", True),
+        ("lfm2", "<|im_end|>", True),
+        ("gptoss", "<|return|>", False),
+        ("gemma3", "<end_of_turn>", False),
+        ("phi3", "<|end|>", False),
+    ],
+)
+def test_templates_of_models(name: str, stop: str, has_tools: bool) -> None:
+    tokenizer = tokenizer_of_model(name, stop)
+    messages = [user("q1"), assistant("a1", reasoning_content="t1", thinking="t1")]
+    if has_tools:
+        messages[1:1] = [call("t0", "x"), tool("r")]
+    messages += [user("q2"), assistant("a2", reasoning_content="t2", thinking="t2")]
+    example = {"messages": messages, "tools": TOOLS if has_tools else None}
+    collator = TurnsDataCollator(tokenizer, LLAMA)
+    batch = collator([example])
+    assert predictions(batch) == predictions_alone(rows_alone(tokenizer, example, stop))
+    assert collator.computed_tokens < collator.given_tokens
+
+
+def test_a_template_of_a_model_that_drops_all_thinking() -> None:
+    collator = TurnsDataCollator(tokenizer_of_model("deepseek_r1_distill", "<eos>"), LLAMA)
+    with pytest.raises(ValueError, match=r"message 1 .* cannot be located: .* the context goes on with '<think>\\n'"):
+        collator([{"messages": [user("q"), assistant("<think>\nt\n</think>\n\na")]}])
 
 
 # Models
