@@ -41,9 +41,10 @@ class TurnsDataCollator:
     generation. They are found by rendering the messages before the turn with `add_generation_prompt=True`, and those up
     to it without.
 
-    Set `TrainingArguments(remove_unused_columns=False)`, because Trainer takes all columns for unused, and with
-    `SFTTrainer` also `dataset_kwargs={"skip_prepare_dataset": True}` (its metric `num_tokens` adds up the bounds, and
-    means nothing). Trainer's `per_device_train_batch_size` counts conversations.
+    Set `TrainingArguments(remove_unused_columns=False)`, because Trainer takes all columns for unused. Trainer's
+    `per_device_train_batch_size` counts conversations. `SFTTrainer` needs `dataset_kwargs={"skip_prepare_dataset":
+    True}` and a model whose layers are all of one type: it adds up `attention_mask` for its metric `num_tokens`, which
+    means nothing here, and fails where that is a dict.
 
     Args:
         tokenizer: with a chat template.
