@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_flashmask.bounds import anchored_blocks, block_diffusion
 from hf_flashmask.sharing.prefix_tree import PrefixTree, merge_prefixes
-from hf_flashmask.training import SharedPromptDataCollator
+from hf_flashmask.training import SharedPromptDataCollator, TurnsDataCollator
 
 SCRIPT = Path(__file__).parents[1] / "examples/sft_packed.py"
 SMALL = ["--steps", "6", "--batch-size", "4", "--max-length", "128", "--hidden-size", "64", "--layers", "1"]
@@ -178,6 +178,43 @@ def test_sft_long_context_trains_as_one_process(
     content = (tmp_path / "runs/sft_long_context/mask.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000
+
+
+# Conversations
+
+TURNS = ["--steps", "4", "--batch-size", "2", "--questions", "2", "--hidden-size", "64", "--layers", "1"]
+
+
+def test_sft_turns_trains_as_a_row_for_each_turn(run_script: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_script("sft_turns.py", *TURNS)
+    assert "The two runs agree" in printed
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    tree, rows = report["tree"], report["rows"]
+    assert len(tree["loss"]) == 4
+    assert tree["loss"] == pytest.approx(rows["loss"], abs=report["tolerance"])
+    assert tree["loss"][-1] < tree["loss"][0] - 0.1
+    assert tree["positions"] == tree["tokens"] < rows["tokens"] < rows["positions"]
+    assert report["tokens_saved"] == 1 - tree["tokens"] / rows["tokens"] > 0.3
+    for picture in ("loss.png", "mask.png"):
+        content = (tmp_path / "out" / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) > 5000
+    for run in (tree, rows):
+        assert f"{run['tokens']:,}" in printed
+
+
+def test_sft_turns_fails_when_thinking_is_seen_later(
+    run_script: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leaking(TurnsDataCollator):
+        def __call__(self, examples: Any) -> dict[str, Any]:
+            batch = super().__call__(examples)
+            batch["attention_mask"].fill_(batch["input_ids"].shape[1])
+            return batch
+
+    monkeypatch.setattr("hf_flashmask.TurnsDataCollator", Leaking)
+    with pytest.raises(SystemExit, match="DO NOT AGREE"):
+        run_script("sft_turns.py", *TURNS)
 
 
 # Preference data

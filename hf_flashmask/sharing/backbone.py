@@ -18,16 +18,19 @@ _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
 _MASK_CREATORS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
-def find_backbone(model: nn.Module) -> PreTrainedModel:
-    """The model without its head, out of all wrappers: the innermost module that is called with `input_ids`."""
+def find_backbone(model: nn.Module, asking: str = "share_prefixes") -> PreTrainedModel:
+    """The model without its head, out of all wrappers: the innermost module that is called with `input_ids`.
+
+    `asking` is who needs it, for the messages of errors.
+    """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
-        _refuse_prompt_learning(inner)
+        _refuse_prompt_learning(inner, asking)
         # DDP and FSDP, torch.compile, TRL's value heads, peft and its tuners.
         names = ("module", "_orig_mod", "pretrained_model", "base_model", "model")
         inner = next((part for name in names if isinstance(part := getattr(inner, name, None), nn.Module)), None)
         if inner is None:
-            raise ValueError(f"share_prefixes needs a Transformers model, {type(model).__name__} holds none")
+            raise ValueError(f"{asking} needs a Transformers model, {type(model).__name__} holds none")
     backbone = cast(PreTrainedModel, inner.base_model)
     if backbone is inner and inner.get_output_embeddings() is not None:
         # A model whose `base_model_prefix` names nothing (Llama 4's language model).
@@ -47,7 +50,7 @@ def _models_in(model: nn.Module) -> list[PreTrainedModel]:
     return [part for part in model.children() if isinstance(part, PreTrainedModel)]
 
 
-def _refuse_prompt_learning(wrapper: Any) -> None:
+def _refuse_prompt_learning(wrapper: Any, asking: str) -> None:
     settings = getattr(wrapper, "peft_config", None)
     active = getattr(wrapper, "active_adapter", None)
     names = [active] if isinstance(active, str) else active
@@ -56,41 +59,42 @@ def _refuse_prompt_learning(wrapper: Any) -> None:
     for name in names:
         if getattr(settings.get(name), "is_prompt_learning", False):
             raise NotImplementedError(
-                f"share_prefixes cannot share prefixes under prompt learning of PEFT: the adapter {name!r} "
+                f"{asking} cannot share prefixes under prompt learning of PEFT: the adapter {name!r} "
                 f"({type(settings[name]).__name__}) puts learned vectors before the tokens of every row; use an "
-                "adapter of another kind (for example LoRA), or train without share_prefixes"
+                f"adapter of another kind (for example LoRA), or train without {asking}"
             )
 
 
-def check_implementation(backbone: PreTrainedModel) -> None:
+def check_implementation(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
     implementation = backbone.config.get_text_config()._attn_implementation
     if implementation != NAME:
         raise ValueError(
-            f'share_prefixes needs attn_implementation="flashmask", {type(backbone).__name__} uses "{implementation}": '
+            f'{asking} needs attn_implementation="flashmask", {type(backbone).__name__} uses "{implementation}": '
             'call model.set_attn_implementation("flashmask") first'
         )
 
 
-def check_backbone(backbone: PreTrainedModel) -> None:
-    check_implementation(backbone)
+def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
+    """Raise unless the model can be called with prefix trees."""
+    check_implementation(backbone, asking)
     name, config = type(backbone).__name__, backbone.config.get_text_config()
     if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
-        raise ValueError(f"share_prefixes needs a causal model; in {name} a token sees the ones after it")
+        raise ValueError(f"{asking} needs a causal model; in {name} a token sees the ones after it")
     if backbone.config.is_encoder_decoder:
-        raise ValueError(f"share_prefixes needs a decoder, {name} has an encoder as well")
+        raise ValueError(f"{asking} needs a decoder, {name} has an encoder as well")
     other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
     convolutions = {type(module).__name__ for module in backbone.modules() if isinstance(module, nn.Conv1d)}
     if backbone._is_stateful or other_layers or convolutions:
         found = ", ".join(sorted(other_layers | convolutions)) or "a recurrent state"
         raise NotImplementedError(
-            f"share_prefixes cannot share what goes from token to token other than by attention: {name} has {found}"
+            f"{asking} cannot share what goes from token to token other than by attention: {name} has {found}"
         )
     modules = [sys.modules[base.__module__] for base in type(backbone).__mro__ if issubclass(base, PreTrainedModel)]
     if not any(hasattr(module, creator) for module in modules for creator in _MASK_CREATORS):
-        raise NotImplementedError(f"share_prefixes cannot give {name} a mask: it makes its own")
+        raise NotImplementedError(f"{asking} cannot give {name} a mask: it makes its own")
     if "position_ids" not in _arguments_of(backbone):
         raise NotImplementedError(
-            f"share_prefixes cannot tell {name} the positions of tokens: its forward takes no `position_ids`"
+            f"{asking} cannot tell {name} the positions of tokens: its forward takes no `position_ids`"
         )
 
 

@@ -15,6 +15,7 @@ from .losses import (
 )
 from .packing import Overflow, PackedDataCollator, PackingStrategy, pack_lengths
 from .preference_collator import SharedPromptDataCollator
+from .turns_collator import TurnOverflow, TurnsDataCollator
 
 __all__ = [
     "AnswerLabels",
@@ -24,6 +25,8 @@ __all__ = [
     "PackedDataCollator",
     "PackingStrategy",
     "SharedPromptDataCollator",
+    "TurnOverflow",
+    "TurnsDataCollator",
     "answer_log_probs",
     "answer_scores",
     "compute_log_probs",

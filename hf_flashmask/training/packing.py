@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import bounds
+from .labels import IGNORED
 from .token_counts import count_tokens_in_trainer
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ __all__ = ["Overflow", "PackedDataCollator", "PackingStrategy", "pack_lengths"]
 
 PackingStrategy: TypeAlias = Literal["first_fit_decreasing", "in_order"]
 Overflow: TypeAlias = Literal["error", "truncate", "split"]
-
-_IGNORED_LABEL = -100
 
 
 @dataclass
@@ -76,14 +75,14 @@ class PackedDataCollator:
     _num_positions: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_choice("strategy", self.strategy, PackingStrategy)
-        _check_choice("overflow", self.overflow, Overflow)
+        check_choice("strategy", self.strategy, PackingStrategy)
+        check_choice("overflow", self.overflow, Overflow)
         if self.max_length is not None:
-            _check_at_least("max_length", self.max_length, 1)
-        _check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
-        _check_at_least("pad_token_id", self.pad_token_id, 0)
+            check_at_least("max_length", self.max_length, 1)
+        check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        check_at_least("pad_token_id", self.pad_token_id, 0)
         if self.bounds_for is not None:
-            _layer_types(self.bounds_for)
+            layer_types_of(self.bounds_for)
             count_tokens_in_trainer()
 
     @property
@@ -106,7 +105,7 @@ class PackedDataCollator:
 
         batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, _IGNORED_LABEL),
+            "labels": torch.full(shape, IGNORED),
             "position_ids": torch.zeros(shape, dtype=torch.int64),
         }
         is_padding = torch.ones(shape, dtype=torch.bool)
@@ -116,7 +115,7 @@ class PackedDataCollator:
             batch["labels"][row, used] = torch.cat([documents[index].labels for index in indices])
             batch["position_ids"][row, used] = torch.cat([torch.arange(lengths[index]) for index in indices])
             is_padding[row, used] = False
-        batch["labels"].masked_fill_(batch["position_ids"] == 0, _IGNORED_LABEL)
+        batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
         if self.bounds_for is not None:
             batch["attention_mask"] = _final_bounds(self.bounds_for, batch["position_ids"], is_padding)
 
@@ -157,8 +156,8 @@ def pack_lengths(
     Raises:
         ValueError: when a document is longer than `max_length`, naming the first one; when an argument is out of range.
     """
-    _check_choice("strategy", strategy, PackingStrategy)
-    _check_at_least("max_length", max_length, 1)
+    check_choice("strategy", strategy, PackingStrategy)
+    check_at_least("max_length", max_length, 1)
     for index, length in enumerate(lengths):
         if not 0 <= length <= max_length:
             raise ValueError(
@@ -270,7 +269,7 @@ def _final_bounds(config: PreTrainedConfig, position_ids: Tensor, is_padding: Te
         layer_type: bounds.hide_keys(
             _bounds_of_layer_type(layer_type, config.get_text_config(), position_ids), is_padding
         )
-        for layer_type in _layer_types(config)
+        for layer_type in layer_types_of(config)
     }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -284,13 +283,14 @@ def _bounds_of_layer_type(layer_type: str, config: Any, position_ids: Tensor) ->
     return bounds.intersect(documents, bounds.sliding_window(config.sliding_window, position_ids.shape[1]))
 
 
-def _layer_types(config: PreTrainedConfig) -> list[str]:
+def layer_types_of(config: PreTrainedConfig, asking: str = "`bounds_for`") -> list[str]:
     """The types of layers that `transformers.masking_utils.create_masks_for_generate` finds in this model."""
     text_config: Any = config.get_text_config()
     if getattr(text_config, "output_router_logits", False):
         raise NotImplementedError(
-            "`bounds_for`: with output_router_logits=True this model reads `attention_mask` as a padding mask for its "
-            "auxiliary loss, and would read bounds wrongly; leave `bounds_for` out, the positions keep documents apart"
+            f"{asking}: with output_router_logits=True this model reads `attention_mask` as a padding mask for its "
+            "auxiliary loss, and would read bounds wrongly; set it to False, or pack documents by their positions "
+            "(PackedDataCollator without `bounds_for`)"
         )
     layer_types = sorted(set(getattr(text_config, "layer_types", None) or ()))
     unknown = [layer_type for layer_type in layer_types if layer_type not in _LAYER_TYPES]
@@ -310,11 +310,11 @@ def _layer_types(config: PreTrainedConfig) -> list[str]:
 # Checks
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
+def check_choice(name: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}")
 
 
-def _check_at_least(name: str, value: Any, smallest: int) -> None:
+def check_at_least(name: str, value: Any, smallest: int) -> None:
     if not isinstance(value, Integral) or value < smallest:
         raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from .chat import encode_messages, template_options
 
 logger = logging.get_logger(__name__)
 
@@ -100,23 +101,12 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any],
 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], answers: Sequence[Any]) -> list:
-    prompt, tools = list(example["prompt"]), example.get("tools")
-    if isinstance(tools, str):  # as TRL takes them: a dataset cannot store structures that differ from row to row
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(
-                f"`tools` of an example is a string, but no JSON: {error}; give a list, or its JSON"
-            ) from error
-    options = {"tools": tools, **(example.get("chat_template_kwargs") or {})}
-
-    def encode(messages: list, add_generation_prompt: bool) -> list[int]:
-        encoding: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **options
-        )
-        return encoding["input_ids"]
-
-    return [encode(prompt, True), *(encode(prompt + list(answer), False) for answer in answers)]
+    prompt, options = list(example["prompt"]), template_options(example)
+    conversations = [prompt + list(answer) for answer in answers]
+    return [
+        encode_messages(tokenizer, prompt, options, add_generation_prompt=True),
+        *(encode_messages(tokenizer, messages, options, add_generation_prompt=False) for messages in conversations),
+    ]
 
 
 def _required(tokenizer: PreTrainedTokenizerBase | None, kind: str) -> PreTrainedTokenizerBase:
