@@ -36,10 +36,10 @@ def parser_of(description: str | None, name: str, *, steps: int) -> argparse.Arg
     add("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
     add("--dense-steps", type=int, default=20, help="of them with a dense mask as well (default: %(default)s)")
     add("--batch-size", type=int, default=2, help="packed rows per step (default: %(default)s)")
-    add("--length", type=int, default=512, help="tokens of a packed row (default: %(default)s)")
+    add("--length", type=int, default=256, help="tokens of a packed row (default: %(default)s)")
     add("--hidden-size", type=int, default=128, help="of the model, a multiple of 64 (default: %(default)s)")
     add("--layers", type=int, default=3, help="of the model (default: %(default)s)")
-    add("--learning-rate", type=float, default=3e-3, help="decays linearly to 0 (default: %(default)s)")
+    add("--learning-rate", type=float, default=4e-3, help="decays linearly to 0 (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of the batches (default: %(default)s)")
     add("--output", type=Path, default=Path("runs") / name, help="folder for the pictures (default: %(default)s)")
     return parser
@@ -64,10 +64,10 @@ class Rows:
         return Rows(*(field[rows].to(DEVICE) for field in (self.input_ids, self.document_ids, self.position_ids)))
 
 
-def load_documents(args: argparse.Namespace) -> tuple[list[list[int]], Any]:
-    """As many tokens as let the run see each four times, and their tokenizer, with a mask token.
+def load_documents(args: argparse.Namespace, count: int) -> tuple[list[list[int]], Any]:
+    """Texts of this Python installation, `count` tokens or a few more, and their tokenizer, with a mask token.
 
-    The texts are those of this Python installation. Documents are cut to half a row.
+    Documents are cut to half a row.
     """
     texts = sorted({text for text in python_texts() if len(text) >= 40})
     random.Random(args.seed).shuffle(texts)
@@ -76,8 +76,7 @@ def load_documents(args: argparse.Namespace) -> tuple[list[list[int]], Any]:
     encoded = tokenizer(texts)["input_ids"]
     documents = [[*ids[: args.length // 2 - 1], tokenizer.eos_token_id] for ids in encoded]
     ends = itertools.accumulate(map(len, documents))
-    needed = max(args.steps // 4, 1) * args.batch_size * args.length
-    return [ids for ids, end in zip(documents, ends) if end - len(ids) < needed], tokenizer
+    return [ids for ids, end in zip(documents, ends) if end - len(ids) < count], tokenizer
 
 
 def pack(documents: list[list[int]], length: int) -> Rows:

@@ -95,10 +95,12 @@ def sample(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "block_diffusion", steps=300)
-    parser.add_argument("--block-size", type=int, default=8, help="tokens of a block (default: %(default)s)")
+    parser = parser_of(__doc__, "block_diffusion", steps=600)
+    parser.add_argument("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
     args = parser.parse_args()
-    documents, tokenizer = load_documents(args)
+    per_step = args.batch_size * args.length
+    # A model this small learns by repetition: it sees each text 16 times.
+    documents, tokenizer = load_documents(args, max(args.steps // 16, 1) * per_step)
     rows, size, mask_id = pack(documents, args.length), args.block_size, tokenizer.mask_token_id
 
     model = small_llama(args, tokenizer, "flashmask")
@@ -116,7 +118,7 @@ def main() -> None:
 
     dense = train("sdpa", args, dense_model, rows, dense_loss_of, stop_after=args.dense_steps)
 
-    prompt = tokenizer("Permission is hereby granted, free of charge, to any", return_tensors="pt")["input_ids"][0]
+    prompt = torch.tensor(max(documents, key=len)[:12])
     tokens, passes = sample(model, prompt.to(DEVICE), size, mask_id, tokenizer.eos_token_id, 96)
     text = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
     print(f"\nSampled {len(tokens) - len(prompt)} tokens in {passes} passes:\n{tokenizer.decode(prompt)}[...]{text}")

@@ -211,13 +211,13 @@ def acceptance(
 def main() -> None:
     parser = parser_of(__doc__, "draft_model", steps=300)
     add = parser.add_argument
-    add("--target-steps", type=int, default=200, help="training steps of the target (default: %(default)s)")
+    add("--target-steps", type=int, default=400, help="training steps of the target (default: %(default)s)")
     add("--block-size", type=int, default=8, help="the anchor and the tokens drafted at once (default: %(default)s)")
-    add("--anchors", type=int, default=32, help="of each row (default: %(default)s)")
+    add("--anchors", type=int, default=16, help="of each row (default: %(default)s)")
     add("--draft-layers", type=int, default=2, help="of the drafter (default: %(default)s)")
     add("--prompts", type=int, default=256, help="that the target continues for the drafter (default: %(default)s)")
     args = parser.parse_args()
-    documents, tokenizer = load_documents(args)
+    documents, tokenizer = load_documents(args, max(args.target_steps * args.batch_size // 4, 8) * args.length)
     size, mask_id, end_id = args.block_size, tokenizer.mask_token_id, tokenizer.eos_token_id
 
     target = small_llama(args, tokenizer, "flashmask")
@@ -225,7 +225,7 @@ def main() -> None:
     train("target", args, target, texts, lambda rows, _: next_token_loss(target, rows), steps=args.target_steps)
     target.requires_grad_(False)
     prompts = torch.tensor([ids[:PROMPT] for ids in documents if len(ids) > PROMPT], device=DEVICE)
-    prompts, held_out = prompts[: args.prompts], prompts[-4:]
+    prompts, held_out = prompts[:-4][: args.prompts], prompts[-4:]
     rows = pack(answers(target, prompts, end_id), args.length)
 
     def drafter_under(attention: str) -> Drafter:
