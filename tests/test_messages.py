@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).parents[1] / "docs"))
 
 import messages
 
-INTERNAL = {"UnknownFunctionError"}
-"""Caught where functions are evaluated instead: no user sees them."""
+INTERNAL = {"UnknownFunctionError", "typer.BadParameter", "typer.Exit"}
+"""Caught where functions are evaluated instead; of the command line, which repeats the message of another error."""
 
 
 def test_every_message_can_be_read_off_the_source() -> None:

@@ -50,6 +50,21 @@ def sum_of_values(values: Tensor, labels: AnswerLabels) -> Tensor:
     return values.sum()
 
 
+def test_models_in_which_answers_meet_outside_of_attention_are_refused() -> None:
+    config = transformers.Lfm2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    model = transformers.Lfm2ForCausalLM._from_config(config, attn_implementation="flashmask")
+    with pytest.raises(NotImplementedError, match="set_loss cannot share what goes from token to token other than by"):
+        set_loss(model, dpo_loss)
+
+
 # Again and again
 
 
