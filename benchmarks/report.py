@@ -121,6 +121,39 @@ def attention_section(run: Json) -> list[str]:
     return lines
 
 
+def families_section(run: Json) -> list[str]:
+    """The masks of `families.py`, at the shapes of the projects that train them."""
+    cells = {(row["mask"], row["implementation"]): row for row in run["rows"] if "tflops" in row}
+    body = []
+    for mask in dict.fromkeys(mask for mask, _ in cells):
+        ours, flex = cells.get((mask, OURS)), cells.get((mask, FLEX))
+        if ours is None or flex is None:
+            continue
+        size = f"{ours['length']:,} x {ours.get('kv_length', ours['length']):,}"
+        speeds = [f"{row['tflops']['total']:.0f}" for row in (ours, flex)]
+        making = [f"{row['milliseconds']['mask']:.2f}" for row in (ours, flex)]
+        ratio = flex["milliseconds"]["total"] / ours["milliseconds"]["total"]
+        body.append([mask, size, f"{ours['visible']:.1%}", *speeds, f"{ratio:.2f}", *making])
+    environment = run["environment"]
+    header = [
+        "mask",
+        "rows x keys",
+        "visible",
+        OURS,
+        FLEX,
+        "times",
+        f"mask, ms: {OURS}",
+        "compiled `create_block_mask`",
+    ]
+    return [
+        f"**{environment['device']}**, the masks of block diffusion and of drafters at the shapes of their projects, "
+        f"{heads(run['settings'] | HEADLINE)}: forward and backward, TFLOP/s over the visible pairs, and the device's "
+        f"time to make the mask. {versions(environment)}",
+        "",
+        *table(header, body),
+    ]
+
+
 def shape_of(row: Json) -> tuple[int, int, int, int]:
     return row["length"], row["head_dim"], row["heads"], row["kv_heads"]
 
@@ -640,9 +673,11 @@ def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[s
 def speed_sections() -> list[str]:
     """Every table of speed that is not of the paper's protocol."""
     attention, training = headline_run(), training_run()
+    families = latest_run("attention_families_gpu", protocol="families")
     masking = RESULTS / "masking_gpu.json"
     sections = (
         attention_section(attention) if attention else [],
+        families_section(families) if families else [],
         masking_section(results(masking.stem)) if masking.exists() else [],
         training_section(training) if training else [],
         shared_prompts_section(results("shared_prompts_gpu")),
