@@ -30,12 +30,23 @@ NOT_OF_THE_CORE = {
     "compilation",
     "docs",
     "examples",
+    "messages",
     "packaging",
     "paper_masks",
     "sweep",
     "visualization",
 }
-WITHOUT_TRANSFORMERS = {"bounds", "configs", "derivatives", "ops", "portable", "schedule", "schedules", "tiled"}
+WITHOUT_TRANSFORMERS = {
+    "bounds",
+    "configs",
+    "derivatives",
+    "families",
+    "ops",
+    "portable",
+    "schedule",
+    "schedules",
+    "tiled",
+}
 NEEDS_TRL = {"tree_attention", "trl"}
 
 
