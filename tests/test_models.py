@@ -393,6 +393,25 @@ def test_cu_seq_lens_keep_the_documents_of_an_encoder_and_its_decoder_apart() ->
     torch.testing.assert_close(logits, pairs_alone(model, texts, targets), **TOLERANCE)
 
 
+def test_bounds_that_are_right_for_an_encoder_and_its_decoder() -> None:
+    model = tiny_t5gemma()
+    texts, targets = random_documents(LENGTHS), random_documents(LENGTHS)
+    ends, length = cumulative_lengths(texts), sum(LENGTHS)
+    mask = bounds.from_cu_seqlens(ends, length, is_causal=False)
+    row = {"input_ids": torch.cat(texts, 1), "decoder_input_ids": torch.cat(targets, 1)}
+    causal = bounds.from_cu_seqlens(ends, length)
+    logits = model(**row, attention_mask=mask, decoder_attention_mask=causal).logits
+    torch.testing.assert_close(logits, pairs_alone(model, texts, targets), **TOLERANCE)
+
+
+def test_lengths_of_keys_that_differ_are_refused_in_cross_attention() -> None:
+    row = {"input_ids": torch.ones(1, 8, dtype=torch.long), "decoder_input_ids": torch.ones(1, 8, dtype=torch.long)}
+    for of_keys in ([0, 5, 8], [0, 8]):
+        lengths = {"cu_seq_lens_q": torch.tensor([0, 3, 8]), "cu_seq_lens_k": torch.tensor(of_keys)}
+        with pytest.raises((NotImplementedError, ValueError), match="cu_seq"):
+            tiny_t5gemma()(**row, **lengths)
+
+
 def test_documents_of_other_lengths_in_the_decoder_need_bounds_of_their_own() -> None:
     model = tiny_t5gemma()
     texts, targets = random_documents(LENGTHS), random_documents([3, 2, 4, 1, 6])

@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+import torch.distributed as dist
+import transformers
 from parallel_answers import ANSWER_CASES
 from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from transformers import AttentionInterface
@@ -221,3 +224,84 @@ def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
     layer = model.model.layers[0].self_attn
     with pytest.raises(ValueError, match=r"8 queries and 8 keys, .* 16 queries and 16 keys.*sequence_parallel"):
         hf_flashmask.integration.flashmask_attention_forward(layer, heads, heads, heads, mask)
+
+
+# Models that read positions elsewhere than in `position_ids`
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[Any]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LONGROPE = ROPE | {"rope_type": "longrope", "original_max_position_embeddings": 32}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+TINY = {
+    "vocab_size": tiny_models.VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+def llama_with_rope(rope: dict[str, Any], max_positions: int) -> transformers.PreTrainedModel:
+    return tiny_models.build("llama", rope_parameters=rope, max_position_embeddings=max_positions)
+
+
+def of_class(name: str, **options: Any) -> transformers.PreTrainedModel:
+    model_class = getattr(transformers, name)
+    return model_class._from_config(model_class.config_class(**TINY | options), attn_implementation="flashmask")
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "message"),
+    [
+        (lambda: llama_with_rope(LONGROPE, 128), 64, "depend on the largest position"),
+        (lambda: llama_with_rope(ROPE | {"rope_type": "dynamic"}, 16), 64, "depend on the largest position"),
+        (lambda: tiny_models.build("llama4", attn_temperature_tuning=True, floor_scale=8), 64, "scale scores by the"),
+        (lambda: of_class("RobertaForCausalLM", is_decoder=True), 16, "counts positions by the tokens"),
+    ],
+)
+def test_rows_whose_positions_depend_on_all_tokens_are_refused(
+    one_rank: Any, make: Callable[[], transformers.PreTrainedModel], length: int, message: str
+) -> None:
+    parallel = hf_flashmask.sequence_parallel(make(), one_rank)
+    with pytest.raises((NotImplementedError, ValueError), match=message):
+        parallel.shard({"input_ids": torch.ones(1, length, dtype=torch.long)})
+
+
+def test_a_number_of_labels_beside_losses_over_answers_is_refused(one_rank: Any) -> None:
+    model = tiny_models.build("llama")
+    hf_flashmask.set_loss(model, hf_flashmask.dpo_loss)
+    pair = {"prompt": [3, 4, 5], "chosen": [6, 7], "rejected": [8], "ref_logps": [-3.0, -2.0]}
+    batch = hf_flashmask.SharedPromptDataCollator(max_length=16)([pair])
+    parallel = hf_flashmask.sequence_parallel(model, one_rank)
+    with pytest.raises(ValueError, match="losses over answers are the mean over a batch"):
+        parallel.shard(batch, num_items=6)
+
+
+def test_short_rows_of_models_with_longrope_are_served(one_rank: Any) -> None:
+    model = llama_with_rope(LONGROPE, 128)
+    ids = torch.randint(1, tiny_models.VOCABULARY, (1, 32))
+    with hf_flashmask.sequence_parallel(model, one_rank) as parallel:
+        logits = model(**parallel.shard({"input_ids": ids})).logits
+    torch.testing.assert_close(logits, tiny_models.eager_twin(model)(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("BertModel", {}, "the pooler of BertModel"),
+        ("BartForCausalLM", {"d_model": 32}, "its forward takes no `position_ids`"),
+    ],
+)
+def test_models_that_read_other_places_of_a_row_are_refused(
+    one_rank: Any, name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        hf_flashmask.sequence_parallel(of_class(name, **options), one_rank)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from tiny_models import VOCABULARY, build, eager_twin
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -259,11 +260,22 @@ def test_a_message_can_be_context_only(switch: dict[str, Any]) -> None:
 def test_columns_of_a_dataset() -> None:
     """Arrow fills keys that other messages have with None, and cannot store tools as they are."""
     tokenizer = tokenizer_of("llama")
-    messages = [user("q"), call("t", "x"), tool("r"), assistant("a")]
+    other = call("t", "y")
+    other["tool_calls"][0]["function"]["arguments"] = {"where": "y"}
+    messages = [user("q"), call("t", "x"), tool("r"), other, tool("r"), assistant("a")]
     example = {"messages": messages, "tools": json.dumps(TOOLS), "chat_template_kwargs": None, "source": "..."}
     batch = TurnsDataCollator(tokenizer, LLAMA)([Dataset.from_list([example])[0]])
     rows = rows_alone(tokenizer, {"messages": messages, "tools": TOOLS}, "<eot>")
     assert predictions(batch) == predictions_alone(rows)
+
+
+def test_models_that_count_positions_from_another_number_are_refused() -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    model = transformers.RobertaForCausalLM._from_config(config, attn_implementation="flashmask")
+    with pytest.raises(NotImplementedError, match="counts them from the one after `padding_idx`"):
+        TurnsDataCollator(tokenizer_of("llama"), model)
 
 
 def test_options_of_the_template() -> None:

@@ -99,7 +99,9 @@ def flashmask_attention_forward(
             refuse_other_tokens(attention_mask, module, query, key)
         is_cross = is_cross_attention(module, is_causal, kwargs)
         if is_cross:
-            documents = documents_of_cross_attention(module, query, key, of_user is not None, cu_seq_lens_q)
+            documents = documents_of_cross_attention(
+                module, query, key, of_user is not None, cu_seq_lens_q, cu_seq_lens_k
+            )
         else:
             documents = documents_of_layer(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         of_queries, of_keys = query, key

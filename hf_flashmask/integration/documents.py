@@ -70,7 +70,12 @@ def documents_of_layer(
 
 
 def documents_of_cross_attention(
-    module: nn.Module, query: Tensor, key: Tensor, has_users_mask: bool, cu_seq_lens_q: Tensor | None
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    has_users_mask: bool,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
 ) -> Documents | None:
     """What a layer of cross-attention is told about documents: a model hands the same lengths to all its layers.
 
@@ -88,6 +93,14 @@ def documents_of_cross_attention(
             "is_causal=False)"
         )
     _check_one_row(query.shape[0])
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+        reason = (
+            "`cu_seq_lens_q` and `cu_seq_lens_k` differ, but a model hands them to encoder and decoder alike: "
+            "pass bounds for each of them"
+        )
+        if cu_seq_lens_k.shape != cu_seq_lens_q.shape:
+            raise NotImplementedError(reason)
+        _refuse(cu_seq_lens_k != cu_seq_lens_q, reason)
     return Documents(cu_seq_lens_q=cu_seq_lens_q)
 
 

@@ -26,10 +26,10 @@ _of_self_attention: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """The bounds that models were called with for attention within one sequence, as long as they exist."""
 
 
-def refuse_bounds_of_encoder(mask: Tensor, *, is_cross_attention: bool) -> None:
+def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention: bool) -> None:
     """Models with an encoder and a decoder use one `attention_mask` in the encoder and in cross-attention.
 
-    Bounds count the rows of one of them. Between 2-D masks there is no such difference.
+    Bounds count the rows of one of them, unless both have as many. Between 2-D masks there is no such difference.
 
     Raises:
         ValueError: for cross-attention under the tensor that the encoder was called with.
@@ -38,11 +38,12 @@ def refuse_bounds_of_encoder(mask: Tensor, *, is_cross_attention: bool) -> None:
         return
     if not is_cross_attention:
         _of_self_attention[id(mask)] = mask
-    elif id(mask) in _of_self_attention:
+    elif id(mask) in _of_self_attention and num_rows != mask.shape[-1]:
         raise ValueError(
             "`attention_mask` holds bounds of the encoder, but the model also uses them in cross-attention, where rows "
             "are the tokens of the decoder: run the encoder by itself with them, and pass `encoder_outputs` and, as "
-            "`attention_mask`, bounds [B or 1, 1, C, S_encoder] whose rows are those of the decoder, or a 2-D mask"
+            "`attention_mask`, bounds [B or 1, 1, C, S_encoder] whose rows are those of the decoder, or a 2-D mask. "
+            "Bounds that are right for both are passed as a copy"
         )
 
 

@@ -71,7 +71,7 @@ def prepare(
     if isinstance(attention_mask, Mask) or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
         early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
         if isinstance(attention_mask, Tensor):
-            refuse_bounds_of_encoder(attention_mask, is_cross_attention=is_cross_attention)
+            refuse_bounds_of_encoder(attention_mask, length, is_cross_attention=is_cross_attention)
         mask = _final_mask(config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
             return True, note_made(mask, config, length, position_ids, None), None, *sizes

@@ -33,6 +33,9 @@ def check_agreement(
     """
     tensors = dict(sorted(_tensors(batch))) if isinstance(batch, Mapping) else {}
     described = ", ".join(f"`{name}` {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
+    if isinstance(batch, Mapping):
+        numbers = sorted((name, value) for name, value in batch.items() if isinstance(value, (bool, int, float)))
+        described += "".join(f", `{name}` {value}" for name, value in numbers)
     is_refused = torch.tensor(error is not None, dtype=torch.int64, device=device)
     names = torch.tensor(zlib.crc32(f"{settings}; {described}".encode()), device=device)
     contents = torch.zeros((), dtype=torch.int64, device=device)

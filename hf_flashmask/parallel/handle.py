@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from .. import bounds as _bounds
 from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
+from ..sharing.backbone import Traits
 from ..training.labels import IGNORED
 from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
-from .models import Mode, check_labels, check_model, choose_mode, find_model, refuse_classifier
+from .models import Mode, check_labels, check_model, check_positions, choose_mode, find_model, refuse_classifier
 from .prefixes import merge_batch
 from .shard import Batch, read_batch, read_merged_batch, shard_batch
 
@@ -85,6 +87,7 @@ class SequenceParallel:
             raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
         self._model = find_model(model)
         check_model(self._model)
+        self._traits = Traits.of(cast(PreTrainedModel, self._model.base_model))
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)
@@ -173,6 +176,12 @@ class SequenceParallel:
             whole = read_batch(batch, self._padded_length, self._device())
         else:
             whole = read_merged_batch(merged, self._padded_length, self._device())
+        check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
+        if whole.answers is not None and (num_items is not None or "num_items_in_batch" in whole.options):
+            raise ValueError(
+                "losses over answers are the mean over a batch: call `shard` without `num_items`, and take "
+                "`num_items_in_batch` out of the batch"
+            )
         if num_items is not None:
             self._check_num_items(whole)
         if whole.answers is None:

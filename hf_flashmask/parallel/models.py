@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..sharing.backbone import Traits
 from .exchanges import kv_heads_on_the_wire
 
-__all__ = ["Mode", "check_labels", "check_model", "choose_mode", "find_model", "refuse_classifier"]
+__all__ = ["Mode", "check_labels", "check_model", "check_positions", "choose_mode", "find_model", "refuse_classifier"]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
 
@@ -47,6 +49,15 @@ def check_model(base: PreTrainedModel) -> None:
         raise NotImplementedError(
             f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
         )
+    if getattr(base.base_model, "pooler", None) is not None:
+        raise NotImplementedError(
+            f"sequence_parallel does not serve the pooler of {name}, which reads the first token of a row: build the "
+            "model without it (add_pooling_layer=False)"
+        )
+    if "position_ids" not in Traits.of(cast(PreTrainedModel, base.base_model)).arguments:
+        raise NotImplementedError(
+            f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
+        )
     has_known_head = name.endswith("Model") or isinstance(base, GenericForSequenceClassification)
     if not has_known_head and base.get_output_embeddings() is None:
         raise NotImplementedError(
@@ -57,6 +68,37 @@ def check_model(base: PreTrainedModel) -> None:
         raise NotImplementedError(
             "with `output_router_logits=True` each rank would balance the experts over its own tokens, which is not "
             "the loss of one process: set it to False"
+        )
+
+
+def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> None:
+    """Refuse rows in which a layer would count positions by the tokens of its rank, beside `position_ids`.
+
+    Args:
+        traits: of the model.
+        length: of the whole rows.
+        batch: the arguments that the model would be called with in one process.
+    """
+    if length > traits.packs_up_to:
+        raise NotImplementedError(
+            f"the layers of this model scale scores by the place of a token in the row, from {traits.packs_up_to + 1} "
+            f"on (`attn_temperature_tuning`), but a rank has the tokens of a part of the row: rows of {length} tokens "
+            "are too long for sequence_parallel"
+        )
+    if length > traits.rotates_alike_up_to:
+        raise NotImplementedError(
+            "the rotary embeddings of this model (longrope, dynamic) depend on the largest position of a call, which "
+            f"differs between ranks in rows of more than {traits.rotates_alike_up_to:.0f} tokens, and the batch has "
+            f"{length}: use shorter rows, or other `rope_parameters`"
+        )
+    mask = batch.get("attention_mask")
+    has_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
+    if batch.get("position_ids") is None and (
+        traits.counts_by_token_ids or (traits.counts_visible_tokens and has_padding_mask)
+    ):
+        raise ValueError(
+            "this model counts positions by the tokens that are no padding, of which each rank has a part: add "
+            "`position_ids` [B, S] to the batch, counted as the model does"
         )
 
 

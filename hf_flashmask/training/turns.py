@@ -87,11 +87,19 @@ def _is_trained(number: int, place: int, message: Mapping[str, Any]) -> bool:
 
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that a dataset adds with None, because other messages have them: templates ask whether they are
-    there. `content` is None beside calls of tools."""
+    """Without the keys that a dataset adds with None, because other messages and other calls of tools have them:
+    templates ask whether they are there. `content` is None beside calls of tools."""
     return {
-        key: value for key, value in message.items() if key not in _SWITCHES and (value is not None or key == "content")
+        key: _without_none(value)
+        for key, value in message.items()
+        if key not in _SWITCHES and (value is not None or key == "content")
     }
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _end_of_turn(name: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop_ids: Collection[int]) -> int:

@@ -100,7 +100,13 @@ class TurnsDataCollator:
         backbone = find_backbone(model, type(self).__name__)
         check_backbone(backbone, type(self).__name__)
         self._key_ranges = _key_ranges(backbone.config)
-        self._longest_row = Traits.of(backbone).packs_up_to
+        traits = Traits.of(backbone)
+        if traits.counts_by_token_ids:
+            raise NotImplementedError(
+                f"{type(self).__name__} counts positions from 0, but {type(backbone).__name__} counts them from the "
+                "one after `padding_idx`: use a row for each turn with this model"
+            )
+        self._longest_row = traits.packs_up_to
         self._stop_ids = _stop_ids(self.eos_token_id, model, self.tokenizer)
         count_tokens_in_trainer()
 
