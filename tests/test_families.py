@@ -264,15 +264,14 @@ def test_parallel_eagle(drawn, data):
     size = max(map(len, chosen)) + data.draw(st.integers(0, 2))
     expected = []
     for row, elements in zip(rows, chosen):
-        # An anchor in padding is in the document of the padding around it.
-        same = within([max(value, 9 * (value < 0)) for value in row])
+        same = within(row)
 
         def visible(q, k, elements=elements, same=same):
             if max(q, k) >= len(elements):
                 return False
             (q_anchor, q_depth), (k_anchor, k_depth) = elements[q], elements[k]
             if q_anchor == k_anchor:
-                return k_depth <= q_depth
+                return same(q_anchor, k_anchor) and k_depth <= q_depth
             return k_depth == 0 and k_anchor < q_anchor and same(q_anchor, k_anchor)
 
         expected.append(square(visible, size))
@@ -359,6 +358,7 @@ options_of_clips = (st.integers(1, 3), st.booleans(), st.none() | st.integers(1,
 def test_video(is_teacher_forcing, drawn, per_chunk, is_first_alone, window, sinks):
     document_ids, rows, frame_rows = drawn
     length, expected = len(rows[0]), []
+    window = window and max(window, per_chunk)
     for row, frames in zip(rows, frame_rows):
         same = within(row)
         chunk_of, sees = sees_frames(frames, per_chunk, is_first_alone, window, sinks)
@@ -529,7 +529,7 @@ def test_fork_and_join(drawn, levels, is_flat, data):
     document_ids, rows = drawn
     length = len(rows[0])
     levels = 1 if is_flat else levels
-    branches = [[data.draw(runs(length, st.integers(-1, 2))) for _ in range(levels)] for _ in rows]
+    branches = [[data.draw(runs(length, st.integers(-3, 2))) for _ in range(levels)] for _ in rows]
     expected = []
     for row, of_levels in zip(rows, branches):
         same = within(row)
@@ -537,7 +537,7 @@ def test_fork_and_join(drawn, levels, is_flat, data):
         for ids in of_levels:
             inside = [int(value >= 0) for value in ids]
             told_apart.append((ids, numbers(inside, *outer), numbers(ids, *outer)))
-            outer.append(ids)
+            outer.append([max(value, -1) for value in ids])
 
         def visible(q, k, same=same, told_apart=told_apart):
             parallel = any(
@@ -550,6 +550,52 @@ def test_fork_and_join(drawn, levels, is_flat, data):
     result = fork_and_join(branch_ids[:, 0] if is_flat else branch_ids, document_ids=document_ids)
     assert result.shape[2] == 2 * (levels + 1 + (document_ids is not None))
     assert_mask(result, stack(expected), length)
+
+
+# Sizes that say "unlimited"
+
+MANY = 2**31 - 1
+POSITION = torch.arange(4)
+PACKED = torch.tensor([0, 0, 1, 1])
+ANCHORS = torch.tensor([[1, 3]])
+
+
+def from_query(window):
+    return anchored_blocks(ANCHORS, 3, 4, sliding_window=window, window_from="query")
+
+
+@pytest.mark.parametrize("many", [MANY - 1, MANY, 2**40])
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda many: anchored_blocks(ANCHORS, 2, 4, sliding_window=many),
+        from_query,
+        lambda many: sinks_and_window(0, many, length=4),
+        lambda many: sinks_and_window(many, 1, length=4),
+        lambda many: block_diffusion_decoder(1, 4, 5, 2, sliding_window=many),
+        lambda many: block_diffusion_decoder(1, 4, 5, many, sliding_window=many),
+        lambda many: streaming_chunks(1, length=4, left_chunks=many),
+        lambda many: streaming_chunks(many, length=4, left_chunks=many, look_ahead_chunks=many),
+        lambda many: block_diffusion(many, document_ids=PACKED),
+        lambda many: hstu(torch.tensor([0, 5]), 5, num_targets=torch.tensor([2]), target_group_size=many),
+        lambda many: frame_causal(POSITION, num_frame_per_block=many, local_attn_size=many),
+        lambda many: frame_causal(POSITION, num_frame_per_block=many, local_attn_size=many, sink_size=many),
+        lambda many: frame_causal(
+            POSITION, num_frame_per_block=many, local_attn_size=many, independent_first_frame=True
+        ),
+        lambda many: training_time_test(1, length=4, sliding_window=many),
+    ],
+)
+def test_a_huge_size_is_unlimited(of, many):
+    assert torch.equal(of(many), of(100))
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"),
+    [(2**16, {"left_chunks": 2**15 - 1}), (2**20, {"look_ahead_chunks": 2**11 + 1}), (2**30, {"left_chunks": 3})],
+)
+def test_a_huge_number_of_positions_in_chunks_is_unlimited(size, chunks):
+    assert to_dense(streaming_chunks(size, length=4, **chunks)).all()
 
 
 # Tracing
@@ -669,7 +715,7 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
             ValueError,
             "must differ from each other",
         ),
-        (lambda: training_time_test(-1, length=4), ValueError, "`step` must not be negative"),
+        (lambda: training_time_test(-1, length=4), ValueError, "`step` must be at least 0, got -1"),
         (lambda: parallel_eagle(ids, ids), ValueError, "must be sorted by `anchors`"),
         (lambda: from_splits([2], ["full", "full"]), ValueError, "`attn_modes` must be one of"),
         (lambda: from_splits([2], ["image"]), ValueError, r"got \['image'\]"),
@@ -677,7 +723,10 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
         (lambda: from_splits([2, 2], ["full"] * 2, kv_len=3), ValueError, "the longest row has 4 tokens"),
         (lambda: frame_causal(torch.tensor([0, 1, 0])), ValueError, "not decrease inside of a clip"),
         (lambda: frame_causal(ids, local_attn_size=0), ValueError, "must be at least 1"),
-        (lambda: streaming_chunks(2, left_chunks=-1, length=3), ValueError, "0 or more, got 2, -1 and 0"),
+        (lambda: frame_causal(ids, num_frame_per_block=3, local_attn_size=2), ValueError, "smaller than the 3 frames"),
+        (lambda: teacher_forcing(ids, num_frame_per_block=2**40, local_attn_size=2), ValueError, "must not be smaller"),
+        (lambda: block_diffusion(2.5, length=4), TypeError, "`block_size` must be an integer, got float"),
+        (lambda: streaming_chunks(2, left_chunks=-1, length=3), ValueError, "`left_chunks` must be at least 0, got -1"),
         (lambda: gist_tokens(ids, ids), ValueError, r"`is_gist` must be bool \[2, 5\]"),
         (lambda: hstu(ids[0], 5, num_targets=ids[0]), ValueError, "`num_targets` must have 4 values, got 5"),
         (lambda: fork_and_join(ids[:, None].expand(-1, 16, -1)), TooManyIntervalsError, "needs 17 hidden intervals"),

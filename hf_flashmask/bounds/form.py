@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
@@ -199,6 +200,21 @@ def host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list
 def check_lengths(q_len: int, kv_len: int) -> None:
     if q_len < 0 or kv_len < 0:
         raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")
+
+
+def check_size(name: str, size: int, least: int = 1) -> int:
+    """The size, or `FAR` for a greater one, which says the same of positions and fits in int32 when added to one.
+
+    Raises:
+        TypeError: when it is not an integer.
+        ValueError: when it is less than `least`.
+    """
+    given: object = size
+    if not isinstance(given, (Integral, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an integer, got {dtype_or_type(given)}")
+    if size < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {size}")
+    return min(size, FAR)
 
 
 def dtype_or_type(value: object) -> torch.dtype | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_int_tensor, check_lengths, check_per_position
+from ..form import check_int_tensor, check_lengths, check_per_position, check_size, stack_planes
 from ..intervals import from_ordered_intervals
 from .runs import documents_beside, documents_of, runs_of
 
@@ -140,13 +140,12 @@ def sinks_and_window(
     >>> sinks_and_window(1, 2, document_ids=torch.tensor([0, 0, 0, 0, 1, 1])).tolist()
     [[[[4, 3, 4, 4, 6, 6]]]]
     """
-    if num_sinks < 0 or window < 1:
-        raise ValueError(f"`num_sinks` must be 0 or more and `window` at least 1, got {num_sinks} and {window}")
+    num_sinks, window = check_size("num_sinks", num_sinks, least=0), check_size("window", window)
     documents = documents_of(document_ids, length, device)
     position, (start, end) = documents.position, documents.runs
     is_sink = position - start < num_sinks
     lts = torch.where(is_sink, end, torch.minimum(position + window, end))
-    return documents.hide_padding(lts.view(-1, 1, 1, lts.shape[-1]))
+    return documents.hide_padding(stack_planes(lts, None, lts.shape[-1]))
 
 
 def hstu(
@@ -187,8 +186,7 @@ def hstu(
     """
     check_int_tensor("cu_seqlens", cu_seqlens, (1,), "[n + 1]")
     check_lengths(length, length)
-    if target_group_size < 1:
-        raise ValueError(f"`target_group_size` must be at least 1, got {target_group_size}")
+    target_group_size = check_size("target_group_size", target_group_size)
     for name, counts in (("num_contexts", num_contexts), ("num_targets", num_targets)):
         if counts is not None:
             check_int_tensor(name, counts, (1,), "[n]")
@@ -244,8 +242,10 @@ def fork_and_join(branch_ids: Tensor, *, document_ids: Tensor | None = None) -> 
             [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
     check_int_tensor("branch_ids", branch_ids, (1, 2, 3), "[B, S], [S] or [B, levels, S]")
-    levels = branch_ids.unbind(1) if branch_ids.ndim == 3 else (check_per_position("branch_ids", branch_ids),)
-    documents = documents_beside(levels[0], document_ids)
+    branch_ids = branch_ids if branch_ids.ndim == 3 else check_per_position("branch_ids", branch_ids)[:, None]
+    documents = documents_beside(branch_ids[:, 0], document_ids)
+    # All that is outside of branches has one id.
+    levels = branch_ids.long().clamp(min=-1).unbind(1)
     gaps, outer = [], documents.ids
     for level in levels:
         branches, regions = runs_of(level, *outer), runs_of((level >= 0).int(), *outer)
