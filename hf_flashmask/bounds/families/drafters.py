@@ -11,7 +11,16 @@ from ..algebra import hide_keys, intersect
 from ..constructors import causal
 from ..constructors import sliding_window as window_before
 from ..documents import from_document_ids
-from ..form import FAR, MAX_INTERVALS, TooManyIntervalsError, check_int_tensor, check_per_position, check_size, refuse
+from ..form import (
+    FAR,
+    MAX_INTERVALS,
+    TooManyIntervalsError,
+    check_flags,
+    check_int_tensor,
+    check_per_position,
+    check_size,
+    refuse,
+)
 from ..intervals import concatenate_keys, from_ordered_intervals
 from .runs import documents_of
 
@@ -51,8 +60,8 @@ def anchored_blocks(
 
     Raises:
         TypeError: when an argument is not a tensor of the right type.
-        ValueError: when shapes or sizes are others, or anchors do not ascend; on a device the latter is an assertion
-            there.
+        ValueError: when shapes or sizes are others, anchors do not ascend, or one is not in the context; on a device
+            the last two are assertions there.
         TooManyIntervalsError: for a window from the query when `block_size` is more than `MAX_INTERVALS`.
 
     >>> from hf_flashmask.bounds import to_dense
@@ -70,17 +79,16 @@ def anchored_blocks(
         raise ValueError(f"`window_from` must be 'anchor' or 'query', got {window_from!r}")
     anchors = anchor_positions.to(torch.int32)
     if block_keep_mask is not None:
-        if block_keep_mask.dtype != torch.bool or block_keep_mask.shape != anchors.shape:
-            raise ValueError(
-                f"`block_keep_mask` must be bool {list(anchors.shape)}, got {block_keep_mask.dtype} "
-                f"{list(block_keep_mask.shape)}"
-            )
+        check_flags("block_keep_mask", block_keep_mask, anchors)
         anchors = anchors.masked_fill(~block_keep_mask, FAR)
     refuse(
         anchors[:, 1:] < anchors[:, :-1],
         ValueError("`anchor_positions` must ascend in each row, and blocks that are not kept must be the last ones"),
     )
-    anchors = anchors.contiguous()
+    refuse(
+        (anchors < 0) | ((anchors >= ctx_len) & (anchors < FAR)),
+        ValueError("`anchor_positions` of blocks that are kept must be 0 or more, and less than `ctx_len`"),
+    )
     q_len = anchors.shape[1] * block_size
     row = torch.arange(q_len, dtype=torch.int32, device=anchors.device)
     start = row - row % block_size
@@ -89,11 +97,13 @@ def anchored_blocks(
         own = hide_keys(own, ~block_keep_mask.repeat_interleave(block_size, dim=1))
 
     documents = documents_of(document_ids, ctx_len, anchors.device)
-    key = documents.position.expand(len(anchors), -1).contiguous()
+    batch = max(len(anchors), len(documents.runs.end) if documents.are_packed else 1)
+    anchors = anchors.expand(batch, -1).contiguous()
+    key = documents.position.expand(batch, -1).contiguous()
     end = documents.runs.end if documents.are_packed else torch.full_like(documents.position, FAR)
     end = end.expand_as(key).contiguous()
     first_row = torch.searchsorted(anchors, key, right=True, out_int32=True) * block_size
-    if sliding_window is None or window_from == "anchor":
+    if sliding_window is None or window_from == "anchor" or q_len == 0:
         past = end if sliding_window is None else torch.minimum(end, key + (sliding_window + 1))
         end_row = torch.searchsorted(anchors, past, out_int32=True) * block_size
         context = from_ordered_intervals([(first_row, end_row)], q_len)
