@@ -678,6 +678,46 @@ def test_select_rows(drawn, data):
         assert_mask(select_rows(bounds, row, q_len, of=of), expected, q_len)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: select_rows(causal(5), 3, 4), ValueError, "select rows of the 5 .* got `q_len` = 4 from 3 on"),
+        (lambda: select_rows(causal(5), -2, 2), ValueError, "`first` must be at least 0, got -2"),
+        (lambda: select_rows(causal(5), 0, -1), ValueError, "got `q_len` = -1"),
+        (lambda: select_rows(causal(5), torch.tensor(1), 6), ValueError, "got `q_len` = 6"),
+        (lambda: select_rows(causal(5), torch.tensor(1.0), 2), TypeError, "`first` must be an integer tensor"),
+        (lambda: select_rows(causal(5), 1.5, 2), TypeError, "`first` must be an integer, got float"),
+        (lambda: sliding_window((1.5, 0), 4), TypeError, "`window` must be an integer, got float"),
+        (lambda: sliding_window([1, 2], 4), TypeError, "`window` must be an integer, got list"),
+        (lambda: sliding_window(None, 4), TypeError, "`window` must be an integer, got NoneType"),
+        (lambda: sliding_window((1, 2, 3), 4), ValueError, r"`window` must be \(left, right\)"),
+        (lambda: from_mask_mod(torch.ones(4, 4), 4), TypeError, "must be a function or a `BlockMask`, got Tensor"),
+        (
+            lambda: concatenate_keys(causal(4).expand(2, -1, -1, -1), causal(4).expand(3, -1, -1, -1), q_len=4),
+            ValueError,
+            "agree in batch and heads",
+        ),
+    ],
+)
+def test_what_is_no_mask_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_block_mask_is_read_up_to_its_counts(width):
+    """Of three blocks of keys, row 0 sees block 2, row 1 sees none; what comes after the counts is anything."""
+    indices = torch.tensor([[[[2, 99][:width], [-1, 99][:width]]]], dtype=torch.int32)
+    counts = torch.tensor([[[1, 0]]], dtype=torch.int32)
+    mask = BlockMask.from_kv_blocks(
+        counts, indices.clamp(0, 2), BLOCK_SIZE=2, seq_lengths=(4, 6), compute_q_blocks=False
+    )
+    mask.kv_indices = indices
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[:2, 4:] = True
+    assert torch.equal(to_dense(from_mask_mod(mask), 4)[0, 0], expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*of these masks has C =")
 def test_simplify_finds_the_named_forms_again():
     size = 23

@@ -187,10 +187,10 @@ def test_anchored_blocks(drawn, block_size, is_causal, window, from_query, data)
     anchor_rows, keep_rows, expected = [], [], []
     for row in rows:
         unique = window is not None and from_query
-        anchors = sorted(data.draw(st.lists(st.integers(0, ctx_len), min_size=1, max_size=count, unique=unique)))
+        anchors = sorted(data.draw(st.lists(st.integers(0, ctx_len - 1), min_size=1, max_size=count, unique=unique)))
         keep = [True] * len(anchors) + [False] * (count - len(anchors))
         anchors += [0] * (count - len(anchors))
-        same = within([*row, -1])
+        same = within(row)
 
         def visible(q, key, anchors=anchors, keep=keep, same=same):
             block, offset = divmod(q, block_size)
@@ -264,15 +264,14 @@ def test_parallel_eagle(drawn, data):
     size = max(map(len, chosen)) + data.draw(st.integers(0, 2))
     expected = []
     for row, elements in zip(rows, chosen):
-        # An anchor in padding is in the document of the padding around it.
-        same = within([max(value, 9 * (value < 0)) for value in row])
+        same = within(row)
 
         def visible(q, k, elements=elements, same=same):
             if max(q, k) >= len(elements):
                 return False
             (q_anchor, q_depth), (k_anchor, k_depth) = elements[q], elements[k]
             if q_anchor == k_anchor:
-                return k_depth <= q_depth
+                return same(q_anchor, k_anchor) and k_depth <= q_depth
             return k_depth == 0 and k_anchor < q_anchor and same(q_anchor, k_anchor)
 
         expected.append(square(visible, size))
@@ -359,6 +358,7 @@ options_of_clips = (st.integers(1, 3), st.booleans(), st.none() | st.integers(1,
 def test_video(is_teacher_forcing, drawn, per_chunk, is_first_alone, window, sinks):
     document_ids, rows, frame_rows = drawn
     length, expected = len(rows[0]), []
+    window = window and max(window, per_chunk)
     for row, frames in zip(rows, frame_rows):
         same = within(row)
         chunk_of, sees = sees_frames(frames, per_chunk, is_first_alone, window, sinks)
@@ -529,7 +529,7 @@ def test_fork_and_join(drawn, levels, is_flat, data):
     document_ids, rows = drawn
     length = len(rows[0])
     levels = 1 if is_flat else levels
-    branches = [[data.draw(runs(length, st.integers(-1, 2))) for _ in range(levels)] for _ in rows]
+    branches = [[data.draw(runs(length, st.integers(-3, 2))) for _ in range(levels)] for _ in rows]
     expected = []
     for row, of_levels in zip(rows, branches):
         same = within(row)
@@ -537,7 +537,7 @@ def test_fork_and_join(drawn, levels, is_flat, data):
         for ids in of_levels:
             inside = [int(value >= 0) for value in ids]
             told_apart.append((ids, numbers(inside, *outer), numbers(ids, *outer)))
-            outer.append(ids)
+            outer.append([max(value, -1) for value in ids])
 
         def visible(q, k, same=same, told_apart=told_apart):
             parallel = any(
@@ -550,6 +550,77 @@ def test_fork_and_join(drawn, levels, is_flat, data):
     result = fork_and_join(branch_ids[:, 0] if is_flat else branch_ids, document_ids=document_ids)
     assert result.shape[2] == 2 * (levels + 1 + (document_ids is not None))
     assert_mask(result, stack(expected), length)
+
+
+# Sizes that say "unlimited"
+
+MANY = 2**31 - 1
+POSITION = torch.arange(4)
+PACKED = torch.tensor([0, 0, 1, 1])
+ANCHORS = torch.tensor([[1, 3]])
+
+
+def from_query(window):
+    return anchored_blocks(ANCHORS, 3, 4, sliding_window=window, window_from="query")
+
+
+@pytest.mark.parametrize("many", [MANY - 1, MANY, 2**40])
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda many: anchored_blocks(ANCHORS, 2, 4, sliding_window=many),
+        from_query,
+        lambda many: sinks_and_window(0, many, length=4),
+        lambda many: sinks_and_window(many, 1, length=4),
+        lambda many: block_diffusion_decoder(1, 4, 5, 2, sliding_window=many),
+        lambda many: block_diffusion_decoder(1, 4, 5, many, sliding_window=many),
+        lambda many: streaming_chunks(1, length=4, left_chunks=many),
+        lambda many: streaming_chunks(many, length=4, left_chunks=many, look_ahead_chunks=many),
+        lambda many: block_diffusion(many, document_ids=PACKED),
+        lambda many: hstu(torch.tensor([0, 5]), 5, num_targets=torch.tensor([2]), target_group_size=many),
+        lambda many: frame_causal(POSITION, num_frame_per_block=many, local_attn_size=many),
+        lambda many: frame_causal(POSITION, num_frame_per_block=many, local_attn_size=many, sink_size=many),
+        lambda many: frame_causal(
+            POSITION, num_frame_per_block=many, local_attn_size=many, independent_first_frame=True
+        ),
+        lambda many: training_time_test(1, length=4, sliding_window=many),
+    ],
+)
+def test_a_huge_size_is_unlimited(of, many):
+    assert torch.equal(of(many), of(100))
+
+
+@pytest.mark.parametrize(
+    ("size", "chunks"),
+    [(2**16, {"left_chunks": 2**15 - 1}), (2**20, {"look_ahead_chunks": 2**11 + 1}), (2**30, {"left_chunks": 3})],
+)
+def test_a_huge_number_of_positions_in_chunks_is_unlimited(size, chunks):
+    assert to_dense(streaming_chunks(size, length=4, **chunks)).all()
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda ids, **documents: independent_chunks(ids, **documents),
+        lambda ids, **documents: fork_and_join(ids, **documents),
+        lambda ids, **documents: fork_and_join(torch.stack([ids, ids], dim=-2).view(-1, 2, 4), **documents),
+        lambda ids, **documents: parallel_eagle(POSITION.expand(ids.shape), 0 * ids, **documents),
+        lambda ids, **documents: anchored_blocks(
+            POSITION[1:3].view(1, 2).expand(ids[..., 0].numel(), -1), 2, 4, **documents
+        ),
+    ],
+)
+def test_ids_of_one_row_serve_the_documents_of_all(of):
+    ids, document_ids = torch.tensor([-1, 0, 1, -1]), torch.stack([PACKED, -PACKED])
+    result = of(ids, document_ids=document_ids)
+    assert torch.equal(result, of(ids.expand(2, -1), document_ids=document_ids))
+
+
+def test_nothing_is_no_special_case():
+    assert sinks_and_window(1, 2, length=0).shape == (1, 1, 1, 0)
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    result = anchored_blocks(none, 2, 4, sliding_window=2, window_from="query")
+    assert to_dense(result, 0).shape == (1, 1, 0, 4)
 
 
 # Tracing
@@ -663,22 +734,42 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
         (lambda: anchored_blocks(ids[0], 2, 4), ValueError, r"`anchor_positions` must be \[B, N\]"),
         (lambda: anchored_blocks(torch.tensor([[3, 1]]), 2, 4), ValueError, "`anchor_positions` must ascend"),
         (lambda: anchored_blocks(ids, 2, 4, window_from="key"), ValueError, "must be 'anchor' or 'query', got 'key'"),
-        (lambda: anchored_blocks(ids, 2, 4, block_keep_mask=ids), ValueError, r"must be bool \[2, 5\]"),
+        (lambda: anchored_blocks(ids, 2, 4, block_keep_mask=ids), ValueError, r"must be a bool tensor \[2, 5\]"),
         (
             lambda: anchored_blocks(ids, 2, 4, sliding_window=2, window_from="query"),
             ValueError,
             "must differ from each other",
         ),
-        (lambda: training_time_test(-1, length=4), ValueError, "`step` must not be negative"),
+        (lambda: anchored_blocks(ids, 2, 0), ValueError, "must be 0 or more, and less than `ctx_len`"),
+        (lambda: anchored_blocks(ids - 1, 2, 4), ValueError, "must be 0 or more, and less than `ctx_len`"),
+        (lambda: anchored_blocks(ids, 2, 4, block_keep_mask=[True]), ValueError, r"bool tensor \[2, 5\], got list"),
+        (lambda: block_diffusion_decoder(1, -4, 5, 2), ValueError, "must not be negative, got -4 and 5"),
+        (lambda: block_diffusion_decoder(2, 4, 5, 2), ValueError, "at most `encoder_len`, got 2 and 4 of 5"),
+        (lambda: block_diffusion_decoder(torch.tensor([1, 2]), 4, 5, 2), ValueError, "at most `encoder_len`"),
+        (lambda: training_time_test(-1, length=4), ValueError, "`step` must be at least 0, got -1"),
         (lambda: parallel_eagle(ids, ids), ValueError, "must be sorted by `anchors`"),
         (lambda: from_splits([2], ["full", "full"]), ValueError, "`attn_modes` must be one of"),
         (lambda: from_splits([2], ["image"]), ValueError, r"got \['image'\]"),
         (lambda: from_splits([2, 2], ["full"] * 2, document_lens=[3, 1]), ValueError, "must end where splits end"),
+        (lambda: from_splits([4, 2], ["full"] * 2, document_lens=[4, -2, 4]), ValueError, "must not be negative and"),
         (lambda: from_splits([2, 2], ["full"] * 2, kv_len=3), ValueError, "the longest row has 4 tokens"),
         (lambda: frame_causal(torch.tensor([0, 1, 0])), ValueError, "not decrease inside of a clip"),
         (lambda: frame_causal(ids, local_attn_size=0), ValueError, "must be at least 1"),
-        (lambda: streaming_chunks(2, left_chunks=-1, length=3), ValueError, "0 or more, got 2, -1 and 0"),
-        (lambda: gist_tokens(ids, ids), ValueError, r"`is_gist` must be bool \[2, 5\]"),
+        (lambda: frame_causal(ids, num_frame_per_block=3, local_attn_size=2), ValueError, "smaller than the 3 frames"),
+        (lambda: teacher_forcing(ids, num_frame_per_block=2**40, local_attn_size=2), ValueError, "must not be smaller"),
+        (lambda: block_diffusion(2.5, length=4), TypeError, "`block_size` must be an integer, got float"),
+        (lambda: streaming_chunks(2, left_chunks=-1, length=3), ValueError, "`left_chunks` must be at least 0, got -1"),
+        (lambda: gist_tokens(ids, ids), ValueError, r"`is_gist` must be a bool tensor \[2, 5\]"),
+        (lambda: gist_tokens(ids, [True]), ValueError, r"`is_gist` must be a bool tensor \[2, 5\], got list"),
+        (lambda: hstu(ids[0, :0], 5), ValueError, "at least the 0 that it begins with"),
+        (lambda: hstu(torch.tensor([1, 5]), 5), ValueError, "must begin with 0"),
+        (lambda: hstu(torch.tensor([0, 5, 3]), 5), ValueError, "must not decrease"),
+        (
+            lambda: hstu(torch.tensor([0, 5]), 5, num_targets=-ids[0, :1] - 1),
+            ValueError,
+            "`num_targets` must not be neg",
+        ),
+        (lambda: fork_and_join(ids[:, None][:, :0]), ValueError, "at least one level"),
         (lambda: hstu(ids[0], 5, num_targets=ids[0]), ValueError, "`num_targets` must have 4 values, got 5"),
         (lambda: fork_and_join(ids[:, None].expand(-1, 16, -1)), TooManyIntervalsError, "needs 17 hidden intervals"),
         (lambda: isolated_items(ids.float()), TypeError, "`item_ids` must be an integer tensor"),

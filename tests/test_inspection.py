@@ -53,3 +53,14 @@ def test_a_plain_call_has_a_causal_mask_and_nothing_stays_behind() -> None:
 def test_a_model_without_flashmask_is_refused() -> None:
     with pytest.raises(ValueError, match="no layer of this model attends with flashmask"):
         hf_flashmask.masks_of(nn.Identity(), {"input": torch.zeros(1)})
+
+
+def test_random_numbers_stay_as_they_are() -> None:
+    model = build("llama").train()
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, _, output: torch.dropout(output, 0.5, module.training)
+    )
+    state = torch.get_rng_state()
+    hf_flashmask.masks_of(model, {"input_ids": torch.arange(5)[None]})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training

@@ -16,6 +16,7 @@ from .form import (
     TooManyIntervalsError,
     at_keys,
     check_int_tensor,
+    check_integer,
     check_lengths,
     check_per_position,
     dtype_or_type,
@@ -95,6 +96,7 @@ def sliding_window(
         int32 `[1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
 
     Raises:
+        TypeError: when `window` is neither an integer nor a tuple of such and None.
         ValueError: when `window` is less than 1 (causal) or 0 (bidirectional, or in a pair), `is_causal` is given
             beside a pair, or a length is negative.
 
@@ -491,6 +493,7 @@ def from_startend_row_indices(
 
 def _checked_window(window: int, is_causal: bool) -> int:
     smallest, kind = (1, "causal") if is_causal else (0, "bidirectional")
+    check_integer("window", window)
     if window < smallest:
         raise ValueError(f"`window` must be at least {smallest} in a {kind} mask, got {window}")
     return min(window, FAR)
@@ -504,7 +507,11 @@ def _left_and_right(window: int | tuple[int | None, int | None], is_causal: bool
         return (window - 1, 0) if is_causal else (window, window)
     if is_causal is not None:
         raise ValueError("`is_causal` belongs to a `window` that is a number: a pair (left, 0) is causal")
-    if any(side is not None and side < 0 for side in window):
+    sides: tuple[int | None, ...] = window
+    for side in sides:
+        if side is not None:
+            check_integer("window", side)
+    if len(sides) != 2 or any(side is not None and side < 0 for side in window):
         raise ValueError(f"`window` must be (left, right), each 0 or more, or None for unlimited, got {window}")
     left, right = (FAR if side is None else min(side, FAR) for side in window)
     return left, right

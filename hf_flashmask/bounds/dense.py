@@ -110,7 +110,7 @@ def from_mask_mod(
         int32 `[B, H, C, S_k]`.
 
     Raises:
-        TypeError: for `q_len` beside a `BlockMask`, or a function without it.
+        TypeError: for `q_len` beside a `BlockMask`, a function without it, or what is neither.
         ValueError: when a length is negative.
         TooManyIntervalsError: when a key needs more than `MAX_INTERVALS` hidden intervals; the message names the first.
 
@@ -124,6 +124,12 @@ def from_mask_mod(
         batch_size, num_heads = mask_mod.kv_num_blocks.shape[:2]
         device = mask_mod.kv_num_blocks.device
         mask_mod = _as_flex_attention_reads(mask_mod)
+    function: object = mask_mod
+    if not callable(function):
+        raise TypeError(
+            f"`mask_mod` must be a function or a `BlockMask`, got {type(function).__name__}; bounds.from_dense takes a "
+            "dense mask"
+        )
     if q_len is None:
         raise TypeError("`q_len` must be given with a `mask_mod`")
     kv_len = q_len if kv_len is None else kv_len
@@ -147,10 +153,11 @@ def evaluate_in_tiles(mask_mod: MaskMod, batch: Tensor, head: Tensor, query: Ten
 def _as_flex_attention_reads(block_mask: BlockMask) -> MaskMod:
     """Full blocks are visible, and the function is asked in partial blocks."""
     rows, columns = block_mask.BLOCK_SIZE
-    partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+    blocks = -(-block_mask.seq_lengths[1] // columns)
+    partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
     function = block_mask.mask_mod
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -160,8 +167,9 @@ def _as_flex_attention_reads(block_mask: BlockMask) -> MaskMod:
     return visible
 
 
-def _listed(counts: Tensor, indices: Tensor) -> Tensor:
-    """bool `[B, H, n, m]`: whether the first `counts` of `indices`, int32 `[B, H, n, m]`, name a block of keys."""
+def _listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+    """bool `[B, H, n, blocks]`: whether the first `counts` of `indices`, int32 `[B, H, n, m]`, name a block of keys."""
     is_listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
-    blocks = torch.zeros(indices.shape, dtype=torch.int32, device=indices.device)
-    return blocks.scatter_reduce(3, indices.long(), is_listed.int(), "amax").bool()
+    named = torch.zeros(*indices.shape[:3], max(blocks, indices.shape[3]), dtype=torch.int32, device=indices.device)
+    # What comes after the listed ones may be anything.
+    return named.scatter_reduce(3, indices.long().masked_fill(~is_listed, 0), is_listed.int(), "amax").bool()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TypeAlias
 
 import torch
@@ -201,6 +202,24 @@ def check_lengths(q_len: int, kv_len: int) -> None:
         raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")
 
 
+def check_integer(name: str, value: object) -> None:
+    if not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"`{name}` must be an integer, got {dtype_or_type(value)}")
+
+
+def check_size(name: str, size: int, least: int = 1) -> int:
+    """The size, or `FAR` for a greater one, which says the same of positions and fits in int32 when added to one.
+
+    Raises:
+        TypeError: when it is not an integer.
+        ValueError: when it is less than `least`.
+    """
+    check_integer(name, size)
+    if size < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {size}")
+    return min(size, FAR)
+
+
 def dtype_or_type(value: object) -> torch.dtype | str:
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
@@ -231,6 +250,12 @@ def check_per_position(name: str, value: Tensor) -> Tensor:
         name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask", allow_float=name == "position_ids"
     )
     return value if value.ndim == 2 else value[None]
+
+
+def check_flags(name: str, flags: object, ids: Tensor) -> None:
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.shape != ids.shape:
+        shape = list(flags.shape) if isinstance(flags, Tensor) else ""
+        raise ValueError(f"`{name}` must be a bool tensor {list(ids.shape)}, got {dtype_or_type(flags)} {shape}")
 
 
 def check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:

@@ -15,6 +15,7 @@ from .form import (
     check_bounds,
     check_int_tensor,
     check_intervals,
+    check_size,
     hidden_intervals,
     lower_and_upper,
 )
@@ -97,7 +98,7 @@ def concatenate_keys(*bounds: Tensor, q_len: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: when an argument does not have the form of bounds.
-        ValueError: for no mask.
+        ValueError: for no mask, or masks that do not agree in batch and heads.
 
     >>> from hf_flashmask.bounds import bidirectional, causal
     >>> concatenate_keys(bidirectional(2, 3), causal(2), q_len=2).tolist()
@@ -109,6 +110,11 @@ def concatenate_keys(*bounds: Tensor, q_len: int) -> Tensor:
         check_bounds(mask)
     if len(bounds) == 1:
         return bounds[0].contiguous()
+    if any(len({*sizes} - {1}) > 1 for sizes in zip(*(mask.shape[:2] for mask in bounds))):
+        shapes = [list(mask.shape) for mask in bounds]
+        raise ValueError(
+            f"concatenate_keys() needs masks that agree in batch and heads or have 1 of them, got {shapes}"
+        )
     if all(mask.shape[2] <= 2 for mask in bounds):
         pairs = [torch.stack(torch.broadcast_tensors(*lower_and_upper(mask, q_len)), dim=2) for mask in bounds]
         return torch.cat(broadcast_masks(pairs), dim=3)
@@ -132,13 +138,16 @@ def select_rows(bounds: Tensor, first: int | Tensor, q_len: int, *, of: int | No
         bounds: int32 `[B or 1, H or 1, C, S_k]`.
         first: the row that becomes row 0, an `int` or a 0-d integer tensor.
         q_len: the number of rows of the result.
-        of: the number of rows of `bounds`, by default S_k.
+        of: the number of rows of `bounds`, by default S_k. Rows from a `first` that is a tensor must lie in these:
+            nothing reads it to find out, and rows outside are undefined.
 
     Returns:
         int32 `[B or 1, H or 1, C, S_k]`; C = 1 becomes 2, unless the rows are known to be the last ones.
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds.
+        TypeError: when `first` is neither an `int` nor an integer tensor.
+        ValueError: when the rows are known not to be rows of `bounds`.
 
     >>> from hf_flashmask.bounds import causal
     >>> select_rows(causal(5), 1, 2).tolist()
@@ -146,6 +155,16 @@ def select_rows(bounds: Tensor, first: int | Tensor, q_len: int, *, of: int | No
     """
     check_bounds(bounds)
     of = bounds.shape[3] if of is None else of
+    if isinstance(first, Tensor):
+        check_int_tensor("first", first, (0,), "[]")
+    else:
+        check_size("first", first, least=0)
+    begin = 0 if isinstance(first, Tensor) else first
+    if q_len < 0 or begin + q_len > of:
+        raise ValueError(
+            f"`first` and `q_len` must select rows of the {of} that `bounds` have, got `q_len` = {q_len} from {begin} "
+            "on; pass `of` where the mask has another number of rows than keys"
+        )
     if bounds.shape[2] == 1 and not (isinstance(first, int) and first + q_len == of):
         bounds = torch.stack(torch.broadcast_tensors(*lower_and_upper(bounds, of)), dim=2)
     # From values within the rows nothing overflows.

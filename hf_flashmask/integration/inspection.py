@@ -37,7 +37,8 @@ def note_layer(module: nn.Module, query: Tensor, key: Tensor, mask: LayerMask) -
 def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The bounds that each type of layer really uses for a batch, with its documents, windows and padding.
 
-    Calls the model once, without gradients and outside of what is compiled.
+    Calls the model once, in the mode that it is in, without gradients and outside of what is compiled. The states of
+    random numbers stay as they are. A cache in `batch` grows, as in any call: pass a copy of it.
 
     Args:
         model: a model of Transformers with `attn_implementation="flashmask"`.
@@ -56,9 +57,10 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     print(to_text(masks["sliding_attention"]))
     ```
     """
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     token = _seen.set([])
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(**batch)
         seen = _seen.get() or []
     finally:

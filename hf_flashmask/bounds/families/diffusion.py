@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_int_tensor, check_per_position
+from ..form import check_int_tensor, check_lengths, check_per_position, check_size, refuse
 from ..intervals import concatenate_keys, from_ordered_intervals
 from .runs import Documents, Runs, documents_beside, documents_of, runs_of
 
@@ -56,8 +56,7 @@ def block_diffusion(
             [0, 0, 0, 0, 1, 1, 1, 1],
             [0, 0, 0, 0, 1, 1, 1, 1]], dtype=torch.int32)
     """
-    if num_noisy < 1:
-        raise ValueError(f"`num_noisy` must be at least 1, got {num_noisy}")
+    check_size("num_noisy", num_noisy)
     documents, blocks = _blocks(block_size, block_ids, document_ids, length, device)
     return beside_clean(
         documents,
@@ -130,7 +129,8 @@ def block_diffusion_decoder(
 
     Raises:
         TypeError: when `prompt_lengths` is a tensor of other values.
-        ValueError: when it has another shape, or a size or window is less than 1.
+        ValueError: when it has another shape, a size or window is less than 1, or the encoder does not hold prompt and
+            response; of lengths on a device the latter is an assertion there.
 
     >>> from hf_flashmask.bounds import to_dense
     >>> to_dense(block_diffusion_decoder(1, 4, 5, 2), 4)[0, 0].int()
@@ -139,15 +139,26 @@ def block_diffusion_decoder(
             [1, 1, 1, 0, 0, 0, 0, 1, 1],
             [1, 1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
-    _check_size("block_size", block_size)
+    block_size = check_size("block_size", block_size)
+    check_lengths(response_len, encoder_len)
     if isinstance(prompt_lengths, Tensor):
         check_int_tensor("prompt_lengths", prompt_lengths, (1,), "[B]")
-        device, prompt_lengths = prompt_lengths.device, prompt_lengths.to(torch.int32)[:, None]
-    place = torch.arange(encoder_len, dtype=torch.int32, device=device) - prompt_lengths  # in the response
+        device, prompt_lengths = prompt_lengths.device, prompt_lengths.long()[:, None]
+        refuse(
+            (prompt_lengths < 0) | (prompt_lengths + response_len > encoder_len),
+            ValueError("`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`"),
+        )
+    elif not 0 <= prompt_lengths <= encoder_len - response_len:
+        raise ValueError(
+            "`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`, got "
+            f"{prompt_lengths} and {response_len} of {encoder_len}"
+        )
+    # In int64, a place and two sizes add up.
+    place = torch.arange(encoder_len, device=device) - prompt_lengths  # in the response
     first = place.div(block_size, rounding_mode="floor").add(1).mul(block_size).masked_fill(place < 0, 0)
     end = torch.full_like(first, response_len)
     if sliding_window is not None:
-        _check_size("sliding_window", sliding_window)
+        sliding_window = check_size("sliding_window", sliding_window)
         end = (place + (sliding_window + block_size - 1)).div(block_size, rounding_mode="floor") * block_size
     encoder = from_ordered_intervals([(first, end.masked_fill(place >= response_len, 0))], response_len)
     canvas = torch.arange(response_len, dtype=torch.int32, device=first.device)
@@ -170,13 +181,8 @@ def _blocks(
         return documents, runs_of(block_ids, *documents.ids)
     if block_size is None or block_ids is not None:
         raise ValueError("pass one of `block_size` and `block_ids`")
-    _check_size("block_size", block_size)
+    block_size = check_size("block_size", block_size)
     documents = documents_of(document_ids, length, device)
     place = documents.position - documents.runs.start
     start = documents.position - place % block_size
     return documents, Runs(start, torch.minimum(start + block_size, documents.runs.end))
-
-
-def _check_size(name: str, size: int) -> None:
-    if size < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {size}")

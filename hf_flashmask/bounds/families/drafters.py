@@ -11,7 +11,16 @@ from ..algebra import hide_keys, intersect
 from ..constructors import causal
 from ..constructors import sliding_window as window_before
 from ..documents import from_document_ids
-from ..form import FAR, MAX_INTERVALS, TooManyIntervalsError, check_int_tensor, check_per_position, refuse
+from ..form import (
+    FAR,
+    MAX_INTERVALS,
+    TooManyIntervalsError,
+    check_flags,
+    check_int_tensor,
+    check_per_position,
+    check_size,
+    refuse,
+)
 from ..intervals import concatenate_keys, from_ordered_intervals
 from .runs import documents_of
 
@@ -33,11 +42,14 @@ def anchored_blocks(
     target model, and the draft tokens. A query of a block with anchor p sees the context keys k < p of p's document,
     and its own block.
 
+    Without a window, DFlash's blocks see themselves whole. With one, they are causal in SpecForge, and in speculators
+    unless its `sliding_window_non_causal` is True: pass `is_causal=True` for such layers.
+
     Args:
         anchor_positions: integers `[B, N]`, ascending in each row.
         block_keep_mask: bool `[B, N]`, False for blocks that see nothing and that nothing sees: the last ones of a row.
         document_ids: integers `[B, ctx_len]` or `[ctx_len]` of the context, see `bounds.families`.
-        is_causal: a query sees no later key of its own block (JetSpec).
+        is_causal: a query sees no later key of its own block (JetSpec; layers with a window, see above).
         sliding_window: of local layers, W. From the anchor, a block sees the context keys `k >= p - W`. From the query,
             the draft token at offset o of its block sees the context keys `k > p + o - W`.
         window_from: which of the two.
@@ -48,8 +60,8 @@ def anchored_blocks(
 
     Raises:
         TypeError: when an argument is not a tensor of the right type.
-        ValueError: when shapes or sizes are others, or anchors do not ascend; on a device the latter is an assertion
-            there.
+        ValueError: when shapes or sizes are others, anchors do not ascend, or one is not in the context; on a device
+            the last two are assertions there.
         TooManyIntervalsError: for a window from the query when `block_size` is more than `MAX_INTERVALS`.
 
     >>> from hf_flashmask.bounds import to_dense
@@ -60,23 +72,23 @@ def anchored_blocks(
             [1, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     check_int_tensor("anchor_positions", anchor_positions, (2,), "[B, N]")
-    if block_size < 1 or (sliding_window is not None and sliding_window < 1):
-        raise ValueError(f"`block_size` and `sliding_window` must be at least 1, got {block_size} and {sliding_window}")
+    check_size("block_size", block_size)
+    if sliding_window is not None:
+        sliding_window = check_size("sliding_window", sliding_window)
     if window_from not in ("anchor", "query"):
         raise ValueError(f"`window_from` must be 'anchor' or 'query', got {window_from!r}")
     anchors = anchor_positions.to(torch.int32)
     if block_keep_mask is not None:
-        if block_keep_mask.dtype != torch.bool or block_keep_mask.shape != anchors.shape:
-            raise ValueError(
-                f"`block_keep_mask` must be bool {list(anchors.shape)}, got {block_keep_mask.dtype} "
-                f"{list(block_keep_mask.shape)}"
-            )
+        check_flags("block_keep_mask", block_keep_mask, anchors)
         anchors = anchors.masked_fill(~block_keep_mask, FAR)
     refuse(
         anchors[:, 1:] < anchors[:, :-1],
         ValueError("`anchor_positions` must ascend in each row, and blocks that are not kept must be the last ones"),
     )
-    anchors = anchors.contiguous()
+    refuse(
+        (anchors < 0) | ((anchors >= ctx_len) & (anchors < FAR)),
+        ValueError("`anchor_positions` of blocks that are kept must be 0 or more, and less than `ctx_len`"),
+    )
     q_len = anchors.shape[1] * block_size
     row = torch.arange(q_len, dtype=torch.int32, device=anchors.device)
     start = row - row % block_size
@@ -85,11 +97,13 @@ def anchored_blocks(
         own = hide_keys(own, ~block_keep_mask.repeat_interleave(block_size, dim=1))
 
     documents = documents_of(document_ids, ctx_len, anchors.device)
-    key = documents.position.expand(len(anchors), -1).contiguous()
+    batch = max(len(anchors), len(documents.runs.end) if documents.are_packed else 1)
+    anchors = anchors.expand(batch, -1).contiguous()
+    key = documents.position.expand(batch, -1).contiguous()
     end = documents.runs.end if documents.are_packed else torch.full_like(documents.position, FAR)
     end = end.expand_as(key).contiguous()
     first_row = torch.searchsorted(anchors, key, right=True, out_int32=True) * block_size
-    if sliding_window is None or window_from == "anchor":
+    if sliding_window is None or window_from == "anchor" or q_len == 0:
         past = end if sliding_window is None else torch.minimum(end, key + (sliding_window + 1))
         end_row = torch.searchsorted(anchors, past, out_int32=True) * block_size
         context = from_ordered_intervals([(first_row, end_row)], q_len)
@@ -168,8 +182,7 @@ def training_time_test(
             [1, 1, 0, 0, 1, 0],
             [1, 1, 1, 0, 0, 1]], dtype=torch.int32)
     """
-    if step < 0:
-        raise ValueError(f"`step` must not be negative, got {step}")
+    check_size("step", step, least=0)
     documents = documents_of(document_ids, length, device)
     length, device = documents.position.shape[0], documents.position.device
     base = causal(length, device=device) if document_ids is None else from_document_ids(document_ids)
@@ -225,8 +238,12 @@ def parallel_eagle(anchors: Tensor, depths: Tensor, *, document_ids: Tensor | No
     )
     past = torch.full_like(sorted_by, FAR)
     if document_ids is not None:
-        ends = documents_of(document_ids).runs.end.expand(len(sorted_by), -1)
-        past = ends.gather(1, sorted_by.clamp(0, ends.shape[1] - 1).long())
+        document_ids = check_per_position("document_ids", document_ids)
+        batch = max(len(sorted_by), len(document_ids))
+        sorted_by, is_padding = sorted_by.expand(batch, -1).contiguous(), is_padding.expand(batch, -1)
+        position = sorted_by.clamp(0, document_ids.shape[1] - 1).long()
+        past = documents_of(document_ids).runs.end.expand(batch, -1).gather(1, position)
+        is_padding = is_padding | (document_ids.expand(batch, -1).gather(1, position) < 0)
     chain_end = torch.searchsorted(sorted_by, sorted_by, right=True, out_int32=True)
     document_end = torch.searchsorted(sorted_by, past.contiguous(), out_int32=True)
     lts = torch.where(depths == 0, document_end, chain_end)

@@ -86,8 +86,11 @@ def _planes(
         )
     ends = [*accumulate(lengths)]
     document_ends = [*accumulate(documents)]
-    if (ends or [0])[-1] != (document_ends or [0])[-1] or not set(document_ends) <= {0, *ends}:
-        raise ValueError(f"`document_lens` must end where splits end, got {documents} for splits of {lengths}")
+    is_ascending = min(documents, default=0) >= 0
+    if not is_ascending or (ends or [0])[-1] != (document_ends or [0])[-1] or not set(document_ends) <= {0, *ends}:
+        raise ValueError(
+            f"`document_lens` must not be negative and must end where splits end, got {documents} for {lengths}"
+        )
     planes = []
     for length, mode, end in zip(lengths, modes, ends):
         document_end = next((border for border in document_ends if border >= end), end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_int_tensor, check_lengths, check_per_position
+from ..form import check_flags, check_int_tensor, check_lengths, check_per_position, check_size, refuse, stack_planes
 from ..intervals import from_ordered_intervals
 from .runs import documents_beside, documents_of, runs_of
 
@@ -37,7 +37,7 @@ def independent_chunks(chunk_ids: Tensor, *, document_ids: Tensor | None = None)
     """
     chunk_ids = check_per_position("chunk_ids", chunk_ids)
     documents = documents_beside(chunk_ids, document_ids)
-    document_end = documents.runs.end.expand_as(chunk_ids)
+    chunk_ids, document_end = torch.broadcast_tensors(chunk_ids, documents.runs.end)
     chunk_end = runs_of(chunk_ids, *documents.ids).end
     is_outside = chunk_ids < 0
     # The end of the last chunk up to each position; at the last position of a document, the end of its last chunk.
@@ -106,8 +106,7 @@ def gist_tokens(chunk_ids: Tensor, is_gist: Tensor, *, document_ids: Tensor | No
     >>> gist_tokens(torch.tensor([0, 0, 0, 1, 1]), torch.tensor([False, False, True, False, False])).tolist()
     [[[[3, 3, 5, 5, 5]]]]
     """
-    if is_gist.dtype != torch.bool or is_gist.shape != chunk_ids.shape:
-        raise ValueError(f"`is_gist` must be bool {list(chunk_ids.shape)}, got {is_gist.dtype} {list(is_gist.shape)}")
+    check_flags("is_gist", is_gist, chunk_ids)
     chunk_ids = check_per_position("chunk_ids", chunk_ids)
     documents = documents_beside(chunk_ids, document_ids)
     chunks = runs_of(chunk_ids, *documents.ids)
@@ -140,13 +139,12 @@ def sinks_and_window(
     >>> sinks_and_window(1, 2, document_ids=torch.tensor([0, 0, 0, 0, 1, 1])).tolist()
     [[[[4, 3, 4, 4, 6, 6]]]]
     """
-    if num_sinks < 0 or window < 1:
-        raise ValueError(f"`num_sinks` must be 0 or more and `window` at least 1, got {num_sinks} and {window}")
+    num_sinks, window = check_size("num_sinks", num_sinks, least=0), check_size("window", window)
     documents = documents_of(document_ids, length, device)
     position, (start, end) = documents.position, documents.runs
     is_sink = position - start < num_sinks
     lts = torch.where(is_sink, end, torch.minimum(position + window, end))
-    return documents.hide_padding(lts.view(-1, 1, 1, lts.shape[-1]))
+    return documents.hide_padding(stack_planes(lts, None, lts.shape[-1]))
 
 
 def hstu(
@@ -174,7 +172,8 @@ def hstu(
 
     Raises:
         TypeError: when an argument is not an integer tensor.
-        ValueError: when shapes are others, or a number is too small.
+        ValueError: when shapes are others, a number is too small, or `cu_seqlens` do not ascend from 0; on a device, of
+            the numbers in tensors, this is an assertion there.
 
     >>> from hf_flashmask.bounds import to_dense
     >>> ends, one, two = torch.tensor([0, 5]), torch.tensor([1]), torch.tensor([2])
@@ -186,14 +185,18 @@ def hstu(
             [1, 1, 1, 0, 1]], dtype=torch.int32)
     """
     check_int_tensor("cu_seqlens", cu_seqlens, (1,), "[n + 1]")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("`cu_seqlens` must hold at least the 0 that it begins with, got shape [0]")
+    refuse(cu_seqlens[:1] != 0, ValueError("`cu_seqlens` must begin with 0"))
+    refuse(cu_seqlens[1:] < cu_seqlens[:-1], ValueError("`cu_seqlens` must not decrease"))
     check_lengths(length, length)
-    if target_group_size < 1:
-        raise ValueError(f"`target_group_size` must be at least 1, got {target_group_size}")
+    target_group_size = check_size("target_group_size", target_group_size)
     for name, counts in (("num_contexts", num_contexts), ("num_targets", num_targets)):
         if counts is not None:
             check_int_tensor(name, counts, (1,), "[n]")
             if counts.shape[0] != cu_seqlens.shape[0] - 1:
                 raise ValueError(f"`{name}` must have {cu_seqlens.shape[0] - 1} values, got {counts.shape[0]}")
+            refuse(counts < 0, ValueError(f"`{name}` must not be negative"))
     position = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
     borders = cu_seqlens.to(torch.int32)
     sequence = torch.searchsorted(borders, position, right=True)
@@ -244,8 +247,13 @@ def fork_and_join(branch_ids: Tensor, *, document_ids: Tensor | None = None) -> 
             [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
     check_int_tensor("branch_ids", branch_ids, (1, 2, 3), "[B, S], [S] or [B, levels, S]")
-    levels = branch_ids.unbind(1) if branch_ids.ndim == 3 else (check_per_position("branch_ids", branch_ids),)
-    documents = documents_beside(levels[0], document_ids)
+    if branch_ids.ndim == 3 and branch_ids.shape[1] == 0:
+        raise ValueError(f"`branch_ids` must hold at least one level, got shape {list(branch_ids.shape)}")
+    branch_ids = branch_ids if branch_ids.ndim == 3 else check_per_position("branch_ids", branch_ids)[:, None]
+    documents = documents_beside(branch_ids[:, 0], document_ids)
+    branch_ids, _ = torch.broadcast_tensors(branch_ids, documents.runs.end.unsqueeze(-2))
+    # All that is outside of branches has one id.
+    levels = branch_ids.long().clamp(min=-1).unbind(1)
     gaps, outer = [], documents.ids
     for level in levels:
         branches, regions = runs_of(level, *outer), runs_of((level >= 0).int(), *outer)

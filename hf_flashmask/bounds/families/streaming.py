@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..form import FAR, check_size
 from ..intervals import from_ordered_intervals
 from .runs import documents_of
 
@@ -45,15 +46,13 @@ def streaming_chunks(
             [0, 0, 1, 1, 1, 1],
             [0, 0, 1, 1, 1, 1]], dtype=torch.int32)
     """
-    if chunk_size < 1 or look_ahead_chunks < 0 or (left_chunks is not None and left_chunks < 0):
-        raise ValueError(
-            "`chunk_size` must be at least 1, and `left_chunks` and `look_ahead_chunks` 0 or more, got "
-            f"{chunk_size}, {left_chunks} and {look_ahead_chunks}"
-        )
+    chunk_size = check_size("chunk_size", chunk_size)
+    look_ahead = check_size("look_ahead_chunks", look_ahead_chunks, least=0) * chunk_size
     documents = documents_of(document_ids, length, device)
     position, (first, end) = documents.position, documents.runs
     chunk_start = position - (position - first) % chunk_size
-    start = torch.maximum(chunk_start - look_ahead_chunks * chunk_size, first)
+    start = torch.maximum(chunk_start - min(look_ahead, FAR), first)
     if left_chunks is not None:
-        end = torch.minimum(chunk_start + (left_chunks + 1) * chunk_size, end)
+        reach = (check_size("left_chunks", left_chunks, least=0) + 1) * chunk_size
+        end = torch.minimum(chunk_start + min(reach, FAR), end)
     return documents.hide_padding(from_ordered_intervals([(start, end)], position.shape[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_per_position, previous, refuse
+from ..form import check_per_position, check_size, previous, refuse
 from ..intervals import from_ordered_intervals
 from .diffusion import beside_clean
 from .runs import Documents, Runs, documents_beside, runs_of
@@ -27,8 +27,9 @@ def frame_causal(
             there: `torch.arange(S) // frame_seqlen`.
         num_frame_per_block: frames of a chunk.
         independent_first_frame: the first frame is a chunk alone (image to video).
-        local_attn_size: so many frames that a chunk sees, its own included. Default: all.
-        sink_size: so many first frames that every later chunk sees as well.
+        local_attn_size: so many frames that a chunk sees, its own included, which must fit in. Default: all.
+        sink_size: so many first frames that every later chunk sees as well, in addition to the window. For code that
+            counts them in the window, pass `local_attn_size - sink_size`.
         document_ids: packed clips, see `bounds.families`.
 
     Returns:
@@ -36,8 +37,8 @@ def frame_causal(
 
     Raises:
         TypeError: when ids are not integer tensors.
-        ValueError: when they have other shapes, sizes are too small, or frames decrease inside of a clip; on a device
-            the latter is an assertion there.
+        ValueError: when they have other shapes, sizes are too small, the window is smaller than a chunk, or frames
+            decrease inside of a clip; on a device the latter is an assertion there.
 
     >>> from hf_flashmask.bounds import to_dense
     >>> to_dense(frame_causal(torch.arange(6) // 2, local_attn_size=2))[0, 0].int()
@@ -105,11 +106,14 @@ def _chunks(
     document_ids: Tensor | None,
 ) -> tuple[Documents, Runs, Tensor]:
     """The clips, the chunk of each position, and past-the-last position that sees it, `[B, S]`."""
-    if frames < 1 or sinks < 0 or (window is not None and window < 1):
-        raise ValueError(
-            "`num_frame_per_block` and `local_attn_size` must be at least 1 and `sink_size` 0 or more, got "
-            f"{frames}, {window} and {sinks}"
-        )
+    frames, sinks = check_size("num_frame_per_block", frames), check_size("sink_size", sinks, least=0)
+    if window is not None:
+        window = check_size("local_attn_size", window)
+        if window < frames:
+            raise ValueError(
+                f"`local_attn_size` ({window}) must not be smaller than the {frames} frames of a chunk "
+                "(`num_frame_per_block`), which would hide frames of a chunk from itself"
+            )
     frame_ids = check_per_position("frame_ids", frame_ids).to(torch.int32)
     documents = documents_beside(frame_ids, document_ids)
     clips = documents.runs
