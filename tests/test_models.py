@@ -22,6 +22,7 @@ from tiny_models import (
     random_documents,
 )
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from hf_flashmask import bounds
 from hf_flashmask.sharing.prefix_tree import from_sequences
@@ -431,3 +432,18 @@ def test_documents_of_other_lengths_in_the_decoder_need_bounds_of_their_own() ->
     encoded = model.model.encoder(torch.cat(texts, 1), attention_mask=within)
     logits = model(**row, encoder_outputs=encoded, attention_mask=between, decoder_attention_mask=causal).logits
     torch.testing.assert_close(logits, pairs_alone(model, texts, targets), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["BlockMask", "function"])
+def test_masks_of_flex_attention_are_refused_with_the_way_out(kind: str) -> None:
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    mask = create_block_mask(causal, None, None, 16, 16, device="cpu") if kind == "BlockMask" else causal
+    with pytest.raises(TypeError, match=f"`attention_mask` is a {kind}, .* bounds.from_mask_mod"):
+        build("llama")(torch.ones(1, 16, dtype=torch.long), attention_mask=mask)
+    with pytest.raises(TypeError, match="bounds.from_mask_mod"):  # past the mask function
+        build("gemma2")(
+            torch.ones(1, 16, dtype=torch.long),
+            attention_mask=dict.fromkeys(("full_attention", "sliding_attention"), mask),
+        )

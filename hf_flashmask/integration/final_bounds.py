@@ -7,13 +7,14 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from .. import bounds as _bounds
 from .documents import are_of_tokens
 from .name import logger
 from .reading import may_be_read
 
-__all__ = ["refuse_bounds_of_encoder", "warn_of_meeting_documents"]
+__all__ = ["refuse_bounds_of_encoder", "refuse_mask_of_flex_attention", "warn_of_meeting_documents"]
 
 _MOST_STARTS = 64
 """Documents that are looked at in a call. All of them leak, or none does, if bounds and positions do not match."""
@@ -44,6 +45,14 @@ def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention:
             "are the tokens of the decoder: run the encoder by itself with them, and pass `encoder_outputs` and, as "
             "`attention_mask`, bounds [B or 1, 1, C, S_encoder] whose rows are those of the decoder, or a 2-D mask. "
             "Bounds that are right for both are passed as a copy"
+        )
+
+
+def refuse_mask_of_flex_attention(mask: Any) -> None:
+    if callable(mask) or isinstance(mask, BlockMask):
+        raise TypeError(
+            f"`attention_mask` is a {type(mask).__name__}, as FlexAttention takes it: convert it once with "
+            "bounds.from_mask_mod, and pass the bounds"
         )
 
 

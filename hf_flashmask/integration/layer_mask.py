@@ -19,7 +19,7 @@ from .. import bounds as _bounds
 from .conversion import from_dense_mask
 from .documents import Documents, after_cache, check_lengths_beside_cache
 from .engines import heads_of_rank
-from .final_bounds import warn_of_meeting_documents
+from .final_bounds import refuse_mask_of_flex_attention, warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
 from .reading import may_be_read
@@ -85,6 +85,7 @@ def layer_mask(
         build = functools.partial(_complete, mask, module, documents)
         return mask.memo.get(documents.key, documents.tensors, module, build, query.device)
     if mask is not None:
+        refuse_mask_of_flex_attention(mask)
         return _of_tensor(mask, module, query, key, documents)
     place = Place(query.shape[2], key.shape[2])
     if not place.is_square:

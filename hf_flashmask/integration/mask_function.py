@@ -14,7 +14,7 @@ from .. import bounds as _bounds
 from .conversion import Tree, counts_positions, from_mask_function, in_tree
 from .documents import after_cache, are_of_tokens, first_slots
 from .engines import note_made
-from .final_bounds import refuse_bounds_of_encoder, warn_of_meeting_documents
+from .final_bounds import refuse_bounds_of_encoder, refuse_mask_of_flex_attention, warn_of_meeting_documents
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .reading import may_be_read
@@ -50,6 +50,7 @@ def prepare(
             f"`attention_mask` is a dict of masks for {', '.join(map(repr, attention_mask))}, but all layers of "
             f"{config.model_type} see the same keys: pass the tensor itself"
         )
+    refuse_mask_of_flex_attention(attention_mask)
     if isinstance(attention_mask, WholeSequence):
         whole = attention_mask
         embeds = whole.stand_in(inputs_embeds)
