@@ -440,9 +440,9 @@ def test_masks_of_flex_attention_are_refused_with_the_way_out(kind: str) -> None
         return query >= key
 
     mask = create_block_mask(causal, None, None, 16, 16, device="cpu") if kind == "BlockMask" else causal
-    with pytest.raises(TypeError, match=f"`attention_mask` is a {kind}, .* bounds.from_mask_mod"):
+    with pytest.raises(TypeError, match=rf"`attention_mask` is a {kind}, .* bounds\.from_mask_mod"):
         build("llama")(torch.ones(1, 16, dtype=torch.long), attention_mask=mask)
-    with pytest.raises(TypeError, match="bounds.from_mask_mod"):  # past the mask function
+    with pytest.raises(TypeError, match=r"bounds\.from_mask_mod"):  # past the mask function
         build("gemma2")(
             torch.ones(1, 16, dtype=torch.long),
             attention_mask=dict.fromkeys(("full_attention", "sliding_attention"), mask),
