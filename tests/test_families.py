@@ -187,7 +187,8 @@ def test_anchored_blocks(drawn, block_size, is_causal, window, from_query, data)
     anchor_rows, keep_rows, expected = [], [], []
     for row in rows:
         unique = window is not None and from_query
-        anchors = sorted(data.draw(st.lists(st.integers(0, ctx_len - 1), min_size=1, max_size=count, unique=unique)))
+        last = ctx_len if document_ids is None else ctx_len - 1
+        anchors = sorted(data.draw(st.lists(st.integers(0, last), min_size=1, max_size=count, unique=unique)))
         keep = [True] * len(anchors) + [False] * (count - len(anchors))
         anchors += [0] * (count - len(anchors))
         same = within(row)
@@ -740,8 +741,8 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
             ValueError,
             "must differ from each other",
         ),
-        (lambda: anchored_blocks(ids, 2, 0), ValueError, "must be 0 or more, and less than `ctx_len`"),
-        (lambda: anchored_blocks(ids - 1, 2, 4), ValueError, "must be 0 or more, and less than `ctx_len`"),
+        (lambda: anchored_blocks(ids + 5, 2, 4), ValueError, "must be 0 or more, and at most `ctx_len`"),
+        (lambda: anchored_blocks(ids - 1, 2, 4), ValueError, "must be 0 or more, and at most `ctx_len`"),
         (lambda: anchored_blocks(ids, 2, 4, block_keep_mask=[True]), ValueError, r"bool tensor \[2, 5\], got list"),
         (lambda: block_diffusion_decoder(1, -4, 5, 2), ValueError, "must not be negative, got -4 and 5"),
         (lambda: block_diffusion_decoder(2, 4, 5, 2), ValueError, "at most `encoder_len`, got 2 and 4 of 5"),

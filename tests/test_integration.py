@@ -314,7 +314,7 @@ def test_bounds_do_not_outlive_the_positions() -> None:
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     flashmask_attention_forward(attention_module(), *random_inputs(batch=1), None, position_ids=position_ids)
     entries = integration.memo.recent._entries
-    made = [weakref.ref(known.entry.value) for known in entries if known.sources[0]() is position_ids]
+    made = [weakref.ref(known.entry.value) for known in entries if known.sources and known.sources[0]() is position_ids]
     del position_ids
     gc.collect()
     assert made

@@ -85,9 +85,13 @@ def anchored_blocks(
         anchors[:, 1:] < anchors[:, :-1],
         ValueError("`anchor_positions` must ascend in each row, and blocks that are not kept must be the last ones"),
     )
+    last = ctx_len if document_ids is None else ctx_len - 1  # after the context there is no document
     refuse(
-        (anchors < 0) | ((anchors >= ctx_len) & (anchors < FAR)),
-        ValueError("`anchor_positions` of blocks that are kept must be 0 or more, and less than `ctx_len`"),
+        (anchors < 0) | ((anchors > last) & (anchors < FAR)),
+        ValueError(
+            "`anchor_positions` of blocks that are kept must be 0 or more, and at most `ctx_len`, with `document_ids` "
+            "`ctx_len - 1`"
+        ),
     )
     q_len = anchors.shape[1] * block_size
     row = torch.arange(q_len, dtype=torch.int32, device=anchors.device)
