@@ -362,8 +362,8 @@ def test_draft_model_trains_as_under_a_dense_mask(run_script: Callable[..., str]
 def test_draft_model_fails_when_blocks_see_their_anchors_later_context(
     run_script: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaking(anchors: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return anchored_blocks(anchors + 1, *args, **kwargs)
+    def leaking(anchors: torch.Tensor, block_size: int, ctx_len: int, **options: Any) -> torch.Tensor:
+        return anchored_blocks((anchors + 1).clamp(max=ctx_len - 1), block_size, ctx_len, **options)
 
     monkeypatch.setattr("hf_flashmask.bounds.anchored_blocks", leaking)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
