@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
 
 from .. import bounds as _bounds
 from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
-from ..sharing.backbone import Traits
 from ..training.labels import IGNORED
 from .agreement import check_agreement
 from .deal import block_length, deal, padded_length, visible_tiles
@@ -86,8 +84,7 @@ class SequenceParallel:
         if mode not in ("auto", "ulysses", "all_gather"):
             raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
         self._model = find_model(model)
-        check_model(self._model)
-        self._traits = Traits.of(cast(PreTrainedModel, self._model.base_model))
+        self._traits = check_model(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)

@@ -13,15 +13,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
-from ..sharing.backbone import Traits
+from ..sharing.backbone import Traits, meeting_places
 from .exchanges import kv_heads_on_the_wire
 
 __all__ = ["Mode", "check_labels", "check_model", "check_positions", "choose_mode", "find_model", "refuse_classifier"]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
-
-_ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
 
 
 def find_model(model: nn.Module) -> PreTrainedModel:
@@ -32,8 +29,8 @@ def find_model(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"`model` must be or hold a model of Transformers, got {type(model).__name__}")
 
 
-def check_model(base: PreTrainedModel) -> None:
-    """Refuse models that mix tokens elsewhere than in attention layers that run flashmask."""
+def check_model(base: PreTrainedModel) -> Traits:
+    """Refuse models that mix tokens elsewhere than in attention layers that run flashmask; the traits of others."""
     name, config = type(base).__name__, base.config.get_text_config()
     if config._attn_implementation != NAME:
         raise ValueError(
@@ -42,10 +39,7 @@ def check_model(base: PreTrainedModel) -> None:
         )
     if base.config.is_encoder_decoder:
         raise NotImplementedError(f"sequence_parallel cuts one sequence, {name} has two: an encoder's and a decoder's")
-    other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
-    convolutions = {type(module).__name__ for module in base.modules() if isinstance(module, nn.Conv1d)}
-    if base._is_stateful or other_layers or convolutions:
-        found = ", ".join(sorted(other_layers | convolutions)) or "a recurrent state"
+    if found := meeting_places(base):
         raise NotImplementedError(
             f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
         )
@@ -54,7 +48,8 @@ def check_model(base: PreTrainedModel) -> None:
             f"sequence_parallel does not serve the pooler of {name}, which reads the first token of a row: build the "
             "model without it (add_pooling_layer=False)"
         )
-    if "position_ids" not in Traits.of(cast(PreTrainedModel, base.base_model)).arguments:
+    traits = Traits.of(cast(PreTrainedModel, base.base_model))
+    if "position_ids" not in traits.arguments:
         raise NotImplementedError(
             f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
         )
@@ -69,6 +64,7 @@ def check_model(base: PreTrainedModel) -> None:
             "with `output_router_logits=True` each rank would balance the experts over its own tokens, which is not "
             "the loss of one process: set it to False"
         )
+    return traits
 
 
 def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> None:

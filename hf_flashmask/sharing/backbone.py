@@ -77,15 +77,12 @@ def check_implementation(backbone: PreTrainedModel, asking: str = "share_prefixe
 def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
     """Raise unless the model can be called with prefix trees."""
     check_implementation(backbone, asking)
-    name, config = type(backbone).__name__, backbone.config.get_text_config()
+    name = type(backbone).__name__
     if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
         raise ValueError(f"{asking} needs a causal model; in {name} a token sees the ones after it")
     if backbone.config.is_encoder_decoder:
         raise ValueError(f"{asking} needs a decoder, {name} has an encoder as well")
-    other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
-    convolutions = {type(module).__name__ for module in backbone.modules() if isinstance(module, nn.Conv1d)}
-    if backbone._is_stateful or other_layers or convolutions:
-        found = ", ".join(sorted(other_layers | convolutions)) or "a recurrent state"
+    if found := meeting_places(backbone):
         raise NotImplementedError(
             f"{asking} cannot share what goes from token to token other than by attention: {name} has {found}"
         )
@@ -96,6 +93,15 @@ def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") ->
         raise NotImplementedError(
             f"{asking} cannot tell {name} the positions of tokens: its forward takes no `position_ids`"
         )
+
+
+def meeting_places(model: PreTrainedModel) -> str:
+    """Where tokens meet elsewhere than in attention, by name; empty if nowhere."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
+    other_layers = set(layer_types or ()) - _ATTENTION_LAYER_TYPES
+    convolutions = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)}
+    found = ", ".join(sorted(other_layers | convolutions))
+    return found or ("a recurrent state" if model._is_stateful else "")
 
 
 class Traits(NamedTuple):
