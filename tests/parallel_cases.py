@@ -1,4 +1,4 @@
-"""What `test_parallel.py` computes on several processes: run as a script on each of them, it writes what came out.
+"""What `test_parallel.py` computes on several processes: run as a script, it starts them and writes what came out.
 
 The truth is one process with eager attention: each document, each padded row and each path of a tree alone.
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import pickle
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.multiprocessing as multiprocessing
 from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
 from parallel_answers import truth as truth_of_answers
 from torch import Tensor, nn
@@ -246,11 +247,16 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 def meshes(case: Case | AnswerCase) -> tuple[Any, Any]:
     """All ranks, and those that share a sequence."""
+    mesh = mesh_of(world_size() // case.ranks, case.nodes, case.ranks // case.nodes)
+    return mesh, mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+
+
+@functools.cache
+def mesh_of(*shape: int) -> Any:
+    """Cases share it: the groups of a mesh take longer to connect than a case takes to train."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    shape = world_size() // case.ranks, case.nodes, case.ranks // case.nodes
-    mesh = init_device_mesh(device_of_rank().type, shape, mesh_dim_names=("dp", "nodes", "sp"))
-    return mesh, mesh["sp"] if case.nodes == 1 else mesh["nodes", "sp"]
+    return init_device_mesh(device_of_rank().type, shape, mesh_dim_names=("dp", "nodes", "sp")[-len(shape) :])
 
 
 def run_answer_case(case: AnswerCase) -> dict[str, Any]:
@@ -350,9 +356,10 @@ def differences(
     import torch.distributed as dist
 
     found = [loss.detach().float(), *_gradients(model)]
-    for tensor in found[:1] if case.engine in ("ddp", "fsdp2") else found:  # engines have averaged the gradients
-        dist.all_reduce(tensor)
-        tensor /= world_size()
+    added = 1 if case.engine in ("ddp", "fsdp2") else len(found)  # engines have averaged the gradients
+    sums = nn.utils.parameters_to_vector(found[:added])
+    dist.all_reduce(sums)
+    nn.utils.vector_to_parameters(sums / world_size(), found[:added])
     found = [tensor.cpu() for tensor in found]
     if expected is None:
         return {}
@@ -382,10 +389,9 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        everyone = init_device_mesh(device_of_rank().type, (torch.distributed.get_world_size(),))
+        everyone = mesh_of(world_size())
         for layer in model.model.layers:
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
@@ -621,8 +627,7 @@ def lose_second_rank(way: str, group: Any, rank: int) -> str:
     return "none"
 
 
-def main(rank: int, folder: Path, names: list[str], gpus: int = 0) -> None:
-    """What a rank does, on the CPU or on as many GPUs."""
+def run_rank(rank: int, folder: Path, names: list[str], gpus: int) -> None:
     import datetime
 
     import torch.distributed as dist
@@ -642,12 +647,7 @@ def main(rank: int, folder: Path, names: list[str], gpus: int = 0) -> None:
     runs |= {case.name: lambda case=case: run_answer_case(case) for case in ANSWER_CASES}
     runs |= {name: lambda name=name: run_fault(name) for name in FAULTS}
     for name in [name for name in names if name != "lost"] or ([] if names else runs):
-        try:
-            results[name] = runs[name]()
-        except Exception:
-            results[name] = {"failed": traceback.format_exc()}
-            (folder / f"{rank}.json").write_text(json.dumps(results))
-            raise
+        results[name] = runs[name]()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     if not names or "lost" in names:
         results["lost"] = run_lost_ranks()
@@ -656,11 +656,16 @@ def main(rank: int, folder: Path, names: list[str], gpus: int = 0) -> None:
     dist.destroy_process_group()
 
 
+def main(folder: Path, names: list[str], gpus: int) -> None:
+    """All cases, or those named, on the CPU or on as many GPUs. The first process that fails ends the others."""
+    import tiny_models
+
+    for model in {case.model for case in (*CASES, *ANSWER_CASES)}:
+        tiny_models.build(model)  # forked processes have what is imported before; CUDA does not survive a fork
+    start_method = "spawn" if gpus else "fork"
+    multiprocessing.start_processes(run_rank, (folder, names, gpus), nprocs=gpus or WORLD, start_method=start_method)
+
+
 if __name__ == "__main__":
-    on_gpus = [word for word in sys.argv[3:] if word.startswith("--gpus=")]
-    main(
-        int(sys.argv[1]),
-        Path(sys.argv[2]),
-        [word for word in sys.argv[3:] if word not in on_gpus],
-        *(int(word.partition("=")[2]) for word in on_gpus),
-    )
+    *others, number = sys.argv[1:]
+    main(Path(others[0]), others[1:], gpus=int(number))

@@ -29,7 +29,7 @@ NAMES = [f"{mode}-{kind}" for mode in ("ulysses", "all_gather") for kind in KIND
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the first GPU has found."""
     folder: Path = tmp_path_factory.mktemp("gpus")
-    test_parallel.compute(folder, GPUS, f"--gpus={GPUS}", *NAMES)
+    test_parallel.compute(folder, *NAMES, gpus=GPUS)
     return test_parallel.read(folder, GPUS)[0]
 
 

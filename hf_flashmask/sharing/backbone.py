@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
 import sys
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -199,10 +201,21 @@ def _source_of_class(layer_class: type) -> str:
     for base in layer_class.__mro__:
         if base not in (object, PreTrainedModel) and not base.__module__.startswith("torch."):
             try:
-                sources.append(inspect.getsource(base))
-            except (OSError, TypeError):  # a class from a notebook
+                of_module = _sources_of_classes(sys.modules[base.__module__])
+                sources.append(of_module.get(base.__qualname__) or inspect.getsource(base))
+            except (KeyError, OSError, TypeError):  # a class from a notebook
                 continue
     return "\n".join(sources)
+
+
+@functools.cache
+def _sources_of_classes(module: ModuleType) -> dict[str, str]:
+    """Of the classes that a module defines at its top. Before Python 3.13, `inspect` parses it again for each class."""
+    text = inspect.getsource(module)
+    lines = text.splitlines(keepends=True)
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    starts = [min(part.lineno for part in (node, *node.decorator_list)) for node in classes]
+    return {node.name: "".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}
 
 
 def _arguments_of(backbone: PreTrainedModel) -> tuple[str, ...]:
