@@ -357,7 +357,8 @@ def processes(setting: Setting, cases: list[Case]) -> Iterator[list[Connection]]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         setting = setting._replace(port=probe.getsockname()[1])
-    context = multiprocessing.get_context("spawn")
+    # A process that is forked from a server need not import anything again, but CUDA may not survive the fork.
+    context: Any = multiprocessing.get_context("forkserver" if setting.is_smoke else "spawn")
     started, ranks = [], []
     for rank in range(setting.gpus):
         receiver, sender = context.Pipe(duplex=False)

@@ -169,6 +169,12 @@ def layers_of(model: transformers.PreTrainedModel) -> nn.ModuleList:
     return getattr(model.model, "language_model", model.model).layers
 
 
+@functools.cache
+def mesh_of(ranks: int) -> DeviceMesh:
+    """Cases share it: the groups of a mesh take longer to connect than a case takes to train."""
+    return init_device_mesh("cpu", (ranks,))
+
+
 def shard(model: transformers.PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> nn.Module:
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -179,10 +185,10 @@ def replicate_or_shard(engine: str, model: transformers.PreTrainedModel, ranks: 
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":
-        return shard(model, init_device_mesh("cpu", (ranks,)), MixedPrecisionPolicy())
+        return shard(model, mesh_of(ranks), MixedPrecisionPolicy())
     if engine == "fsdp2_bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        return shard(model, init_device_mesh("cpu", (ranks,)), policy)
+        return shard(model, mesh_of(ranks), policy)
     if engine == "hsdp":
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
         return shard(model, mesh, MixedPrecisionPolicy())
@@ -274,7 +280,7 @@ def train_lora(engine: str, name: str) -> dict[str, float]:
     if engine == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(adapted)
     else:
-        mesh = init_device_mesh("cpu", (ranks,))
+        mesh = mesh_of(ranks)
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(adapted, mesh=mesh)
@@ -799,7 +805,13 @@ def run_rank(rank: int, ranks: int, folder: Path, port: int, only: list[str]) ->
 
 
 def main(folder: Path, only: list[str]) -> None:
-    """Run the cases of each number of processes. The processes are forked, which imports everything once."""
+    """Run the cases of each number of processes. The processes are forked: what is imported here is imported once."""
+    from transformers import Trainer  # noqa: F401
+
+    if HAS_TRL:
+        from trl import DPOTrainer  # noqa: F401
+    for name in MODELS:
+        build_model(name)
     forked = multiprocessing.get_context("fork")
     for ranks in CASES:
         with socket.socket() as probe:

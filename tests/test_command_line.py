@@ -129,22 +129,23 @@ def test_run_registers_in_the_processes_that_the_program_starts(tmp_path: Path) 
 
 
 @pytest.fixture
-def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would replace this process."""
-    commands: list[list[str]] = []
-    monkeypatch.setattr(os, "execvpe", lambda file, command, environment: commands.append(command))
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """The commands that would replace this process, with their environments."""
+    commands: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execvpe", lambda file, command, environment: commands.append((command, environment)))
     return commands
 
 
-def test_run_takes_modules_and_commands(executed: list[list[str]], tmp_path: Path) -> None:
+def test_run_takes_modules_and_commands(executed: list[tuple[list[str], dict[str, str]]]) -> None:
     assert call("run", "-m", "trl.cli.main", "sft", "--help").exit_code == 0
     assert call("run", Path(sys.executable).name, "-m", "x", "--config=a b").exit_code == 0
-    assert executed[0] == [sys.executable, "-m", "trl.cli.main", "sft", "--help"]
-    assert Path(executed[1][0]).samefile(sys.executable)
-    assert executed[1][1:] == ["-m", "x", "--config=a b"]
+    (module, _), (command, _) = executed
+    assert module == [sys.executable, "-m", "trl.cli.main", "sft", "--help"]
+    assert Path(command[0]).samefile(sys.executable)
+    assert command[1:] == ["-m", "x", "--config=a b"]
 
 
-def test_run_refuses_what_is_not_there(executed: list[list[str]]) -> None:
+def test_run_refuses_what_is_not_there(executed: list[tuple[list[str], dict[str, str]]]) -> None:
     result = call("run", "trian.py")
     assert result.exit_code == 2
     assert "'trian.py' is neither a Python file nor a command" in " ".join(result.output.split())
@@ -309,7 +310,9 @@ def test_bench_refuses_heads_that_do_not_divide() -> None:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no trl for Python 3.10")
-def test_run_trains_with_the_command_line_of_trl(tmp_path: Path, model_folder: Path) -> None:
+def test_run_trains_with_the_command_line_of_trl(
+    tmp_path: Path, model_folder: Path, executed: list[tuple[list[str], dict[str, str]]]
+) -> None:
     """Whose command starts `accelerate launch`, which starts the process that trains."""
     config = transformers.AutoConfig.from_pretrained(model_folder)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model_folder)
@@ -318,7 +321,6 @@ def test_run_trains_with_the_command_line_of_trl(tmp_path: Path, model_folder: P
     tokenizer.save_pretrained(model_folder)
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data/train.jsonl", [{"text": "a b " * length} for length in range(1, 9)])
-    command = [sys.executable, "-m", "hf_flashmask", "run", "-m", "trl.cli.main", "sft"]
     options = {
         "model_name_or_path": str(model_folder),
         "dataset_name": str(tmp_path / "data"),
@@ -331,13 +333,10 @@ def test_run_trains_with_the_command_line_of_trl(tmp_path: Path, model_folder: P
         "bf16": "false",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    process = subprocess.run(
-        [*command, *arguments, "--packing", "--use_cpu"],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    call("run", "-m", "trl.cli.main", "sft", *arguments, "--packing", "--use_cpu")
+    ((command, environment),) = executed
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "'loss': '1." in process.stdout
     assert (tmp_path / "out/model.safetensors").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from processes import run_python
 from tiny_models import build, packed, random_documents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,9 +62,8 @@ def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> Non
 
 
 def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", snippets()[0].code], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert 4 < float(process.stdout.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
+    printed = run_python(snippets()[0].code, cwd=tmp_path)
+    assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
 
 
 CALLS = {

@@ -8,6 +8,7 @@ import math
 import os
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import datasets
+import processes
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -153,22 +155,40 @@ def test_sft_packed_fails_when_documents_see_each_other(
 # Rows that several processes share
 
 
+def by_itself(script: Path, arguments: list[str], cwd: Path) -> str:
+    process = subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def as_torchrun_does(script: Path, arguments: list[str], cwd: Path) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return "".join(processes.run_at_once(script, arguments, ranks, cwd))
+
+
 @pytest.mark.parametrize(
-    ("options", "printed"),
+    ("launch", "options", "expected"),
     [
-        (["--row-length", "1500", "--documents", "definitions"], '2 processes, 1 x 2, mode="all_gather"'),
-        (["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing"], "rank 1: 50.0%"),
+        (by_itself, ["--row-length", "1500", "--documents", "definitions"], '2 processes, 1 x 2, mode="all_gather"'),
+        (
+            as_torchrun_does,
+            ["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing"],
+            "rank 1: 50.0%",
+        ),
     ],
     ids=["all_gather", "ulysses"],
 )
 def test_sft_long_context_trains_as_one_process(
-    small_library: Path, tmp_path: Path, options: list[str], printed: str
+    small_library: Path, tmp_path: Path, launch: Callable[..., str], options: list[str], expected: str
 ) -> None:
-    command = [sys.executable, str(SCRIPT.with_name("sft_long_context.py")), "--texts", str(small_library), *options]
-    process = subprocess.run([*command, "--steps", "4"], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert "The processes and one process agree" in process.stdout
-    assert printed in process.stdout
+    script = SCRIPT.with_name("sft_long_context.py")
+    printed = launch(script, ["--texts", str(small_library), *options, "--steps", "4"], tmp_path)
+    assert "The processes and one process agree" in printed
+    assert expected in printed
 
     report = json.loads((tmp_path / "runs/sft_long_context/report.json").read_text())
     assert report["loss"][0] == pytest.approx(math.log(257), abs=0.5)  # an untrained model guesses

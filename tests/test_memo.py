@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import subprocess
-import sys
 import textwrap
 import weakref
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz_calls import Sequence
+from processes import run_at_once
 from tiny_models import build, eager_twin, logits_alone, packed, random_documents
 from torch import Tensor, nn
 from transformers import masking_utils
@@ -218,12 +217,10 @@ def test_tensors_changed_by_another_process(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent(
             f"""
-            import sys
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
-            import conftest, torch, torch.distributed as dist
+            import os, torch, torch.distributed as dist
             from tiny_models import build, eager_twin, logits_alone, packed, random_documents
 
-            rank = int(sys.argv[1])
+            rank = int(os.environ["RANK"])
             dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
             torch.manual_seed(3)
             tokens, packings = random_documents([13])[0], [[5, 8], [2, 10, 1], [13]]
@@ -247,13 +244,7 @@ def test_tensors_changed_by_another_process(tmp_path: Path) -> None:
             """
         )
     )
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
+    run_at_once(script, [], [{"RANK": "0"}, {"RANK": "1"}], tmp_path)
 
 
 @pytest.mark.gpu

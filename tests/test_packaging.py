@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 from run_versions import VERSIONS
+from transformers.utils import is_kernels_available
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"hf_flashmask": ROOT / "hf_flashmask", "flashmask_kernels": ROOT / "kernels/torch-ext/flashmask_kernels"}
@@ -143,9 +144,9 @@ for package in (hub, flashmask_kernels):
     run_python(code, cwd=tmp_path)
 
 
-def test_transformers_sees_the_same_kernels_library_in_the_repository_as_elsewhere(tmp_path: Path) -> None:
+def test_transformers_sees_the_same_kernels_library_in_the_repository_as_elsewhere() -> None:
     code = "import hf_flashmask; from transformers.utils import is_kernels_available; print(is_kernels_available())"
-    assert run_python(code, cwd=ROOT) == run_python(code, cwd=tmp_path)
+    assert run_python(code, cwd=ROOT).strip() == str(is_kernels_available())  # the tests do not see the repository
 
 
 def test_an_installed_kernels_library_goes_before_the_folder_of_that_name(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import importlib
 import json
 import pickle
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import run_versions
 import torch
 import transformers
+from processes import run_python
 from tiny_models import build, config_of, eager_twin, random_documents
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, GenerationConfig
@@ -146,9 +145,7 @@ print(json.dumps({name: value if isinstance(value, str) else "loaded" for name, 
 
 def test_other_implementations_are_untouched() -> None:
     """Bitwise the same logits and word for word the same errors before and after the import, in one process."""
-    done = subprocess.run([sys.executable, "-c", OTHER_IMPLEMENTATIONS], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout.splitlines()[-1])
+    outcomes = json.loads(run_python(OTHER_IMPLEMENTATIONS).splitlines()[-1])
     assert outcomes["eager"] == outcomes["sdpa"] == "loaded"
     assert "Error" in outcomes["my_flash"]
     assert "Flash attention cannot handle chunked attention" in outcomes["flash_attention_2 chunked"]
@@ -254,13 +251,6 @@ print("hf_flashmask" in sys.modules)
 tokens, expected = torch.load(sys.argv[2])
 torch.testing.assert_close(model(tokens).logits, expected)
 """
-
-
-def run_python(code: str, *arguments: Any) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_pickled_model_imports_what_it_needs(tmp_path: Path) -> None:

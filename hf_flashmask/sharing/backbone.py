@@ -214,7 +214,7 @@ def _sources_of_classes(module: ModuleType) -> dict[str, str]:
     text = inspect.getsource(module)
     lines = text.splitlines(keepends=True)
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-    starts = [min(part.lineno for part in (node, *node.decorator_list)) for node in classes]
+    starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in classes]
     return {node.name: "".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}
 
 

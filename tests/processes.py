@@ -1,0 +1,54 @@
+"""Python programs in processes of their own, which are forked from one that has imported torch and Transformers.
+
+That saves the five seconds of CPU time that a new process needs for these imports. hf_flashmask is not among them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.masking_utils", "transformers.modeling_utils"])
+
+
+def run_python(code: str, *arguments: object, cwd: Path | None = None) -> str:
+    """What a program prints, which must end well."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "program.py"
+        script.write_text(code)
+        return run_at_once(script, [str(argument) for argument in arguments], [{}], cwd or Path(folder))[0]
+
+
+def run_at_once(
+    script: Path, arguments: Sequence[str], environments: Sequence[Mapping[str, str]], cwd: Path
+) -> list[str]:
+    """What processes print that run the same file, each with some environment variables of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(number) for number in range(len(environments))]
+        processes = [
+            CONTEXT.Process(target=_run, args=(script, arguments, environment, cwd, output))
+            for environment, output in zip(environments, outputs)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        for process, output in zip(processes, outputs):
+            assert process.exitcode == 0, output.with_suffix(".err").read_text()
+        return [output.read_text() for output in outputs]
+
+
+def _run(script: Path, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path) -> None:
+    for descriptor, path in ((1, output), (2, output.with_suffix(".err"))):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
