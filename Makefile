@@ -8,6 +8,7 @@
 # make fuzz    10,000 random calls of attention on the GPU against dense attention
 # make sanitize  run the kernels for this GPU under compute-sanitizer, or under SANITIZER
 # make versions  run the core of the tests with other supported versions: all of them, or VERSIONS="oldest newest"
+# make hub  load the kernels as the Kernel Hub does, with Hugging Face's library `kernels`
 # make tritons  compile the kernels for sm_90 with other releases of Triton, TRITONS: minutes
 # PYTHON is the interpreter that creates the environment, VENV the folder of the environment.
 
@@ -21,7 +22,7 @@ SANITIZER ?= compute-sanitizer
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions tritons lint check clean
+.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions hub tritons lint check clean
 
 # Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
 demo: $(READY)
@@ -62,6 +63,11 @@ transformers-tests: $(READY)
 
 versions: $(READY)
 	$(RUN) tests/run_versions.py --workers $(PYTEST_WORKERS) $(VERSIONS)
+
+# Beside the environment: where the library is installed, Transformers behaves in other ways.
+hub: $(READY)
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/hub kernels==0.17.2
+	PYTHONPATH=$(CURDIR)/build/hub $(RUN) -m pytest tests/test_packaging.py tests/test_examples.py -k hub
 
 tritons: $(READY)
 	set -e; for version in $(TRITONS); do \

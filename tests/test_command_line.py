@@ -7,7 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -300,6 +303,41 @@ def test_bench_checks_and_times_on_the_cpu(tmp_path: Path, monkeypatch: pytest.M
     assert lines["leaking"].endswith("WRONG, and so not timed")
     assert "ZeroDivisionError" in lines["failing"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_lets_all_take_turns() -> None:
+    """A machine that is slow for a while slows all of them alike, and the report says that times vary."""
+    calls: list[str] = []
+
+    def implementation(name: str, milliseconds: float) -> Callable[[], None]:
+        def call() -> None:
+            calls.append(name)
+            is_slow = len(calls) > 100  # from then on, whoever is called
+            sleep(1e-3 * milliseconds * (4 if is_slow else 1))
+
+        return call
+
+    functions = {"one": implementation("one", 1), "other": implementation("other", 3)}
+    candidates = [
+        bench._Candidate(bench.Result(name, 0.0), {"forward": function, "backward": function})
+        for name, function in functions.items()
+    ]
+    times = bench._time_in_turn([run for candidate in candidates for run in candidate.passes.values()], 0.2)
+    one, other = (bench._with_times(candidate, times) for candidate in candidates)
+    assert len([name for name, _ in groupby(calls)]) >= 2 * bench.ROUNDS
+    assert one.forward is not None
+    assert other.forward is not None
+    assert other.forward > 1.2 * one.forward
+    shape = bench.Shape(16, 1, 1, 1, 8, torch.float32, torch.device("cpu"))
+    steady = one._replace(spread=0.02)
+    assert "Times vary" not in "\n".join(bench.describe(shape, [steady, steady._replace(spread=None)]))
+    assert "Times vary by up to 34%: is the machine busy?" in "\n".join(
+        bench.describe(shape, [steady, other._replace(spread=0.34)])
+    )
+
+
+def test_bench_spread_is_the_interquartile_range_over_the_median() -> None:
+    assert bench._spread([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
 
 
 def test_bench_refuses_heads_that_do_not_divide() -> None:

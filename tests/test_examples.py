@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -198,6 +199,16 @@ def test_sft_long_context_trains_as_one_process(
     content = (tmp_path / "runs/sft_long_context/mask.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 5000
+
+
+# The kernels alone
+
+
+@pytest.mark.skipif(find_spec("kernels") is None, reason="`make hub` has Hugging Face's library `kernels`")
+def test_kernel_hub_attends_as_each_document_alone(tmp_path: Path) -> None:
+    (printed,) = processes.run_at_once(SCRIPT.with_name("kernel_hub.py"), [], [{}], tmp_path)
+    assert "build/torch-cpu/__init__.py" in printed
+    assert "The packed row and its documents alone agree" in printed
 
 
 # Conversations

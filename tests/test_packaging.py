@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -142,6 +143,62 @@ for package in (hub, flashmask_kernels):
     torch.testing.assert_close(compiled(query, query, query, bounds), expected)
 """
     run_python(code, cwd=tmp_path)
+
+
+needs_library = pytest.mark.skipif(
+    importlib.util.find_spec("kernels") is None, reason="`make hub` has Hugging Face's library `kernels`"
+)
+
+
+@needs_library
+def test_the_library_of_the_hub_loads_what_is_published(tmp_path: Path) -> None:
+    """Windows that differ between heads, and a row that sees nothing, against dense float32 attention."""
+    code = f"""
+import pathlib, sys, torch
+sys.path.insert(0, {str(ROOT / "examples")!r})
+import kernel_hub, kernels
+hub = kernel_hub.load_from_checkout(pathlib.Path({str(tmp_path)!r}), "cpu")
+assert not {{"flashmask_kernels", "hf_flashmask"}} & set(sys.modules)
+(loaded,) = kernels.get_loaded_kernels()
+
+length, hidden_row, windows = 45, 20, (4, 9, 2, 45)
+row, column = torch.arange(length)[:, None], torch.arange(length)
+visible, planes = [], []
+for window in windows:
+    visible.append((column <= row) & (row - column < window) & (row != hidden_row))
+    intervals = (column + window, length), (0, column), (hidden_row, hidden_row + 1)
+    planes.append(torch.stack([torch.as_tensor(end).expand(length) for pair in intervals for end in pair]))
+visible, bounds = torch.stack(visible), torch.stack(planes)[None].int()
+
+generator = torch.Generator().manual_seed(0)
+query, key, value = (torch.randn(2, heads, length, 24, generator=generator).requires_grad_() for heads in (4, 2, 2))
+scores = query @ key.repeat_interleave(2, 1).mT / 24**0.5
+weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+dense = weights @ value.repeat_interleave(2, 1)
+out = hub.flashmask_attention(query, key, value, bounds)
+torch.testing.assert_close(out, dense, rtol=1e-4, atol=1e-5)
+kept = [at for at in range(length) if at != hidden_row]
+gradients = [torch.autograd.grad(of[:, :, kept].square().sum(), (query, key, value)) for of in (out, dense)]
+for one, other in zip(*gradients):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+print(loaded.metadata.name, loaded.metadata.version, hub.__file__)
+"""
+    name, version, file = processes.run_python(code).split()
+    published = (ROOT / "kernels/build.toml").read_text()
+    assert f'name = "{name}"\nversion = {version}\n' in published
+    assert Path(file) == tmp_path / "build/torch-cpu/__init__.py"
+    assert re.search(r'^backends = .*"cpu".*"cuda"', published, re.MULTILINE)
+
+
+def test_the_card_has_no_link_that_leads_nowhere() -> None:
+    """Relative ones do, on the Hub: it has the card and the kernels, not the repository."""
+    links = re.findall(r"\]\(([^)\s]+)", (ROOT / "kernels/README.md").read_text())
+    assert len(links) >= 3
+    assert all(link.startswith("https://") for link in links)
+    repository = "https://github.com/hf-flashmask/hf-flashmask"
+    for link in links:
+        path = link.removeprefix(f"{repository}/blob/main/")
+        assert path == link or (ROOT / path).is_file(), link
 
 
 def test_transformers_sees_the_same_kernels_library_in_the_repository_as_elsewhere() -> None:

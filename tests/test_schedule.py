@@ -77,9 +77,9 @@ def block_sparse(length: int, block: int, planes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("planes", [2, 4, 6, 32])
-def test_intervals_cover_a_tile_together(planes: int, device: str) -> None:
-    check(block_sparse(192, 8, planes).to(device), 192, 32, 16)
+@pytest.mark.parametrize(("planes", "length"), [(2, 192), (4, 192), (6, 192), (32, 96)])
+def test_intervals_cover_a_tile_together(planes: int, length: int, device: str) -> None:
+    check(block_sparse(length, 8, planes).to(device), length, 32, 16)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -166,10 +166,7 @@ def bench(
         f"{shape.num_heads} query and {shape.kv_heads} key heads of {shape.head_dim}, torch {torch.__version__}"
     )
     typer.echo(title)
-    results = []
-    for result in benchmark.measure(shape, seconds):
-        typer.echo(f"  {result.name} done", err=True)
-        results.append(result)
+    results = benchmark.measure(shape, seconds, note=lambda text: typer.echo(f"  {text}", err=True))
     typer.echo("\n".join(benchmark.describe(shape, results)))
     if _can_draw() and any(result.forward is not None for result in results):
         benchmark.draw(shape, results, title, plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """The largest error of outputs and gradients, as a fraction of the largest value of the truth."""
 
+ROUNDS = 9
 LARGE_SPREAD = 0.1
+"""From here on, the report says that times vary."""
 
 
 class Shape(NamedTuple):
@@ -38,20 +41,34 @@ class Shape(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Of one implementation: the error, and milliseconds unless it was wrong or failed."""
+    """Of one implementation: the error, and milliseconds unless it was wrong or failed.
+
+    `spread` is the interquartile range over the median, from round to round, of the pass that varies more.
+    """
 
     name: str
     error: float | None
-    forward: float | None
-    backward: float | None
+    forward: float | None = None
+    backward: float | None = None
+    spread: float | None = None
     remark: str = ""
 
 
-def measure(shape: Shape, seconds: float) -> Iterator[Result]:
-    """Check and time each implementation that is installed; each is yielded when it is done.
+class _Candidate(NamedTuple):
+    """An implementation that was checked, and its passes to be timed: none when it was wrong or failed."""
+
+    checked: Result
+    passes: dict[str, Callable[[], Any]]
+
+
+def measure(shape: Shape, seconds: float, note: Callable[[str], None] = lambda text: None) -> list[Result]:
+    """Check each implementation that is installed, then time all of them in turn, round by round.
+
+    What else the machine does then slows all of them in a round, not the one that has its turn.
 
     Args:
         seconds: time to measure, for all implementations; compiling comes on top.
+        note: is told in words what has been done.
     """
     generator = torch.Generator().manual_seed(0)
     query, key, value, d_out = (
@@ -61,35 +78,55 @@ def measure(shape: Shape, seconds: float) -> Iterator[Result]:
     ends = torch.linspace(0, shape.length, shape.documents + 1).round().int()
     exact = (query.float(), key.float(), value.float())
     truth = _results(_each_document_alone(ends), exact, d_out.float())
-    peers = _implementations(shape, ends.to(shape.device))
-    for name, build in peers.items():
+    candidates = []
+    for name, build in _implementations(shape, ends.to(shape.device)).items():
         try:
-            yield _measure_one(name, build(), (query, key, value), d_out, truth, seconds / (2 * len(peers)))
+            candidates.append(_check(name, build(), (query, key, value), d_out, truth))
         except Exception as error:  # peers have limits of their own: sizes, compilers, memory
             remark = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield Result(name, None, None, None, remark[:100])
+            candidates.append(_Candidate(Result(name, None, remark=remark[:100]), {}))
+        note(f"{name} checked")
+    times = _time_in_turn([run for candidate in candidates for run in candidate.passes.values()], seconds)
+    note("all timed")
+    return [_with_times(candidate, times) for candidate in candidates]
 
 
-def _measure_one(
-    name: str, attend: Attend, inputs: Inputs, d_out: Tensor, truth: list[Tensor], seconds: float
-) -> Result:
+def _check(name: str, attend: Attend, inputs: Inputs, d_out: Tensor, truth: list[Tensor]) -> _Candidate:
     try:
         found, remark = _results(attend, inputs, d_out), ""
     except NotImplementedError:  # FlexAttention has no backward on the CPU
         found, remark = [attend(*inputs)], "it has no backward here"
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, truth))
     if not error <= TOLERANCE[d_out.dtype]:  # written so that nan fails
-        return Result(name, error, None, None, "WRONG, and so not timed")
+        return _Candidate(Result(name, error, remark="WRONG, and so not timed"), {})
+    checked = Result(name, error, remark=remark)
     if remark:
-        return Result(name, error, _time(lambda: attend(*inputs), seconds).milliseconds, None, remark)
+        return _Candidate(checked, {"forward": lambda: attend(*inputs)})
     leaves = _leaves(inputs)
-    forward = _time(lambda: attend(*leaves), seconds)
     out = attend(*leaves)
-    backward = _time(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True), seconds)
-    spread = max(forward.spread, backward.spread)
-    if spread > LARGE_SPREAD:
-        remark = f"times vary by {spread:.0%}: is the machine busy?"
-    return Result(name, error, forward.milliseconds, backward.milliseconds, remark)
+    return _Candidate(
+        checked,
+        {
+            "forward": lambda: attend(*leaves),
+            "backward": lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True),
+        },
+    )
+
+
+def _with_times(candidate: _Candidate, times: Iterator[list[float]]) -> Result:
+    """Takes the times of its passes, one for each round."""
+    of_passes = {name: next(times) for name in candidate.passes}
+    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in of_passes.items()}
+    return candidate.checked._replace(
+        forward=medians.get("forward"),
+        backward=medians.get("backward"),
+        spread=max(map(_spread, of_passes.values()), default=None),
+    )
+
+
+def _spread(seconds: list[float]) -> float:
+    lower, median, upper = statistics.quantiles(seconds, n=4)
+    return (upper - lower) / median
 
 
 def _leaves(inputs: Inputs) -> Inputs:
@@ -103,17 +140,16 @@ def _results(attend: Attend, inputs: Inputs, d_out: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-class _Time(NamedTuple):
-    """Median, and interquartile range over median."""
-
-    milliseconds: float
-    spread: float
-
-
-def _time(function: Callable[[], Any], seconds: float) -> _Time:
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    measured = timer.blocked_autorange(min_run_time=seconds)
-    return _Time(1e3 * measured.median, measured.iqr / measured.median)
+def _time_in_turn(functions: list[Callable[[], Any]], seconds: float) -> Iterator[list[float]]:
+    """The seconds that each function takes, one figure for each round; every round calls all of them."""
+    timers = [
+        Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+        for function in functions
+    ]
+    share = seconds / (ROUNDS * max(len(timers), 1))
+    calls = [max(1, int(share / timer.timeit(1).median)) for timer in timers]
+    rounds = [[timer.timeit(count).median for timer, count in zip(timers, calls)] for _ in range(ROUNDS)]
+    return iter([list(of_function) for of_function in zip(*rounds)])
 
 
 # Implementations
@@ -179,14 +215,20 @@ def _flash_attention(ends: Tensor) -> Attend:
 
 def describe(shape: Shape, results: list[Result]) -> Iterator[str]:
     """The results as lines of text."""
-    yield f"{'':24}{'forward':>10}{'backward':>10}{'times flashmask':>17}{'error':>10}"
+    yield f"{'':24}{'forward':>10}{'backward':>10}{'spread':>8}{'times flashmask':>17}{'error':>10}"
     total = _total(results[0])
     for result in results:
         times = [f"{time:.2f} ms" if time is not None else "-" for time in (result.forward, result.backward)]
         own = _total(result)
         ratio = f"{own / total:.2f}" if own is not None and total is not None else "-"
         error = "-" if result.error is None else f"{result.error:.0e}"
-        yield f"{result.name:24}{times[0]:>10}{times[1]:>10}{ratio:>17}{error:>10}  {result.remark}".rstrip()
+        spread = "-" if result.spread is None else f"{result.spread:.0%}"
+        line = f"{result.name:24}{times[0]:>10}{times[1]:>10}{spread:>8}{ratio:>17}{error:>10}  {result.remark}"
+        yield line.rstrip()
+    yield f"Times: medians of {ROUNDS} rounds in which all take turns; spread is their interquartile range."
+    largest = max((result.spread for result in results if result.spread is not None), default=0.0)
+    if largest > LARGE_SPREAD:
+        yield f"Times vary by up to {largest:.0%}: is the machine busy? Do not trust them, or give it more --seconds."
     allowed = TOLERANCE[shape.dtype]
     yield f"Errors: against float32, each document alone, over the largest value; allowed is {allowed:.0e}."
 
