@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from test_preference import answers_of, random_groups, random_pairs
 from tiny_models import build
 from transformers import Trainer, TrainingArguments
 
+from flashmask_kernels import ops
 from hf_flashmask import (
     FlashMaskCallback,
     PackedDataCollator,
@@ -71,7 +74,14 @@ def test_padded_batches(tmp_path: Path) -> None:
 # FlashMaskCallback
 
 
-def logged(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path, sharing: Any = None) -> Any:
+def logged(
+    model: Any,
+    examples: list[dict[str, Any]],
+    collator: Any,
+    folder: Path,
+    callback: FlashMaskCallback | None = None,
+    evaluated: list[dict[str, Any]] | None = None,
+) -> Any:
     """The logs of a training of two steps with four examples each, without those at its end."""
     trainer = Trainer(
         model=model,
@@ -86,10 +96,13 @@ def logged(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Pa
             disable_tqdm=True,
             logging_steps=1,
             train_sampling_strategy="sequential",
+            eval_strategy="no" if evaluated is None else "steps",
+            eval_steps=1,
         ),
         train_dataset=examples,
+        eval_dataset=evaluated,
         data_collator=collator,
-        callbacks=[FlashMaskCallback(sharing)],
+        callbacks=[callback or FlashMaskCallback()],
     )
     trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log]
@@ -112,10 +125,59 @@ def test_the_callback_logs_padding_and_shared_tokens(tmp_path: Path) -> None:
     rows = [[1, 2, 3, 4, 5], [1, 2, 3, 9], [7, 8], [7, 8, 9, 10, 11, 12]] * 2
     examples = [{"input_ids": row} for row in rows]
     with share_prefixes(model) as sharing:
-        first, second = logged(model, examples, pad_right, tmp_path, sharing)
+        first, second = logged(model, examples, pad_right, tmp_path, FlashMaskCallback(sharing))
     assert first["flashmask/fill"] == pytest.approx(17 / 24, abs=1e-4)
     assert first["flashmask/shared"] == second["flashmask/shared"] == pytest.approx(5 / 17, abs=1e-4)
     assert "share_prefixes computed 24 of 34 tokens in 2 calls: 29.4% saved" in sharing.summary
+
+
+def test_the_callback_does_not_count_evaluation(tmp_path: Path) -> None:
+    model = build("llama")
+    examples = [{"input_ids": row} for row in [[1, 2, 3, 4, 5], [1, 2, 3, 9], [7, 8], [7, 8, 9, 10, 11, 12]] * 2]
+    same = [{"input_ids": [1, 2, 3, 4, 5, 6, 7]}] * 8
+    with share_prefixes(model) as sharing:
+        logs = logged(model, examples, pad_right, tmp_path, FlashMaskCallback(sharing), evaluated=same)
+    assert sharing.given_tokens == 2 * 17 + 2 * 8 * 7
+    for log in logs:
+        assert log["flashmask/shared"] == pytest.approx(5 / 17, abs=1e-4)
+
+
+@pytest.mark.parametrize("slow", ["attention", "mlp"])
+def test_the_callback_logs_the_part_of_attention_in_a_step(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either attention, forward and backward, or another layer is made to take almost all of a step."""
+
+    def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sleep(0.5)
+            return function(*args, **kwargs)
+
+        return call
+
+    model, lengths = build("llama"), [9, 2, 17, 5, 7, 13, 6, 3]
+    if slow == "mlp":
+        for layer in model.model.layers:
+            monkeypatch.setattr(layer.mlp, "forward", slowed(layer.mlp.forward))
+    else:
+        for name in ("tiled_forward", "tiled_backward"):
+            monkeypatch.setattr(ops, name, slowed(getattr(ops, name)))
+    examples, callback = Corpus(lengths).examples("list"), FlashMaskCallback(attention_every=2)
+    first, second = logged(model, examples, PackedDataCollator(24), tmp_path, callback)
+    assert "flashmask/attention" not in first
+    assert (second["flashmask/attention"] > 0.5) == (slow == "attention")
+    assert 0 < second["flashmask/attention"] < 1
+
+
+def test_the_callback_logs_no_part_of_attention_that_flashmask_does_not_compute(tmp_path: Path) -> None:
+    model, examples = build("llama", "sdpa"), [{"input_ids": [1, 2, 3]}] * 8
+    for log in logged(model, examples, pad_right, tmp_path, FlashMaskCallback(attention_every=1)):
+        assert "flashmask/attention" not in log
+
+
+def test_the_callback_refuses_a_number_of_steps_below_one() -> None:
+    with pytest.raises(ValueError, match="`attention_every` must be a number of steps from 1 on, or None, got 0"):
+        FlashMaskCallback(attention_every=0)
 
 
 def test_the_callback_logs_prompts_that_a_row_shares(tmp_path: Path) -> None:

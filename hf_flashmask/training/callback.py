@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from ..sharing import share_prefixes
 from .labels import AnswerLabels
+from .step_profile import StepProfile
 from .token_counts import num_given_tokens, padding_of_bounds
 
 __all__ = ["FlashMaskCallback"]
@@ -29,7 +31,9 @@ class FlashMaskCallback(TrainerCallback):
     * `flashmask/padding`: positions of padding.
     * `flashmask/tokens_per_document`: tokens over documents. A row without `position_ids` is one document.
     * `flashmask/shared`: with `sharing`, or rows of `SharedPromptDataCollator`, the fraction of tokens that needed no
-      computation because another sequence shares them.
+      computation because another sequence shares them. Evaluation is not counted.
+    * `flashmask/attention`: with `attention_every`, the fraction of a step's time that attention takes, forward and
+      backward, over the steps that were profiled. Without calls of flashmask there is none.
 
     Batches are counted on their device and read once for each entry of the log. Trackers (wandb, TensorBoard) come
     before callbacks that are given to a Trainer and see its logs first. `trainer.callback_handler.callbacks.insert(0,
@@ -37,11 +41,21 @@ class FlashMaskCallback(TrainerCallback):
 
     Args:
         sharing: the `share_prefixes` of the model.
+        attention_every: profile one step of so many. That step waits for the device, and takes longer. The time of
+            attention is that of its kernels on a GPU, and that of its calls on a CPU.
+
+    Raises:
+        ValueError: for `attention_every` below 1.
     """
 
-    def __init__(self, sharing: share_prefixes | None = None) -> None:
+    def __init__(self, sharing: share_prefixes | None = None, attention_every: int | None = None) -> None:
+        if attention_every is not None and attention_every < 1:
+            raise ValueError(f"`attention_every` must be a number of steps from 1 on, or None, got {attention_every}")
         self._sharing = sharing
+        self._attention_every = attention_every
+        self._profile: StepProfile | None = None
         self._handle: RemovableHandle | None = None
+        self._counts_at_step = (0, 0)
         self._forget()
 
     def on_train_begin(
@@ -54,6 +68,23 @@ class FlashMaskCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hook()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._sharing is not None:
+            self._counts_at_step = _counts_of(self._sharing)
+        every = self._attention_every
+        # The step that ends a round: kernels are compiled in the first ones. A program has one profiler at a time.
+        if every is not None and (state.global_step + 1) % every == 0 and not torch.autograd._profiler_enabled():
+            self._profile = StepProfile(args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._sharing is not None:
+            given, computed = (now - then for now, then in zip(_counts_of(self._sharing), self._counts_at_step))
+            self._given_to_sharing += given
+            self._computed_by_sharing += computed
+        if self._profile is not None:
+            self._shares_of_attention += self._profile.end()
+            self._profile = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs is None or self._num_positions == 0:
@@ -68,20 +99,25 @@ class FlashMaskCallback(TrainerCallback):
         num_tokens, num_documents, given = int(self._num_tokens), int(self._num_documents), int(self._num_given)
         computed = num_tokens
         if self._sharing is not None:
-            given, computed = (now - then for now, then in zip(_counts_of(self._sharing), self._counts_before))
+            given, computed = self._given_to_sharing, self._computed_by_sharing
         figures = {
             "flashmask/fill": num_tokens / self._num_positions,
             "flashmask/padding": float(self._num_positions - num_tokens),
             "flashmask/tokens_per_document": num_tokens / max(num_documents, 1),
         }
-        return figures | ({"flashmask/shared": 1 - computed / given} if given else {})
+        if given:
+            figures["flashmask/shared"] = 1 - computed / given
+        if self._shares_of_attention:
+            figures["flashmask/attention"] = statistics.mean(self._shares_of_attention)
+        return figures
 
     def _forget(self) -> None:
         self._num_positions = 0
         self._num_tokens: Tensor | int = 0
         self._num_documents: Tensor | int = 0
         self._num_given: Tensor | int = 0
-        self._counts_before = (0, 0) if self._sharing is None else _counts_of(self._sharing)
+        self._given_to_sharing = self._computed_by_sharing = 0
+        self._shares_of_attention: list[float] = []
 
     def _remove_hook(self) -> None:
         if self._handle is not None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .dispatch import Plan, family_of, kind_of, plans, remember, tiles_of
 from .dropout import draw_seed
-from .ops import Attention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
+from .ops import FlashMaskAttention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
 from .schedules import Schedules, home_of
 
 MAX_INTERVALS = 16
@@ -188,7 +188,7 @@ def _attend_eagerly(
     elif schedules is None:
         schedules = Schedules(bounds, query.shape[2])
     seed = draw_seed(query.device) if dropout_p else None
-    return Attention.apply(query, key, value, bounds, sinks, seed, schedules, plan, return_lse)
+    return FlashMaskAttention.apply(query, key, value, bounds, sinks, seed, schedules, plan, return_lse)
 
 
 def _runs_as_operator(query: Tensor) -> bool:

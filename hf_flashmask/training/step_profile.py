@@ -1,0 +1,49 @@
+"""How much of a training step attention takes, by torch's profiler."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["StepProfile"]
+
+# The autograd function of eager calls, and the operators under the compiler.
+_ATTENTION = ("FlashMaskAttention", "flashmask_kernels::")
+
+
+class StepProfile:
+    """It is made where the step begins, and waits for the device there and at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._profile = profile(activities=activities)
+        self._profile.start()
+        self._begin = self._now()
+
+    def end(self) -> list[float]:
+        """The fraction of the step that attention took; empty where attention was not called."""
+        seconds = self._now() - self._begin
+        self._profile.stop()
+        calls = [event for event in self._profile.events() or () if _is_attention(event) and not _is_inside(event)]
+        is_gpu = self._device.type == "cuda"
+        microseconds = sum(call.device_time_total if is_gpu else call.cpu_time_total for call in calls)
+        return [microseconds / 1e6 / seconds] if calls else []
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _is_attention(event: Any) -> bool:
+    return event.name.startswith(_ATTENTION)
+
+
+def _is_inside(event: Any) -> bool:
+    """Whether another call of attention counts its time: that of a schedule, or of gradients."""
+    parent = event.cpu_parent
+    return parent is not None and (_is_attention(parent) or _is_inside(parent))
