@@ -154,7 +154,8 @@ def train(
     warm_up = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 1 - step / steps))
     run = Run()
-    for step in range(steps if stop_after is None else stop_after):
+    end = steps if stop_after is None else stop_after
+    for step in range(end):
         chosen = torch.randint(len(rows.input_ids), (args.batch_size,), generator=generator)
         loss = loss_of(rows[chosen], generator)
         loss.backward()
@@ -168,7 +169,7 @@ def train(
         optimizer.zero_grad()
         run.loss.append(loss.item())
         run.seconds.append(time.perf_counter())
-        if step % max(steps // 10, 1) == 0:
+        if step % max(steps // 10, 1) == 0 or step == end - 1:
             print(f"{title}: step {step}, loss {run.loss[-1]:.3f}", flush=True)
     return run
 

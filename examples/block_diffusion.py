@@ -119,13 +119,13 @@ def show_sample(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "block_diffusion", steps=400)
+    parser = parser_of(__doc__, "block_diffusion", steps=500)
     add = parser.add_argument
-    add("--next-token-steps", type=int, default=500, help="training steps before them (default: %(default)s)")
+    add("--next-token-steps", type=int, default=300, help="training steps before them (default: %(default)s)")
     add("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
     args = parser.parse_args()
-    # A model this small learns by repetition: it sees each text 24 times.
-    batches = max((args.next_token_steps + args.steps) // 24, 1)
+    # A model this small learns its texts by heart: it sees each of them 48 times.
+    batches = max((args.next_token_steps + args.steps) // 48, 1)
     documents, tokenizer = load_documents(args, batches * args.batch_size * args.length)
     rows, size, mask_id = pack(documents, args.length), args.block_size, tokenizer.mask_token_id
     prompt = torch.tensor(max(documents, key=len)[:PROMPT], device=DEVICE)

@@ -14,6 +14,7 @@ from dense_masks import dense, dense_of_bounds
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
@@ -87,11 +88,9 @@ class Reader:
     def view(self) -> tuple[range, range, int]:
         """The queries and keys that are shown, and the pairs along a side of a cell."""
         text = self.element("view").text.replace(",", "")
-        first_query, last_query, first_key, last_key = map(
-            int, re.findall(r"(\d+) to (\d+)", text)[0] + re.findall(r"(\d+) to (\d+)", text)[1]
-        )
+        queries, keys = (range(int(first), int(last) + 1) for first, last in re.findall(r"(\d+) to (\d+)", text))
         tile = re.search(r"a cell is (\d+) x", text)
-        return range(first_query, last_query + 1), range(first_key, last_key + 1), int(tile[1]) if tile else 1
+        return queries, keys, int(tile[1]) if tile else 1
 
     def point(self, query: int, key: int) -> str:
         """What the page says beside the pointer when it is on this pair."""
@@ -255,34 +254,31 @@ def test_a_long_mask_is_read_from_tiles_down_to_pairs(show: Callable[..., Reader
 def test_the_overview_tells_full_cut_and_hidden_tiles(show: Callable[..., Reader]) -> None:
     reader = show(to_html(bounds.causal(256)))
     assert reader.view()[2] == 2
-    darkness = reader.picture().mean(2)
-    row, column = np.indices(darkness.shape)
-    hidden, full = darkness[row < column], darkness[row > column]
+    brightness = reader.picture().mean(2)
+    row, column = np.indices(brightness.shape)
+    hidden, full = brightness[row < column], brightness[row > column]
     assert (hidden == hidden[0]).all()
     assert (full == full[0]).all()
-    cut = darkness[row == column]
+    cut = brightness[row == column]
     assert ((full[0] < cut) & (cut < hidden[0])).all()
 
 
 @pytest.mark.browser
 def test_the_wheel_zooms_and_dragging_moves(show: Callable[..., Reader]) -> None:
     reader = show(to_html(bounds.causal(1024)))
-    reader.point(700, 300)
-    wheel = ActionChains(reader.driver, duration=0)
-    origin = webdriver.common.actions.wheel_input.ScrollOrigin.from_element(reader.element("mask"))
-    wheel.scroll_from_origin(origin, 0, -100).perform()
+    mask = reader.element("mask")
+    ActionChains(reader.driver, duration=0).scroll_from_origin(ScrollOrigin.from_element(mask), 0, -100).perform()
     queries, keys, tile = reader.view()
     assert (len(queries), len(keys), tile) == (512, 512, 4)
     assert (queries[0], keys[0]) == (256, 256)  # around the middle
-    ActionChains(reader.driver, duration=0).click_and_hold(reader.element("mask")).move_by_offset(
-        50, 0
-    ).release().perform()
+    drag = ActionChains(reader.driver, duration=0).click_and_hold(mask).move_by_offset(50, 0)
+    drag.release().perform()
     moved, sideways, _ = reader.view()
     assert moved == queries
     assert sideways[0] == 256 - 40  # 5 pixels of a cell of 4 pairs
-    reader.element("mask").send_keys(Keys.ARROW_UP)
+    mask.send_keys(Keys.ARROW_UP)
     assert reader.view()[0][0] == 256 - 128
-    reader.element("mask").send_keys("0")
+    mask.send_keys("0")
     assert reader.view() == (range(1024), range(1024), 8)
 
 
