@@ -64,11 +64,13 @@ def test_what_does_not_fit_is_refused(options: dict[str, object], message: str) 
         to_html(bounds.causal(3).repeat(2, 1, 1, 1), **options)
 
 
-def test_what_are_no_bounds_is_refused() -> None:
+def test_what_are_no_masks_of_one_call_is_refused() -> None:
     with pytest.raises(TypeError, match="int32 tensor"):
         to_html(bounds.causal(3).long())
     with pytest.raises(TypeError, match="`document_ids` must be an integer tensor"):
         to_html(bounds.causal(3), document_ids=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"different numbers of heads: \[2, 3\]"):
+        to_html({"a": bounds.causal(3).repeat(1, 2, 1, 1), "b": bounds.causal(3).repeat(1, 3, 1, 1)})
     with pytest.raises(ValueError, match="`bounds` holds no mask"):
         to_html({})
 

@@ -78,10 +78,11 @@ def to_html(
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds, or there is nothing to draw.
-        ValueError: when there are more or fewer texts or ids than keys, queries or batch rows.
+        ValueError: when there are more or fewer texts or ids than keys, queries or batch rows, or masks differ in
+            their numbers of heads.
 
     ```python
-    to_html(mask, document_ids=(position_ids == 0).cumsum(1)).save("mask.html")
+    to_html(mask, document_ids=(position_ids == 0).cumsum(1) - 1).save("mask.html")
     ```
     """
     masks = bounds if isinstance(bounds, Mapping) else {"mask": bounds}
@@ -97,7 +98,8 @@ def to_html(
         queries = _Side(queries.tokens or keys.tokens, queries.documents or keys.documents)
     content = {
         "masks": drawn,
-        "rows": _batch_rows([*(mask["start"] for mask in drawn), *keys, *queries]),
+        "rows": _common_size("batch rows", [*(mask["start"] for mask in drawn), *keys, *queries]),
+        "heads": _common_size("heads", [mask["start"][0] for mask in drawn]),
         "keys": keys._asdict(),
         "queries": queries._asdict(),
     }
@@ -152,9 +154,9 @@ def _ids(name: str, ids: Tensor | None) -> list[list[int]] | None:
     return None if ids is None else check_per_position(name, ids).tolist()
 
 
-def _batch_rows(lists: Sequence[Sequence[Any] | None]) -> int:
-    """How many batch rows there are, where one entry may stand for all of them."""
-    sizes = {len(rows) for rows in lists if rows is not None} - {1}
+def _common_size(what: str, lists: Sequence[Sequence[Any] | None]) -> int:
+    """How many batch rows or heads there are, where one entry may stand for all of them."""
+    sizes = {len(entries) for entries in lists if entries is not None} - {1}
     if len(sizes) > 1:
-        raise ValueError(f"masks, tokens and documents have different numbers of batch rows: {sorted(sizes)}")
+        raise ValueError(f"masks, tokens and documents have different numbers of {what}: {sorted(sizes)}")
     return max(sizes, default=1)
