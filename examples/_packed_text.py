@@ -27,7 +27,7 @@ LOSS_TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-4
 GRADIENT_TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 
 
-def parser_of(description: str | None, name: str, *, steps: int) -> argparse.ArgumentParser:
+def parser_of(description: str | None, name: str, *, steps: int, learning_rate: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
@@ -141,9 +141,12 @@ def train(
     loss_of: Callable[[Rows, torch.Generator], Tensor],
     *,
     steps: int | None = None,
+    warm_up: int = 1,
     stop_after: int | None = None,
 ) -> Run:
     """Random batches of rows, for `steps` steps, by default those of `args`; `stop_after` ends the run before.
+
+    The learning rate rises for `warm_up` steps.
 
     Runs of one seed see the same batches, and `loss_of` draws the same numbers in them.
     """
@@ -151,7 +154,6 @@ def train(
     generator = torch.Generator().manual_seed(args.seed)
     # A smaller epsilon turns rounding errors of tiny gradients into different steps.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5)
-    warm_up = max(steps // 10, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 1 - step / steps))
     run = Run()
     end = steps if stop_after is None else stop_after

@@ -30,7 +30,7 @@ from hf_flashmask import bounds
 # make the loss noisy: BD3-LM clips them as well.
 MASKED_FRACTIONS = 0.3, 1.0
 PROMPT, SAMPLED = 12, 96  # tokens of a document that the samples continue, and of both together
-SURE = 0.9  # a sampled token that is more likely than this does not wait for the others
+SURE = 0.5  # a sampled token that is more likely than this does not wait for the others
 
 
 def dense_mask(rows: Rows, block_size: int) -> Tensor:
@@ -119,9 +119,10 @@ def show_sample(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "block_diffusion", steps=500)
+    parser = parser_of(__doc__, "block_diffusion", steps=400, learning_rate=3e-3)
     add = parser.add_argument
     add("--next-token-steps", type=int, default=300, help="training steps before them (default: %(default)s)")
+    add("--warm-up", type=int, default=40, help="steps in which the learning rate rises (default: %(default)s)")
     add("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
     args = parser.parse_args()
     # A model this small learns its texts by heart: it sees each of them 48 times.
@@ -138,6 +139,7 @@ def main() -> None:
         rows,
         lambda batch, _: next_token_loss(model, batch),
         steps=args.next_token_steps,
+        warm_up=args.warm_up,
     )
     before = show_sample("Sampled in blocks, before the adaptation", model, tokenizer, prompt, size)
     dense_model = copy.deepcopy(model)
@@ -150,8 +152,8 @@ def main() -> None:
     def dense_loss_of(batch: Rows, generator: torch.Generator) -> Tensor:
         return diffusion_loss(dense_model, dense_mask(batch, size), batch, size, mask_id, generator)
 
-    ours = train("flashmask", args, model, rows, loss_of)
-    dense = train("sdpa", args, dense_model, rows, dense_loss_of, stop_after=args.dense_steps)
+    ours = train("flashmask", args, model, rows, loss_of, warm_up=args.warm_up)
+    dense = train("sdpa", args, dense_model, rows, dense_loss_of, warm_up=args.warm_up, stop_after=args.dense_steps)
     after = show_sample("Sampled in blocks, after the adaptation", model, tokenizer, prompt, size)
 
     batch = rows[: args.batch_size]

@@ -204,7 +204,7 @@ def acceptance(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "draft_model", steps=300)
+    parser = parser_of(__doc__, "draft_model", steps=300, learning_rate=4e-3)
     add = parser.add_argument
     add("--target-steps", type=int, default=400, help="training steps of the target (default: %(default)s)")
     add("--block-size", type=int, default=8, help="the anchor and the tokens drafted at once (default: %(default)s)")

@@ -322,7 +322,7 @@ def check_dense_report(report: dict[str, Any], folder: Path) -> None:
         assert len(content) > 5000
 
 
-BLOCK_DIFFUSION = [*PACKED_TEXT, "--next-token-steps", "20", "--block-size", "4"]
+BLOCK_DIFFUSION = [*PACKED_TEXT, "--next-token-steps", "20", "--warm-up", "4", "--block-size", "4"]
 
 
 def test_block_diffusion_trains_as_under_a_dense_mask(run_script: Callable[..., str], tmp_path: Path) -> None:
