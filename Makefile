@@ -3,6 +3,7 @@
 # make docs    build the pages into site/, and fail on a broken link  make package   the sdist and the wheel into dist/, checked
 # make coverage  the tests that need no GPU, with the lines that they do not reach
 # make test-gpu  the tests marked `gpu`                              make clean     remove what make made
+# make test-browser  the tests marked `browser`, in chromium; make browser installs it, with apt-get, if it is missing
 # make sweep   compare every family of models with eager attention and write docs/models.md: fifteen minutes
 # make transformers-tests  run Transformers' own tests of attention implementations: two minutes
 # make fuzz    10,000 random calls of attention on the GPU against dense attention
@@ -22,7 +23,8 @@ SANITIZER ?= compute-sanitizer
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test coverage docs package test-gpu fuzz sanitize sweep transformers-tests versions hub tritons lint check clean
+.PHONY: demo test coverage docs package test-gpu browser test-browser fuzz sanitize sweep transformers-tests versions hub tritons lint \
+	check clean
 
 # Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
 demo: $(READY)
@@ -30,10 +32,10 @@ demo: $(READY)
 
 # Some tests compile for a minute or two. With worksteal, an idle worker takes tests from the queue of a busy one.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser"
 
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu" --cov --cov-report=term --cov-report=xml
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser" --cov --cov-report=term --cov-report=xml
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir site
@@ -45,6 +47,12 @@ package: $(READY)
 
 test-gpu: $(READY)
 	$(RUN) -m pytest -m gpu
+
+browser:
+	command -v chromedriver || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; }
+
+test-browser: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m browser
 
 fuzz: $(READY)
 	$(RUN) tests/fuzz_attention.py

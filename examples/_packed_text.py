@@ -7,21 +7,18 @@ import itertools
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _two_runs import conclude, device_name, draw_losses, print_table
 from datasets import Dataset
 from sft_packed import python_texts, train_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
-
-import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Differences that count as rounding: of the losses of a step, and of the gradients of the first step, relative to their
@@ -30,7 +27,7 @@ LOSS_TOLERANCE = 1e-3 if torch.cuda.is_available() else 1e-4
 GRADIENT_TOLERANCE = 1e-2 if torch.cuda.is_available() else 1e-4
 
 
-def parser_of(description: str | None, name: str, *, steps: int) -> argparse.ArgumentParser:
+def parser_of(description: str | None, name: str, *, steps: int, learning_rate: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
@@ -39,7 +36,12 @@ def parser_of(description: str | None, name: str, *, steps: int) -> argparse.Arg
     add("--length", type=int, default=256, help="tokens of a packed row (default: %(default)s)")
     add("--hidden-size", type=int, default=128, help="of the model, a multiple of 64 (default: %(default)s)")
     add("--layers", type=int, default=3, help="of the model (default: %(default)s)")
-    add("--learning-rate", type=float, default=4e-3, help="decays linearly to 0 (default: %(default)s)")
+    add(
+        "--learning-rate",
+        type=float,
+        default=3e-3,
+        help="rises for a tenth of the steps, then decays to 0 (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of the weights and of the batches (default: %(default)s)")
     add("--output", type=Path, default=Path("runs") / name, help="folder for the pictures (default: %(default)s)")
     return parser
@@ -139,9 +141,12 @@ def train(
     loss_of: Callable[[Rows, torch.Generator], Tensor],
     *,
     steps: int | None = None,
+    warm_up: int = 1,
     stop_after: int | None = None,
 ) -> Run:
     """Random batches of rows, for `steps` steps, by default those of `args`; `stop_after` ends the run before.
+
+    The learning rate rises for `warm_up` steps.
 
     Runs of one seed see the same batches, and `loss_of` draws the same numbers in them.
     """
@@ -149,9 +154,10 @@ def train(
     generator = torch.Generator().manual_seed(args.seed)
     # A smaller epsilon turns rounding errors of tiny gradients into different steps.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 1 - step / steps))
     run = Run()
-    for step in range(steps if stop_after is None else stop_after):
+    end = steps if stop_after is None else stop_after
+    for step in range(end):
         chosen = torch.randint(len(rows.input_ids), (args.batch_size,), generator=generator)
         loss = loss_of(rows[chosen], generator)
         loss.backward()
@@ -161,13 +167,20 @@ def train(
             )
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay.step()
+        schedule.step()
         optimizer.zero_grad()
         run.loss.append(loss.item())
         run.seconds.append(time.perf_counter())
-        if step % max(steps // 10, 1) == 0:
+        if step % max(steps // 10, 1) == 0 or step == end - 1:
             print(f"{title}: step {step}, loss {run.loss[-1]:.3f}", flush=True)
     return run
+
+
+def next_token_loss(model: Any, rows: Rows) -> Tensor:
+    """The first token of a document is not predicted."""
+    logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+    label = rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, -100)
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label.flatten())
 
 
 # Report
@@ -196,10 +209,15 @@ def report(
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw_loss(ours, dense, content["largest_loss_difference"], loss, args.output / "loss.png")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    draw_losses(
+        ("sdpa, dense mask", dense.loss),
+        ("flashmask", ours.loss),
+        args.output / "loss.png",
+        title=f"First {compared} losses at most {content['largest_loss_difference']:.1e} apart",
+        unit=loss,
+    )
     table = {
-        device: ("flashmask", "sdpa, dense mask"),
+        device_name(): ("flashmask", "sdpa, dense mask"),
         "bytes of the mask of a batch": tuple(f"{mask.nbytes:,}" for mask in masks),
         "milliseconds per step": tuple(f"{run.milliseconds_per_step:,.0f}" for run in (ours, dense)),
         "loss of the first step": tuple(f"{run.loss[0]:.4f}" for run in (ours, dense)),
@@ -209,36 +227,11 @@ def report(
             "",
         ),
     }
-    print()
-    for label, columns in table.items():
-        print(f"{label:<40}{columns[0]:>18}{columns[1]:>18}")
+    print_table(table, label_width=40)
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = (
-        f"the losses of {compared} steps differ by at most {content['largest_loss_difference']:.1e}, allowed is "
-        f"{LOSS_TOLERANCE:.0e}; the first gradients by {gradient_difference:.1e}, allowed is {GRADIENT_TOLERANCE:.0e}"
+    conclude(
+        {
+            f"the losses of {compared} steps": (content["largest_loss_difference"], LOSS_TOLERANCE),
+            "the first gradients": (content["gradient_difference"], GRADIENT_TOLERANCE),
+        }
     )
-    agree = content["largest_loss_difference"] <= LOSS_TOLERANCE and gradient_difference <= GRADIENT_TOLERANCE
-    if not agree:
-        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
-    print(f"The two runs agree: {verdict}.")
-
-
-def draw_loss(ours: Run, dense: Run, difference: float, name: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for label, run, style in (
-        ("sdpa, dense mask", dense, {"color": "tab:orange", "linewidth": 5, "alpha": 0.5}),
-        ("flashmask", ours, {"color": "tab:blue"}),
-    ):
-        axes.plot(range(1, len(run.loss) + 1), run.loss, label=label, **style)
-    axes.set_title(f"First {len(dense.loss)} losses at most {difference:.1e} apart", loc="left")
-    axes.set(xlabel="step", ylabel=name)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_mask(bounds: Tensor, q_len: int, title: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(5.5, 0.8 + 5 * q_len / bounds.shape[3]), layout="constrained")
-    hf_flashmask.visualization.plot(bounds, q_len, ax=axes, title=title)
-    figure.savefig(path, dpi=150)

@@ -6,29 +6,34 @@ import argparse
 import json
 import os
 import random
-import statistics
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _two_runs import (
+    StepRecorder,
+    conclude,
+    device_name,
+    draw_losses,
+    draw_mask,
+    hide_progress_bars_in_files,
+    print_table,
+    record,
+    training_arguments,
+)
 from datasets import Dataset, load_dataset
-from sft_packed import FILE_FORMATS, StepRecorder, hide_progress_bars_in_files, python_texts, train_tokenizer
+from sft_packed import FILE_FORMATS, python_texts, train_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     LlamaConfig,
-    ProgressCallback,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
-import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 from hf_flashmask.training import SharedPromptDataCollator
 
 # The largest difference between the two losses of a step that counts as rounding. Measured in float32 on a CPU, with
@@ -172,29 +177,8 @@ def build_model(args: argparse.Namespace, auto_class: Any, tokenizer: Any, atten
 
 
 def train(args: argparse.Namespace, trainer_class: type[Trainer], title: str, **options: Any) -> StepRecorder:
-    trainer = trainer_class(
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            adam_epsilon=1e-5,  # a smaller one turns rounding errors of tiny gradients into different steps
-            seed=args.seed,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-            include_num_input_tokens_seen=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
-        **options,
-    )
-    recorder = StepRecorder()
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(recorder)
-    print(f"\nTraining, {title}", flush=True)
-    trainer.train()
-    return recorder
+    arguments = training_arguments(args, max_steps=args.steps, remove_unused_columns=False)
+    return record(trainer_class(args=arguments, **options), f"Training, {title}")
 
 
 # Report
@@ -211,14 +195,13 @@ def report(
     Args:
         runs: "shared" and "unshared", each with the accuracy of every step, 0-d.
     """
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     figures = {name: figures_of(args, run, accuracy) for name, (run, accuracy) in runs.items()}
     shared, unshared = figures["shared"], figures["unshared"]
     difference = max(abs(a - b) for a, b in zip(shared["loss"], unshared["loss"]))
     shared["tokens"] = sum(collator([example])["input_ids"].shape[1] for example in dataset)
     unshared["tokens"] = sum(int(pad_pairs([example])["attention_mask"].sum()) for example in dataset)
     content = {
-        "device": device,
+        "device": device_name(),
         **figures,
         "tokens_saved": 1 - shared["tokens"] / unshared["tokens"],
         "speedup": shared["pairs_per_second"] / unshared["pairs_per_second"],
@@ -227,28 +210,29 @@ def report(
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    mask = collator([dataset[i] for i in range(min(3, len(dataset)))])["attention_mask"]
+    show(args, content, mask)
+
+
+def show(args: argparse.Namespace, content: dict[str, Any], mask: Tensor) -> None:
+    """What the two runs have found."""
+    print_figures(content)
     draw_loss(content, args.output / "loss.png")
-    draw_mask(collator([dataset[i] for i in range(min(3, len(dataset)))]), args.output / "mask.png")
-    print_table(content)
+    draw_mask(mask, args.output / "mask.png", title="The mask of a packed row")
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = f"the losses of {args.steps} steps differ by at most {difference:.1e}, allowed is {TOLERANCE:.0e}"
-    if not difference <= TOLERANCE:  # written so that nan fails
-        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
-    print(f"The two runs agree: {verdict}.")
+    conclude({f"the losses of {args.steps} steps": (content["largest_difference"], content["tolerance"])})
 
 
 def figures_of(args: argparse.Namespace, run: StepRecorder, accuracy: list[Tensor]) -> dict[str, Any]:
-    """Speed is that of the median step: other programs on the machine slow some steps down."""
-    seconds = statistics.median(end - start for start, end in pairwise(run.seconds))
     return {
         "positions": run.positions[-1],
-        "pairs_per_second": args.batch_size / seconds,
+        "pairs_per_second": args.batch_size / run.seconds_per_step,
         "loss": run.loss,
         "accuracy": [value.item() for value in accuracy],
     }
 
 
-def print_table(content: dict[str, Any]) -> None:
+def print_figures(content: dict[str, Any]) -> None:
     runs = content["shared"], content["unshared"]
     last = max(len(runs[0]["loss"]) // 4, 1)
 
@@ -264,29 +248,19 @@ def print_table(content: dict[str, Any]) -> None:
         f"loss of the last {last} steps": [f"{mean(run['loss'][-last:]):.4f}" for run in runs],
         f"accuracy of the last {last} steps": [f"{mean(run['accuracy'][-last:]):.1%}" for run in runs],
     }
-    print()
-    for label, (shared, unshared) in rows.items():
-        print(f"{label:<36}{shared:>18}{unshared:>18}")
+    print_table(rows)
     print(f"Tokens saved: {content['tokens_saved']:.0%}. Speed: {content['speedup']:.1f} times.")
 
 
 def draw_loss(content: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, style in (
-        ("unshared", "eager, padded", {"color": "tab:orange", "linewidth": 5, "alpha": 0.5}),
-        ("shared", "flashmask, shared prompts", {"color": "tab:blue"}),
-    ):
-        loss, speed = content[name]["loss"], content[name]["pairs_per_second"]
-        axes.plot(range(1, len(loss) + 1), loss, label=f"{label}: {speed:,.1f} pairs/s", **style)
-    axes.set_title(f"Losses at most {content['largest_difference']:.1e} apart", loc="left")
-    axes.set_title(f"{content['tokens_saved']:.0%} of all tokens saved", loc="right", fontsize="small")
-    axes.set(xlabel="step", ylabel="loss per pair (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    def curve(name: str, label: str) -> tuple[str, list[float]]:
+        return f"{label}: {content[name]['pairs_per_second']:,.1f} pairs/s", content[name]["loss"]
 
-
-def draw_mask(batch: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5.5, 5.5), layout="constrained")
-    hf_flashmask.visualization.plot(batch["attention_mask"], ax=axes, title="The mask of a packed row")
-    figure.savefig(path, dpi=150)
+    draw_losses(
+        curve("unshared", "eager, padded"),
+        curve("shared", "flashmask, shared prompts"),
+        path,
+        title=f"Losses at most {content['largest_difference']:.1e} apart",
+        saved=f"{content['tokens_saved']:.0%} of all tokens saved",
+        unit="loss per pair (nats)",
+    )

@@ -1,7 +1,10 @@
-"""Train a block diffusion language model on packed documents, sample from it, and check it against a dense mask.
+"""Adapt an autoregressive language model to block diffusion, sample from it, and check it against a dense mask.
 
 As in BD3-LM (arXiv 2503.09573), a row holds its tokens twice, `[x_t | x_0]`: with some of them masked, and clean. A
 block of masked tokens sees itself, in both directions, and the clean blocks before it, so one pass trains all blocks.
+The model has learned to predict the next token and goes on to do so, as in Fast-dLLM v2 (arXiv 2509.26328): what is
+computed at a token is the prediction of the one after it. So the first token of a block stays clean, and the last one
+predicts the first of the next block.
 
   flashmask  bounds.block_diffusion: 6 integers for each key
   sdpa       the first steps again, from the same weights, with the same mask as a dense matrix
@@ -12,8 +15,12 @@ texts are the documentation strings and licences of this Python installation.
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
-from _packed_text import DEVICE, Rows, draw_mask, load_documents, pack, parser_of, report, small_llama, train
+from _packed_text import DEVICE, Rows, load_documents, next_token_loss, pack, parser_of, report, small_llama, train
+from _two_runs import draw_mask
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -22,7 +29,8 @@ from hf_flashmask import bounds
 # Fractions of a block that are masked in training. Blocks with few masked tokens teach little and, weighted by 1 / t,
 # make the loss noisy: BD3-LM clips them as well.
 MASKED_FRACTIONS = 0.3, 1.0
-SURE = 0.9  # a sampled token that is more likely than this does not wait for the others
+PROMPT, SAMPLED = 12, 96  # tokens of a document that the samples continue, and of both together
+SURE = 0.5  # a sampled token that is more likely than this does not wait for the others
 
 
 def dense_mask(rows: Rows, block_size: int) -> Tensor:
@@ -38,33 +46,36 @@ def dense_mask(rows: Rows, block_size: int) -> Tensor:
 
 
 def add_noise(rows: Rows, block_size: int, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each block draws its t, and masks each of its tokens with probability t.
+    """Each block draws its t, and masks each of its tokens but the first with probability t.
 
     Returns:
-        x_t `[B, L]`, and the weight of each token in the loss `[B, L]`: 1 / t if it is masked, else 0.
+        x_t `[B, L]`, and the weight of each token in the loss `[B, L]`: 1 for the first of a block, which no token
+        before it sees; for the others, 1 / t if they are masked, else 0.
     """
-    block = (rows.position_ids % block_size == 0).cumsum(1) - 1
+    is_first = rows.position_ids % block_size == 0
     low, high = MASKED_FRACTIONS
-    t_of_block, draw = torch.rand(2, *block.shape, generator=generator).to(block.device)
-    t = (low + (high - low) * t_of_block).gather(1, block)
-    is_masked = draw < t
-    return rows.input_ids.masked_fill(is_masked, mask_id), is_masked / t
+    t_of_block, draw = torch.rand(2, *is_first.shape, generator=generator).to(is_first.device)
+    t = (low + (high - low) * t_of_block).gather(1, is_first.cumsum(1) - 1)
+    is_masked = (draw < t) & ~is_first
+    weight = torch.where(is_first, 1.0, is_masked / t)
+    return rows.input_ids.masked_fill(is_masked, mask_id), weight
 
 
 def diffusion_loss(
     model: LlamaForCausalLM, mask: Tensor, rows: Rows, block_size: int, mask_id: int, generator: torch.Generator
 ) -> Tensor:
-    """Cross-entropy of the masked tokens, each predicted at its own place, weighted by 1 / t; per token of the row."""
+    """Weighted cross-entropy of the tokens that their predictions have not seen, per token of the row."""
     noisy_ids, weight = add_noise(rows, block_size, mask_id, generator)
     logits = model(
         input_ids=torch.cat([noisy_ids, rows.input_ids], dim=1),
         position_ids=rows.position_ids.repeat(1, 2),
         attention_mask=mask,
-        logits_to_keep=torch.arange(noisy_ids.shape[1], device=DEVICE),  # of the noisy half
+        logits_to_keep=torch.arange(noisy_ids.shape[1] - 1, device=DEVICE),  # of the noisy half
         use_cache=False,
     ).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.input_ids.flatten(), reduction="none")
-    return (loss * weight.flatten()).mean()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.input_ids[:, 1:].flatten(), reduction="none")
+    has_predecessor = rows.position_ids[:, 1:] > 0
+    return (loss * (weight[:, 1:] * has_predecessor).flatten()).mean()
 
 
 @torch.no_grad()
@@ -73,18 +84,21 @@ def sample(
 ) -> tuple[Tensor, int]:
     """Append blocks until there are `count` tokens or one ends the document.
 
-    A pass predicts all masked tokens of the block, and fills in the likeliest and all that are surer than `SURE`.
+    A pass predicts all masked tokens after a block's first one, and fills in the likeliest and all that are surer than
+    `SURE`.
 
     Returns:
         tokens `[S]`, and how many passes of the model they took.
     """
     passes = 0
     while len(tokens) < count and end_id not in tokens:
-        row = torch.nn.functional.pad(tokens, (0, block_size - len(tokens) % block_size), value=mask_id)
-        block = torch.arange(len(row), device=DEVICE) // block_size
-        mask = bounds.causal_with_blocks(block[None])
+        end = ((len(tokens) - 1) // block_size + 1) * block_size
+        row = torch.nn.functional.pad(tokens, (0, end + 1 - len(tokens)), value=mask_id)
+        mask = bounds.causal_with_blocks(torch.arange(end, device=DEVICE)[None] // block_size)
         while (is_masked := row[-block_size:] == mask_id).any():
-            logits = model(input_ids=row[None], attention_mask=mask, logits_to_keep=block_size, use_cache=False).logits
+            logits = model(
+                input_ids=row[None, :-1], attention_mask=mask, logits_to_keep=block_size, use_cache=False
+            ).logits
             likelihood, best = logits[0, :, :mask_id].softmax(-1).max(-1)
             likelihood = likelihood * is_masked
             is_taken = is_masked & (likelihood >= likelihood.max().clamp(max=SURE))
@@ -94,39 +108,58 @@ def sample(
     return tokens, passes
 
 
+def show_sample(
+    title: str, model: LlamaForCausalLM, tokenizer: Any, prompt: Tensor, block_size: int
+) -> dict[str, str | int]:
+    tokens, passes = sample(model, prompt, block_size, tokenizer.mask_token_id, tokenizer.eos_token_id, SAMPLED)
+    count = len(tokens) - len(prompt)
+    text = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+    print(f"\n{title}: {count} tokens in {passes} passes:\n{tokenizer.decode(prompt)}[...]{text}\n", flush=True)
+    return {"text": text, "tokens": count, "passes": passes}
+
+
 def main() -> None:
-    parser = parser_of(__doc__, "block_diffusion", steps=600)
-    parser.add_argument("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
+    parser = parser_of(__doc__, "block_diffusion", steps=400, learning_rate=3e-3)
+    add = parser.add_argument
+    add("--next-token-steps", type=int, default=300, help="training steps before them (default: %(default)s)")
+    add("--warm-up", type=int, default=40, help="steps in which the learning rate rises (default: %(default)s)")
+    add("--block-size", type=int, default=4, help="tokens of a block (default: %(default)s)")
     args = parser.parse_args()
-    per_step = args.batch_size * args.length
-    # A model this small learns by repetition: it sees each text 16 times.
-    documents, tokenizer = load_documents(args, max(args.steps // 16, 1) * per_step)
+    # A model this small learns its texts by heart: it sees each of them 48 times.
+    batches = max((args.next_token_steps + args.steps) // 48, 1)
+    documents, tokenizer = load_documents(args, batches * args.batch_size * args.length)
     rows, size, mask_id = pack(documents, args.length), args.block_size, tokenizer.mask_token_id
+    prompt = torch.tensor(max(documents, key=len)[:PROMPT], device=DEVICE)
 
     model = small_llama(args, tokenizer, "flashmask")
+    next_token = train(
+        "next token",
+        args,
+        model,
+        rows,
+        lambda batch, _: next_token_loss(model, batch),
+        steps=args.next_token_steps,
+        warm_up=args.warm_up,
+    )
+    before = show_sample("Sampled in blocks, before the adaptation", model, tokenizer, prompt, size)
+    dense_model = copy.deepcopy(model)
+    dense_model.set_attn_implementation("sdpa")
 
     def loss_of(batch: Rows, generator: torch.Generator) -> Tensor:
         mask = bounds.block_diffusion(size, document_ids=batch.document_ids)
         return diffusion_loss(model, mask, batch, size, mask_id, generator)
 
-    ours = train("flashmask", args, model, rows, loss_of)
-
-    dense_model = small_llama(args, tokenizer, "sdpa")
-
     def dense_loss_of(batch: Rows, generator: torch.Generator) -> Tensor:
         return diffusion_loss(dense_model, dense_mask(batch, size), batch, size, mask_id, generator)
 
-    dense = train("sdpa", args, dense_model, rows, dense_loss_of, stop_after=args.dense_steps)
-
-    prompt = torch.tensor(max(documents, key=len)[:12])
-    tokens, passes = sample(model, prompt.to(DEVICE), size, mask_id, tokenizer.eos_token_id, 96)
-    text = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
-    print(f"\nSampled {len(tokens) - len(prompt)} tokens in {passes} passes:\n{tokenizer.decode(prompt)}[...]{text}")
+    ours = train("flashmask", args, model, rows, loss_of, warm_up=args.warm_up)
+    dense = train("sdpa", args, dense_model, rows, dense_loss_of, warm_up=args.warm_up, stop_after=args.dense_steps)
+    after = show_sample("Sampled in blocks, after the adaptation", model, tokenizer, prompt, size)
 
     batch = rows[: args.batch_size]
     mask = bounds.block_diffusion(size, document_ids=batch.document_ids)
-    draw_mask(mask[:1], mask.shape[3], "The mask of one row", args.output / "mask.png")
-    figures = {"sample": text, "sampled_tokens": len(tokens) - len(prompt), "passes": passes}
+    draw_mask(mask[:1], args.output / "mask.png", title="The mask of one row", q_len=mask.shape[3])
+    figures = {"next_token_loss": next_token.loss, "before": before, "after": after}
     report(args, ours, dense, (mask, dense_mask(batch, size)), figures, "loss per token (nats)")
 
 

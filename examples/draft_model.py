@@ -18,7 +18,8 @@ import copy
 from typing import Any
 
 import torch
-from _packed_text import DEVICE, Rows, draw_mask, load_documents, pack, parser_of, report, small_llama, train
+from _packed_text import DEVICE, Rows, load_documents, next_token_loss, pack, parser_of, report, small_llama, train
+from _two_runs import draw_mask
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -103,12 +104,6 @@ def read(target: LlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | Non
 
 
 # Training
-
-
-def next_token_loss(model: LlamaForCausalLM, rows: Rows) -> Tensor:
-    logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
-    label = rows.input_ids[:, 1:].masked_fill(rows.position_ids[:, 1:] == 0, -100)
-    return cross_entropy(logits[:, :-1].flatten(0, 1), label.flatten())
 
 
 def draw_anchors(args: argparse.Namespace, rows: Rows, generator: torch.Generator) -> Tensor:
@@ -209,7 +204,7 @@ def acceptance(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "draft_model", steps=300)
+    parser = parser_of(__doc__, "draft_model", steps=300, learning_rate=4e-3)
     add = parser.add_argument
     add("--target-steps", type=int, default=400, help="training steps of the target (default: %(default)s)")
     add("--block-size", type=int, default=8, help="the anchor and the tokens drafted at once (default: %(default)s)")
@@ -256,7 +251,7 @@ def main() -> None:
     batch = rows[: args.batch_size]
     anchors = draw_anchors(args, batch, torch.Generator().manual_seed(args.seed))
     mask = bounds.anchored_blocks(anchors, size, args.length, document_ids=batch.document_ids)
-    draw_mask(mask[:1], args.anchors * size, "Draft tokens of one row", args.output / "mask.png")
+    draw_mask(mask[:1], args.output / "mask.png", title="Draft tokens of one row", q_len=args.anchors * size)
     figures = {"acceptance": {"before": before, "after": after}, "is_same_text": is_same_text}
     report(args, ours, dense, (mask, dense_mask(batch, anchors, size)), figures, "weighted loss per draft token (nats)")
 

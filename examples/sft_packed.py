@@ -21,14 +21,23 @@ import json
 import os
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from _two_runs import (
+    StepRecorder,
+    conclude,
+    device_name,
+    draw_losses,
+    draw_mask,
+    hide_progress_bars_in_files,
+    print_table,
+    record,
+    training_arguments,
+)
+from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -38,14 +47,11 @@ from transformers import (
     DataCollatorWithFlattening,
     LlamaConfig,
     PreTrainedTokenizerFast,
-    ProgressCallback,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging
 
-import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
+import hf_flashmask  # importing hf_flashmask registers attn_implementation="flashmask"
 
 FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 # The largest difference between the two losses of a step that counts as rounding. Measured in float32: 4e-6 on a CPU,
@@ -54,8 +60,6 @@ FILE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "p
 TOLERANCE = {"float32": 1e-3 if torch.cuda.is_available() else 1e-4, "bfloat16": 1e-2}
 COMPARED_STEPS = {"float32": None, "bfloat16": 10}
 LEAK_BATCHES = 3
-IS_TERMINAL = sys.stderr.isatty()
-LINES_IN_A_FILE = 10
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -163,74 +167,14 @@ def build_model(args: argparse.Namespace, vocab_size: int, attention: str) -> An
     )
 
 
-class StepRecorder(ProgressCallback):
-    """Keeps what the report needs of every step. Shows Trainer's progress bar, or in a file a line now and then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loss: list[float] = []
-        self.seconds: list[float] = []
-        self.positions: list[int] = []  # computed up to this step, padding included
-        self.model: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model = kwargs["model"]
-        if IS_TERMINAL:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if IS_TERMINAL:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if IS_TERMINAL:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" not in logs:
-            return
-        self.loss.append(logs["loss"])
-        self.seconds.append(time.perf_counter())
-        self.positions.append(state.num_input_tokens_seen)
-        if IS_TERMINAL:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")  # type: ignore[attr-defined]
-        elif state.global_step % -(-state.max_steps // LINES_IN_A_FILE) == 0 or state.global_step == state.max_steps:
-            print(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}", flush=True)
-
-
-def hide_progress_bars_in_files() -> None:
-    """A bar that is not on a terminal is hundreds of lines in a log."""
-    if not IS_TERMINAL:
-        disable_progress_bars()
-        logging.disable_progress_bar()
-
-
 def train(args: argparse.Namespace, tokenizer: Any, dataset: Dataset, attention: str, collator: Any) -> StepRecorder:
     trainer = Trainer(
         model=build_model(args, len(tokenizer), attention),
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            num_train_epochs=1,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            adam_epsilon=1e-5,  # a smaller one turns rounding errors of tiny gradients into different steps
-            seed=args.seed,
-            bf16=args.dtype == "bfloat16",
-            use_cpu=not torch.cuda.is_available(),
-            include_num_input_tokens_seen=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
+        args=training_arguments(args, num_train_epochs=1, bf16=args.dtype == "bfloat16"),
         train_dataset=dataset,
         data_collator=collator,
     )
-    recorder = StepRecorder()
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(recorder)
-    print(f"\nTraining with {attention}", flush=True)
-    trainer.train()
-    return recorder
+    return record(trainer, f"Training with {attention}")
 
 
 @torch.no_grad()
@@ -267,9 +211,7 @@ def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder
         return {"name": name, "padding": run.positions[-1] - tokens[-1], "tokens_per_second": speed, "loss": run.loss}
 
     return {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads",
+        "device": device_name(),
         "dtype": args.dtype,
         "tokens": tokens[-1],
         "packed": figures(f"{args.attn}, packed", packed),
@@ -282,49 +224,38 @@ def compare(args: argparse.Namespace, packed: StepRecorder, padded: StepRecorder
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     runs = report["packed"], report["padded"]
-    rows = {
-        f"{report['device']}, {report['dtype']}": [run["name"] for run in runs],
-        "tokens of documents": [f"{report['tokens']:,}" for _ in runs],
-        "tokens of padding": [f"{run['padding']:,}" for run in runs],
-        "tokens of documents per second": [f"{run['tokens_per_second']:,.0f}" for run in runs],
-        "loss of the first step": [f"{run['loss'][0]:.4f}" for run in runs],
-        "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
-    }
-    print()
-    for label, (packed, padded) in rows.items():
-        print(f"{label:<36}{packed:>18}{padded:>18}")
+    print_table(
+        {
+            f"{report['device']}, {report['dtype']}": [run["name"] for run in runs],
+            "tokens of documents": [f"{report['tokens']:,}" for _ in runs],
+            "tokens of padding": [f"{run['padding']:,}" for run in runs],
+            "tokens of documents per second": [f"{run['tokens_per_second']:,.0f}" for run in runs],
+            "loss of the first step": [f"{run['loss'][0]:.4f}" for run in runs],
+            "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
+        }
+    )
     print(f"Padding saved: {report['padding_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
-    print("\nLosses of a few batches with the trained weights:")
-    for name, losses in report["sdpa"].items():
-        print(f"{name:<36}{''.join(f'{loss:>18.6f}' for loss in losses)}")
+    print("\nLosses of a few batches with the trained weights:", end="")
+    print_table({name: [f"{loss:.6f}" for loss in losses] for name, losses in report["sdpa"].items()})
     print(f"Packed with sdpa, documents see each other: its losses are off by up to {report['leak']:.1e}.\n")
 
 
-def draw_loss(report: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for run, style in (
-        ("padded", {"color": "tab:orange", "linewidth": 5, "alpha": 0.5}),
-        ("packed", {"color": "tab:blue"}),
-    ):
-        loss, speed = report[run]["loss"], report[run]["tokens_per_second"]
-        axes.plot(range(1, len(loss) + 1), loss, label=f"{report[run]['name']}: {speed:,.0f} tokens/s", **style)
-    axes.set_title(
-        f"Losses of {report['compared_steps']} steps at most {report['largest_difference']:.1e} apart", loc="left"
+def draw(report: dict[str, Any], batch: dict[str, torch.Tensor], folder: Path) -> None:
+    def curve(run: dict[str, Any]) -> tuple[str, list[float]]:
+        return f"{run['name']}: {run['tokens_per_second']:,.0f} tokens/s", run["loss"]
+
+    draw_losses(
+        curve(report["padded"]),
+        curve(report["packed"]),
+        folder / "loss.png",
+        title=f"Losses of {report['compared_steps']} steps at most {report['largest_difference']:.1e} apart",
+        saved=f"{report['padding_saved']:.0%} padding saved",
+        unit="loss per token (nats)",
     )
-    axes.set_title(f"{report['padding_saved']:.0%} padding saved", loc="right", fontsize="small")
-    axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_mask(batch: dict[str, torch.Tensor], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(5.5, 5.5), layout="constrained")
     bounds = hf_flashmask.bounds.from_position_ids(batch["position_ids"])
-    hf_flashmask.visualization.plot(bounds, ax=axes, title="The mask of one packed row")
-    figure.savefig(path, dpi=150)
+    draw_mask(bounds, folder / "mask.png", title="The mask of one packed row")
 
 
 def main() -> None:
@@ -351,17 +282,11 @@ def main() -> None:
     report["leak"] = max(abs(a - b) for a, b in zip(alone, leaking))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_loss(report, args.output / "loss.png")
-    draw_mask(flattening([dataset[i] for i in range(min(args.batch_size, len(dataset)))]), args.output / "mask.png")
-    print_table(report)
+    draw(report, flattening([dataset[i] for i in range(min(args.batch_size, len(dataset)))]), args.output)
+    print_report(report)
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = (
-        f"the losses of the first {report['compared_steps']} steps differ by at most "
-        f"{report['largest_difference']:.1e}, allowed is {report['tolerance']:.0e}"
-    )
-    if not report["largest_difference"] <= report["tolerance"]:  # written so that nan fails
-        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
-    print(f"The two runs agree: {verdict}.")
+    losses = f"the losses of the first {report['compared_steps']} steps"
+    conclude({losses: (report["largest_difference"], report["tolerance"])})
 
 
 if __name__ == "__main__":

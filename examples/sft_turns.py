@@ -19,23 +19,28 @@ import ast
 import json
 import os
 import random
-import statistics
-import sys
 import sysconfig
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _two_runs import (
+    StepRecorder,
+    conclude,
+    device_name,
+    draw_losses,
+    draw_mask,
+    print_table,
+    record,
+    training_arguments,
+)
 from datasets import Dataset
-from sft_packed import StepRecorder, build_model, train_tokenizer
+from sft_packed import build_model, train_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer
 
-import hf_flashmask.visualization  # importing hf_flashmask registers attn_implementation="flashmask"
 from hf_flashmask import TurnsDataCollator
 
 # The largest difference between the two losses of a step that counts as rounding. Measured in float32 on a CPU: 1e-6.
@@ -182,47 +187,20 @@ class RowPerTurn:
 
 
 def train(args: argparse.Namespace, model: Any, dataset: list[dict[str, Any]], collator: Any) -> StepRecorder:
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            adam_epsilon=1e-5,  # a smaller one turns rounding errors of tiny gradients into different steps
-            seed=args.seed,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-            include_num_input_tokens_seen=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-        ),
-        train_dataset=dataset,
-        data_collator=collator,
-    )
-    recorder = StepRecorder()
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(recorder)
-    print(f"\nTraining with {model.config._attn_implementation}", flush=True)
-    trainer.train()
-    return recorder
+    arguments = training_arguments(args, max_steps=args.steps, remove_unused_columns=False)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collator)
+    return record(trainer, f"Training with {model.config._attn_implementation}")
 
 
 # Report
 
 
-def compare(args: argparse.Namespace, tree: StepRecorder, rows: StepRecorder) -> dict[str, Any]:
-    """Time is that of the median step: other programs on the machine slow some steps down."""
-
+def compare(tree: StepRecorder, rows: StepRecorder) -> dict[str, Any]:
     def figures(run: StepRecorder) -> dict[str, Any]:
-        seconds = statistics.median(end - start for start, end in pairwise(run.seconds))
-        return {"positions": run.positions[-1], "seconds_per_step": seconds, "loss": run.loss}
+        return {"positions": run.positions[-1], "seconds_per_step": run.seconds_per_step, "loss": run.loss}
 
     return {
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads",
+        "device": device_name(),
         "tree": figures(tree),
         "rows": figures(rows),
         "largest_difference": max(abs(a - b) for a, b in zip(tree.loss, rows.loss)),
@@ -230,7 +208,7 @@ def compare(args: argparse.Namespace, tree: StepRecorder, rows: StepRecorder) ->
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     runs = report["tree"], report["rows"]
     rows = {
         report["device"]: ["flashmask, trees", "eager, a row per turn"],
@@ -240,38 +218,33 @@ def print_table(report: dict[str, Any]) -> None:
         "loss of the first step": [f"{run['loss'][0]:.4f}" for run in runs],
         "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
     }
-    print()
-    for label, (tree, row) in rows.items():
-        print(f"{label:<36}{tree:>24}{row:>24}")
+    print_table(rows, width=24)
     print(f"Tokens saved: {report['tokens_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
 
 
-def draw_loss(report: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label, style in (
-        ("rows", "eager, a row per turn", {"color": "tab:orange", "linewidth": 5, "alpha": 0.5}),
-        ("tree", "flashmask, trees", {"color": "tab:blue"}),
-    ):
-        loss, seconds = report[name]["loss"], report[name]["seconds_per_step"]
-        axes.plot(range(1, len(loss) + 1), loss, label=f"{label}: {seconds:.2f} s per step", **style)
-    axes.set_title(f"Losses at most {report['largest_difference']:.1e} apart", loc="left")
-    axes.set_title(f"{report['tokens_saved']:.0%} of all tokens saved", loc="right", fontsize="small")
-    axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def draw(report: dict[str, Any], batch: dict[str, Any], folder: Path) -> None:
+    """The losses; the mask of a conversation, and beside it, which of its tokens are trained."""
 
+    def curve(name: str, label: str) -> tuple[str, list[float]]:
+        return f"{label}: {report[name]['seconds_per_step']:.2f} s per step", report[name]["loss"]
 
-def draw_mask(batch: dict[str, Any], path: Path) -> None:
-    """The mask of a conversation; the strip beside it shows which of its tokens are trained."""
-    figure, axes = plt.subplots(figsize=(5.5, 5.5), layout="constrained")
-    hf_flashmask.visualization.plot(batch["attention_mask"], ax=axes, title="The mask of a conversation")
+    draw_losses(
+        curve("rows", "eager, a row per turn"),
+        curve("tree", "flashmask, trees"),
+        folder / "loss.png",
+        title=f"Losses at most {report['largest_difference']:.1e} apart",
+        saved=f"{report['tokens_saved']:.0%} of all tokens saved",
+        unit="loss per token (nats)",
+    )
+    figure = draw_mask(batch["attention_mask"], folder / "mask.png", title="The mask of a conversation")
     is_trained = (batch["labels"][0] != -100).float()[:, None].numpy()
-    strip = axes.inset_axes((1.02, 0, 0.04, 1))
+    strip = figure.axes[0].inset_axes((1.02, 0, 0.04, 1))
     strip.imshow(is_trained, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    strip.set(xticks=[], yticks=[], xlabel="trained")
+    strip.set(xticks=[], yticks=[])
+    strip.yaxis.set_label_position("right")
+    strip.set_ylabel("trained")
     strip.spines[:].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(folder / "mask.png", dpi=150)
 
 
 def main() -> None:
@@ -288,21 +261,16 @@ def main() -> None:
     tree = train(args, model, conversations, collator)
     rows = train(args, build_model(args, len(tokenizer), "eager"), conversations, RowPerTurn(tokenizer))
 
-    report = compare(args, tree, rows)
+    report = compare(tree, rows)
     report["tree"]["tokens"], report["rows"]["tokens"] = collator.computed_tokens, collator.given_tokens
     report["tokens_saved"] = 1 - collator.computed_tokens / collator.given_tokens
     report["speedup"] = report["rows"]["seconds_per_step"] / report["tree"]["seconds_per_step"]
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_loss(report, args.output / "loss.png")
-    draw_mask(collator(conversations[:1]), args.output / "mask.png")
-    print_table(report)
+    draw(report, collator(conversations[:1]), args.output)
+    print_report(report)
     print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = f"the losses of {args.steps} steps differ by at most {report['largest_difference']:.1e}"
-    verdict = f"{verdict}, allowed is {TOLERANCE:.0e}"
-    if not report["largest_difference"] <= TOLERANCE:  # written so that nan fails
-        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
-    print(f"The two runs agree: {verdict}.")
+    conclude({f"the losses of {args.steps} steps": (report["largest_difference"], TOLERANCE)})
 
 
 if __name__ == "__main__":

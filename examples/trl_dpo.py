@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _preferences import draw_loss, draw_mask, figures_of, print_table
+from _preferences import figures_of, show
+from _two_runs import device_name, hide_progress_bars_in_files, record
 from datasets import Dataset, load_dataset
 from sft_packed import (
     FILE_FORMATS,
-    StepRecorder,
     build_model,
-    hide_progress_bars_in_files,
     python_texts,
     train_tokenizer,
 )
-from transformers import AutoTokenizer, ProgressCallback
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from hf_flashmask import share_prefixes
@@ -122,14 +121,6 @@ def make_trainer(args: argparse.Namespace, attention: str, dataset: Dataset, tok
     return DPOTrainer(model, reference, args=config, train_dataset=dataset, processing_class=tokenizer)
 
 
-def record_steps(trainer: DPOTrainer, title: str) -> StepRecorder:
-    recorder = StepRecorder()
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(recorder)
-    print(f"\nTraining, {title}", flush=True)
-    return recorder
-
-
 def main() -> None:
     # One process, one GPU: with several GPUs, Trainer would cut batches into pieces (DataParallel).
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -143,13 +134,11 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
 
     trainer = make_trainer(args, "flashmask", dataset, tokenizer)
-    shared = record_steps(trainer, "flashmask, shared prompts")
     with share_prefixes(trainer.model, trainer.ref_model) as sharing:
-        trainer.train()
+        shared = record(trainer, "Training, flashmask, shared prompts")
 
     unshared_trainer = make_trainer(args, "eager", dataset, tokenizer)
-    unshared = record_steps(unshared_trainer, "eager")
-    unshared_trainer.train()
+    unshared = record(unshared_trainer, "Training, eager")
 
     figures = {
         "shared": figures_of(args, shared, accuracies(trainer)),
@@ -158,9 +147,8 @@ def main() -> None:
     # The policy and its reference model have seen the same batches.
     figures["shared"]["positions"] = figures["shared"]["tokens"] = sharing.computed_tokens // 2
     figures["unshared"]["tokens"] = sharing.given_tokens // 2
-    has_gpu = torch.cuda.is_available()
     report = {
-        "device": torch.cuda.get_device_name() if has_gpu else f"{torch.get_num_threads()} CPU threads",
+        "device": device_name(),
         **figures,
         "tokens_saved": 1 - sharing.computed_tokens / sharing.given_tokens,
         "speedup": figures["shared"]["pairs_per_second"] / figures["unshared"]["pairs_per_second"],
@@ -169,19 +157,9 @@ def main() -> None:
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_loss(report, args.output / "loss.png")
     batch = next(iter(trainer.get_train_dataloader()))
     tree = merge_prefixes(batch["input_ids"], batch["attention_mask"])
-    draw_mask({"attention_mask": tree.bounds}, args.output / "mask.png")
-    print_table(report)
-    print(f"Pictures: {args.output / 'loss.png'} and {args.output / 'mask.png'}")
-    verdict = (
-        f"the losses of {args.steps} steps differ by at most {report['largest_difference']:.1e}, "
-        f"allowed is {TOLERANCE:.0e}"
-    )
-    if not report["largest_difference"] <= TOLERANCE:  # written so that nan fails
-        sys.exit(f"The two runs DO NOT AGREE: {verdict}.")
-    print(f"The two runs agree: {verdict}.")
+    show(args, report, tree.bounds)
 
 
 def accuracies(trainer: DPOTrainer) -> list[torch.Tensor]:

@@ -32,6 +32,7 @@ NOT_OF_THE_CORE = {
     "examples",
     "messages",
     "packaging",
+    "page",
     "paper_masks",
     "sweep",
     "visualization",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -266,6 +268,23 @@ def test_explain_says_what_hides_a_key(tmp_path: Path) -> None:
     printed = call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "1").output
     assert "query 4 does not see key 1: it is hidden from the rows 3 and after" in printed
     assert "`key` is 7, but the mask has 5" in call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "7").output
+
+
+def test_explain_writes_a_page(tmp_path: Path) -> None:
+    batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "input_ids": torch.tensor([[3, 1, 0, 2, 2]])}
+    torch.save(batch, tmp_path / "batch.pt")
+    Tokenizer(WordLevel({"<a>": 0, " b": 1, "c": 2, "d": 3}, unk_token="c")).save(str(tmp_path / "tokenizer.json"))
+    options = ("--html", str(tmp_path / "mask.html"), "--tokenizer", str(tmp_path))
+    assert call("explain", str(tmp_path / "batch.pt"), *options).exit_code == 0
+    page = (tmp_path / "mask.html").read_text(encoding="utf-8")
+    packed = re.search(r'id="data">([^<]*)<', page)
+    assert packed is not None
+    content = json.loads(zlib.decompress(base64.b64decode(packed[1])))
+    assert content["keys"] == {"tokens": [["d", " b", "<a>", "c", "c"]], "documents": [[0, 0, 0, 1, 1]]}
+    assert content["queries"] == content["keys"]
+    torch.save(batch["position_ids"], tmp_path / "mask.pt")
+    result = call("explain", str(tmp_path / "mask.pt"), *options)
+    assert "--tokenizer is for a batch with `input_ids`" in " ".join(result.output.split())
 
 
 def test_explain_intersects_positions_and_padding(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ needs_trl = pytest.mark.skipif(sys.version_info < (3, 11), reason="there is no t
 @pytest.fixture
 def sft_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Runs examples/sft_packed.py in this process; returns its report."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("sft_packed", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -352,17 +353,22 @@ def check_dense_report(report: dict[str, Any], folder: Path) -> None:
         assert len(content) > 5000
 
 
+BLOCK_DIFFUSION = [*PACKED_TEXT, "--next-token-steps", "20", "--warm-up", "4", "--block-size", "4"]
+
+
 def test_block_diffusion_trains_as_under_a_dense_mask(run_script: Callable[..., str], tmp_path: Path) -> None:
-    printed = run_script("block_diffusion.py", *PACKED_TEXT, "--steps", "6", "--block-size", "4")
+    printed = run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "6")
     assert "The two runs agree" in printed
     report = json.loads((tmp_path / "out/report.json").read_text())
     check_dense_report(report, tmp_path / "out")
-    loss = report["loss"]["flashmask"]
-    assert loss[0] == pytest.approx(math.log(1025), abs=1)  # an untrained model guesses
-    assert loss[-1] < loss[0] - 0.1
+    next_token, loss = report["next_token_loss"], report["loss"]["flashmask"]
+    assert next_token[0] == pytest.approx(math.log(1025), abs=1)  # an untrained model guesses
+    assert next_token[-1] < next_token[0] - 0.1
+    assert loss[-1] < loss[0]
     assert report["mask_bytes"] == {"flashmask": 2 * 6 * 256 * 4, "dense": 2 * 256 * 256}
-    assert 1 <= report["passes"] <= report["sampled_tokens"]
-    assert report["sample"] in printed
+    for sampled in (report["before"], report["after"]):
+        assert 1 <= sampled["passes"] <= sampled["tokens"]
+        assert sampled["text"] in printed
 
 
 def test_block_diffusion_fails_when_documents_see_each_other(
@@ -373,7 +379,7 @@ def test_block_diffusion_fails_when_documents_see_each_other(
 
     monkeypatch.setattr("hf_flashmask.bounds.block_diffusion", leaking)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
-        run_script("block_diffusion.py", *PACKED_TEXT, "--steps", "3")
+        run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "3")
 
 
 DRAFT = [*PACKED_TEXT, "--target-steps", "20", "--anchors", "8", "--prompts", "32", "--learning-rate", "0.01"]

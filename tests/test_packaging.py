@@ -50,10 +50,10 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
         f"{package}/{path.relative_to(source).as_posix()}"
         for package, source in PACKAGES.items()
         for path in source.rglob("*")
-        if path.suffix in (".py", ".json", ".typed")
+        if path.suffix in (".py", ".json", ".typed", ".html")
     }
     assert files == expected
-    assert {"hf_flashmask/py.typed", "flashmask_kernels/py.typed"} <= files
+    assert {"hf_flashmask/py.typed", "flashmask_kernels/py.typed", "hf_flashmask/visualization/page.html"} <= files
 
 
 def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:

@@ -153,8 +153,10 @@ def explain(bounds: Tensor, query: int, key: int, q_len: int | None = None, *, b
     for name, index, size in (("batch", batch, batches), ("head", head, heads)):
         if index < 0 or (size > 1 and index >= size):
             raise IndexError(f"`{name}` is {index}, but the bounds have {size}")
-    column = bounds[batch if batches > 1 else 0, head if heads > 1 else 0, :, key].tolist()
-    hidden = [(start, end, name) for start, end, name in _named_intervals(column, key, kv_len, q_len) if start < end]
+    one_mask = bounds[batch if batches > 1 else 0, head if heads > 1 else 0][None, None]
+    names, start, end = named_intervals(one_mask, q_len)
+    column = zip(start[0, 0, :, key].tolist(), end[0, 0, :, key].tolist(), names)
+    hidden = [interval for interval in column if interval[0] < interval[1]]
     hiding = [_rows(*interval, q_len) for interval in hidden if interval[0] <= query < interval[1]]
     if hiding:
         return f"query {query} does not see key {key}: it is hidden from {', and from '.join(hiding)}"
@@ -162,17 +164,21 @@ def explain(bounds: Tensor, query: int, key: int, q_len: int | None = None, *, b
     return f"query {query} sees key {key}, which is hidden from {others or 'no row'}"
 
 
-def _named_intervals(column: list[int], key: int, kv_len: int, q_len: int) -> list[tuple[int, int, str]]:
-    """Hidden rows of one key, cut to the rows that there are, and what hides them."""
-    if len(column) <= 2:
-        upper = (0, key - (kv_len - q_len), "the causal triangle") if len(column) == 1 else (0, column[1], "UTE")
-        intervals = [(column[0], q_len, "LTS"), upper]
-    else:
+def named_intervals(bounds: Tensor, q_len: int) -> tuple[list[str], Tensor, Tensor]:
+    """What hides rows from keys, and which rows of each key, cut to those that there are.
+
+    Returns:
+        n names; starts and ends `[B or 1, H or 1, n, S_k]`, empty where start >= end.
+    """
+    start, end = (edge.clamp(0, q_len) for edge in hidden_intervals(bounds, q_len))
+    count = start.shape[2]
+    if bounds.shape[2] == 4:
         names = ["LTS to LTE", "UTS to UTE"]
-        if len(column) > 4:
-            names = [f"interval {number} of {len(column) // 2}" for number in range(1, len(column) // 2 + 1)]
-        intervals = [*zip(column[0::2], column[1::2], names)]
-    return [(min(max(start, 0), q_len), min(max(end, 0), q_len), name) for start, end, name in intervals]
+    elif bounds.shape[2] > 4:
+        names = [f"interval {number} of {count}" for number in range(1, count + 1)]
+    else:
+        names = ["the causal triangle" if bounds.shape[2] == 1 else "UTE", "LTS"]
+    return names, start, end
 
 
 def _rows(start: int, end: int, name: str, q_len: int) -> str:

@@ -114,10 +114,18 @@ def explain(
         tuple[int, int] | None, typer.Option(help="a query and a key: what hides the key, if it is")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="a picture of the mask, if wanted")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="a page to look into with a browser, if wanted: all rows, heads and masks")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="a name or a folder: the page shows the texts of the batch's `input_ids`")
+    ] = None,
 ) -> None:
     """A mask, or the mask of a batch, in words and as a drawing."""
     with _mistakes_in_one_line():
-        for name, bounds in explanation.masks_of(explanation.read(file)).items():
+        content = explanation.read(file)
+        masks = explanation.masks_of(content)
+        for name, bounds in masks.items():
             if row >= max(bounds.shape[0], 1):
                 raise ValueError(f"--row is {row}, but the mask has {bounds.shape[0]} rows of a batch")
             typer.echo("\n".join(explanation.explain(name, bounds, q_len, row)))
@@ -125,6 +133,8 @@ def explain(
                 typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
                 explanation.draw(name, bounds, q_len, row, plot)
+        if html is not None:
+            explanation.write_page(masks, q_len, content, tokenizer, html)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import bounds as bounds_of
-from ..visualization import plot, to_text
+from ..visualization import plot, to_html, to_text
 
 _TILE = 64
 
@@ -108,3 +108,38 @@ def draw(name: str, bounds: Tensor, q_len: int | None, row: int, path: Path) -> 
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     plot(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0, ax=figure.subplots(), title=name)
     figure.savefig(path, dpi=150)
+
+
+def write_page(masks: Mapping[str, Tensor], q_len: int | None, content: Any, tokenizer: str | None, path: Path) -> None:
+    """The masks as a page for a browser, with the documents and the texts of a batch's tokens.
+
+    Args:
+        content: of the file; documents are found in its positions.
+        tokenizer: a name or a folder; without it there are no texts.
+
+    Raises:
+        ValueError: when there is a tokenizer, but no `input_ids`.
+    """
+    batch = content if isinstance(content, Mapping) else {}
+    tokens = None if tokenizer is None else _texts(batch, tokenizer)
+    to_html(masks, q_len, tokens=tokens, document_ids=_document_ids(batch), title=path.stem).save(path)
+
+
+def _texts(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:
+    from transformers import AutoTokenizer
+
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise ValueError("--tokenizer is for a batch with `input_ids` [B, S], and this file has none")
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    return [[loaded.decode(token) for token in row] for row in ids.tolist()]
+
+
+def _document_ids(batch: Mapping[str, Any]) -> Tensor | None:
+    """From positions. Beside bounds they may mean something else, as those of prefix trees do."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    has_bounds = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if has_bounds or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    starts = bounds_of.document_starts(bounds_of.document_ends(positions))
+    return (starts == torch.arange(starts.shape[1])).cumsum(1) - 1

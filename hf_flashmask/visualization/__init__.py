@@ -1,6 +1,7 @@
-"""Draw a mask from its bounds, as text or with matplotlib, at any length: long masks are drawn tile by tile."""
+"""Draw a mask from its bounds, as text, with matplotlib or as a page to look into, at any length: tile by tile."""
 
 from .figure import plot
+from .page import MaskPage, to_html
 from .text import to_text
 
-__all__ = ["plot", "to_text"]
+__all__ = ["MaskPage", "plot", "to_html", "to_text"]
