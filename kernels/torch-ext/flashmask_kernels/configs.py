@@ -130,6 +130,7 @@ _SMALLEST_SPECIALIZED_DIM = 33
 _SPECIALIZED = {
     64: Configs(Config(128, 128, 8, 4, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
     128: Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+    256: Configs(Config(128, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(128, 64, 8, 2, True)),
 }
 LARGEST_FUSED_DIM = 64
 # dQ's tiles are those in which rows are computed again after NaN: the forward's, whose schedule they share.
