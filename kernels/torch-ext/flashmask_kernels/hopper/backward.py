@@ -20,14 +20,13 @@ from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
     LAUNCH_OPTIONS,
-    OPTIONS_OF_EIGHT,
     REGISTERS,
     REGISTERS_WITH_MASKS,
-    WORKER_REGISTERS,
     Lists,
     Ring,
     addressable,
     deal_out_work,
+    forgotten,
     heads_per_group,
     hide,
     hide_by_mask,
@@ -168,75 +167,107 @@ def _consume_rows(
 
 
 @gluon.jit
-def _consume_rows_together(
-    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, work,
-    d_k_strides, d_v_strides, scale, q_len, kv_len,
-    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
-    DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, p_tile, d_s_tile,
+def _consume_for_values(
+    d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
+    d_v_strides, scale, q_len, kv_len,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM_V: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `_consume_rows`, by eight warps that share 64 keys: registers hold dK and dV of no more where heads have 256
-    dims. Each four compute half of the rows of P and dS, which they exchange in shared memory, and half of the dims of
-    dK and dV.
-    """
+    """Of wide heads: P, which it hands over, and dV. The registers of one consumer hold one gradient of 64 keys."""
     dtype: gl.constexpr = q_ring.tiles.dtype
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_M // 2, 16])
-    d_k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_DIM // 2, 16])
-    d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_DIM_V // 2, 16])
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
 
-    k_tile = k_ring.tiles.index(0).reshape([64, BLOCK_DIM])
-    v_tile = v_tiles.index(0).reshape([64, BLOCK_DIM_V])
     factor = scale * LOG2_E
     number = 0
     step = 0
     column_tile, batch_kv_head, num_cut, num_full = work.take(number)
     while column_tile >= 0:
-        batch = batch_kv_head // KV_HEADS
-        kv_head = batch_kv_head % KV_HEADS
         mask_bounds = bounds + lists.mask_of(batch_kv_head) * NUM_PLANES * kv_len
         first_column = column_tile * 64
         columns = first_column + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
         planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
-        d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
         k_ring.wait(0, number & 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
                 phase = step // STAGES & 1
-                step += 1
+                k_tile = k_ring.tiles.index(forgotten(0)).reshape([64, BLOCK_DIM])
                 q_ring.wait(stage, phase)
                 q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                d_out_ring.wait(stage, phase)
-                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
-                d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 row_lse_2 = lse_tiles.index(stage).load(scores_layout)
-                row_delta = delta_tiles.index(stage).load(scores_layout)
-                scores = hopper.warpgroup_mma_wait(1, [scores])
+                scores = hopper.warpgroup_mma_wait(0, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)
                 if IS_CUT:
                     row = load_scalar(row_tiles.index(stage)) * BLOCK_M
                     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
                     probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
-                p_tile.store(probabilities.to(dtype))
-                hopper.fence_async_shared()
-                d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
-                d_p = hopper.warpgroup_mma_wait(1, [d_p])
-                d_s_tile.store((probabilities * (d_p - row_delta)).to(dtype))
-                hopper.fence_async_shared()
-                d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
-                d_v_tile = hopper.warpgroup_mma_wait(1, [d_v_tile])
-                d_out_ring.release(stage)
-                d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
                 q_ring.release(stage)
+                d_out_ring.wait(stage, phase)
+                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+                d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
+                p_ring.store(probabilities, step)
+                d_v_tile = hopper.warpgroup_mma_wait(0, [d_v_tile])
+                d_out_ring.release(stage)
+                step += 1
+        k_ring.release(0)
+        note_nan(has_nan, d_v_tile)
+        store_rows(
+            d_v, d_v_strides, d_v_tile, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
+            first_column, kv_len, DIM_V, BLOCK_DIM_V,
+        )  # fmt: skip
+        number += 1
+        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+
+
+@gluon.jit
+def _consume_for_keys(
+    d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale, kv_len,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Of wide heads: dP, dS from it and the P of the other consumer, and dK."""
+    dtype: gl.constexpr = q_ring.tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    d_k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
+    d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
+
+    number = 0
+    step = 0
+    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+    while column_tile >= 0:
+        d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
+        k_ring.wait(0, number & 1)
+        for _ in range((num_cut + num_full) * HEADS_PER_KV_HEAD):
+            stage = step % STAGES
+            phase = step // STAGES & 1
+            v_tile = v_tiles.index(forgotten(0)).reshape([64, BLOCK_DIM_V])
+            d_out_ring.wait(stage, phase)
+            d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+            d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+            d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+            q_ring.wait(stage, phase)
+            row_delta = delta_tiles.index(stage).load(scores_layout)
+            d_p = hopper.warpgroup_mma_wait(0, [d_p])
+            d_out_ring.release(stage)
+            d_scores = p_ring.take(scores_layout, step) * (d_p - row_delta)
+            d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
+            q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+            d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
+            d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
+            q_ring.release(stage)
+            step += 1
         k_ring.release(0)
         note_nan(has_nan, d_k_tile)
-        note_nan(has_nan, d_v_tile)
-        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, kv_len, DIM, BLOCK_DIM)
-        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, kv_len, DIM_V, BLOCK_DIM_V)
+        store_rows(
+            d_k, d_k_strides, d_k_tile * scale, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
+            column_tile * 64, kv_len, DIM, BLOCK_DIM,
+        )  # fmt: skip
         number += 1
         column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 
@@ -258,18 +289,18 @@ def key_value_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM_V], d_out.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_2.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta.layout)
-    # One consumer of eight warps where heads are wide, else two of four.
-    CONSUMERS: gl.constexpr = 2 if BLOCK_DIM + BLOCK_DIM_V <= 256 else 1
-    k_tiles = gl.allocate_shared_memory(k.dtype, [CONSUMERS, 1, 1, 64, BLOCK_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [CONSUMERS, 1, 1, 64, BLOCK_DIM_V], v.layout)
+    # The consumers divide the keys, or where heads are wide, the gradients.
+    KEY_TILES: gl.constexpr = 2 if BLOCK_DIM + BLOCK_DIM_V <= 256 else 1
+    k_tiles = gl.allocate_shared_memory(k.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM_V], v.layout)
     row_tiles = make_scalars(STAGES)
-    work = make_work(CONSUMERS + 1)
-    q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS))
-    d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS))
-    k_ring = Ring(k_tiles, make_barriers(CONSUMERS, 1), make_barriers(CONSUMERS, 1))
+    work = make_work(3)
+    q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    k_ring = Ring(k_tiles, make_barriers(KEY_TILES, 1), make_barriers(KEY_TILES, 2 // KEY_TILES))
     lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
     hopper.fence_async_shared()
-    if CONSUMERS == 2:
+    if KEY_TILES == 2:
         gl.warp_specialize(
             [
                 (_consume_rows, (
@@ -292,15 +323,19 @@ def key_value_gradient_kernel(
             REGISTERS,
         )  # fmt: skip
     else:
-        exchanged: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], q.dtype)
-        p_tile = gl.allocate_shared_memory(q.dtype, [64, BLOCK_M], exchanged)
-        d_s_tile = gl.allocate_shared_memory(q.dtype, [64, BLOCK_M], exchanged)
+        p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], gl.float32)
+        p_tiles = gl.allocate_shared_memory(gl.float32, [2, 64, BLOCK_M], p_layout)
+        p_ring = Ring(p_tiles, make_barriers(2, 1), make_barriers(2, 1))
         gl.warp_specialize(
             [
-                (_consume_rows_together, (
-                    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                    v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
-                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, p_tile, d_s_tile,
+                (_consume_for_values, (
+                    d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
+                    d_v_strides, scale, q_len, kv_len,
+                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
+                )),
+                (_consume_for_keys, (
+                    d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale,
+                    kv_len, KV_HEADS, HEADS_PER_KV_HEAD, DIM, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
                 )),
                 (_produce_rows, (
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
@@ -308,8 +343,8 @@ def key_value_gradient_kernel(
                 )),
                 (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
             ],
-            [1, 1],
-            WORKER_REGISTERS,
+            [4, 1, 1],
+            REGISTERS,
         )  # fmt: skip
 
 
@@ -365,11 +400,6 @@ def _consume_columns(
     d_q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_q_layout, 2)
 
-    # One buffer for all pieces of work, as for K and V above: ptxas computes the matrix descriptors of Q and dO once.
-    # With buffers in turn it computed them before the loop over cut tiles, for the loop over full tiles too, although
-    # a row tile without cut tiles skips the first.
-    q_tile = q_ring.tiles.index(consumer).reshape([64, BLOCK_DIM])
-    d_out_tile = d_out_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
     factor = scale * LOG2_E
     number = 0
     step = 0
@@ -387,23 +417,26 @@ def _consume_columns(
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
                 v_stage = step % V_STAGES
+                own = forgotten(consumer)
+                q_tile = q_ring.tiles.index(own).reshape([64, BLOCK_DIM])
+                d_out_tile = d_out_tiles.index(own).reshape([64, BLOCK_DIM_V])
                 v_phase = step // V_STAGES & 1
+                v_ring.wait(v_stage, v_phase)
+                v_tile = v_ring.tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 k_ring.wait(stage, step // STAGES & 1)
                 step += 1
                 k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                v_ring.wait(v_stage, v_phase)
-                v_tile = v_ring.tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DIM_V])
-                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
-                scores = hopper.warpgroup_mma_wait(1, [scores])
+                d_p = hopper.warpgroup_mma_wait(1, [d_p])
+                v_ring.release(v_stage)
+                scores = hopper.warpgroup_mma_wait(0, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
                 if IS_CUT:
                     probabilities = hide_by_mask(probabilities, 0.0, masks, mask_step, BLOCK_N, consumer)
                     mask_step += 1
-                d_p = hopper.warpgroup_mma_wait(0, [d_p])
-                v_ring.release(v_stage)
                 d_scores = probabilities * (d_p - row_delta[:, None])
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, is_async=True)
@@ -533,8 +566,7 @@ class AttentionBackward:
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
-        options = LAUNCH_OPTIONS if block_dim + block_dim_v <= 256 else OPTIONS_OF_EIGHT
-        self._launch_d_key_value = Launcher(key_value_gradient_kernel, programs, numbers, constants, **options)
+        self._launch_d_key_value = Launcher(key_value_gradient_kernel, programs, numbers, constants, **LAUNCH_OPTIONS)
         column_tile = config.block_m, config.block_n
 
         config = configs.query_gradient
