@@ -63,7 +63,7 @@ def random_tensor(choose: random.Random, batch: int, heads: int, length: int, di
 def call(number: int) -> None:
     choose = random.Random(number % SHAPES)
     dtype = choose.choice([torch.bfloat16, torch.float32])
-    dim = choose.choice([16, 56, 72, 128])
+    dim = choose.choice([16, 56, 72, 128, 136])
     batch, kv_heads, planes = choose.choice([1, 2]), choose.choice([1, 2]), choose.choice([1, 2, 4])
     heads = kv_heads * choose.choice([1, 2])
     q_len, kv_len = (choose.choice([1, 16, 33]) for _ in range(2))

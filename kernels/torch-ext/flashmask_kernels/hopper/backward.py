@@ -417,26 +417,26 @@ def _consume_columns(
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
                 v_stage = step % V_STAGES
-                own = forgotten(consumer)
+                own = forgotten(consumer) if BLOCK_DIM > 128 else consumer
                 q_tile = q_ring.tiles.index(own).reshape([64, BLOCK_DIM])
                 d_out_tile = d_out_tiles.index(own).reshape([64, BLOCK_DIM_V])
                 v_phase = step // V_STAGES & 1
-                v_ring.wait(v_stage, v_phase)
-                v_tile = v_ring.tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DIM_V])
-                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 k_ring.wait(stage, step // STAGES & 1)
                 step += 1
                 k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                d_p = hopper.warpgroup_mma_wait(1, [d_p])
-                v_ring.release(v_stage)
-                scores = hopper.warpgroup_mma_wait(0, [scores])
+                v_ring.wait(v_stage, v_phase)
+                v_tile = v_ring.tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+                scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
                 if IS_CUT:
                     probabilities = hide_by_mask(probabilities, 0.0, masks, mask_step, BLOCK_N, consumer)
                     mask_step += 1
+                d_p = hopper.warpgroup_mma_wait(0, [d_p])
+                v_ring.release(v_stage)
                 d_scores = probabilities * (d_p - row_delta[:, None])
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, is_async=True)
