@@ -619,7 +619,7 @@ def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.specializes(query, query, bounds, None, 0.0)
     candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
     with tune.launched_with(candidate):
-        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False)
+        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False, True)
         assert dispatch.configs_of(query, query, family).query_gradient == candidate.config
     assert dispatch.specializes(query, query, bounds, None, 0.0)
 
