@@ -117,7 +117,7 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 
 
 # Few rows against many keys: `block_m` is the most rows of a tile, which fewer rows do not fill. Tiles of 16 KiB.
-_DECODING = {64: Config(64, 128, 4, 3), 128: Config(64, 64, 4, 3), 256: Config(32, 32, 4, 3), 512: Config(16, 16, 4, 3)}
+_DECODING = {64: Config(32, 128, 4, 3), 128: Config(32, 64, 4, 3), 256: Config(32, 32, 4, 3), 512: Config(16, 16, 4, 3)}
 _DECODING_FLOAT = {64: Config(16, 64, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)}
 
 

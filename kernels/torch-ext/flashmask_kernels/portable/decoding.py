@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.tiles import LN_2, LOG2_E, head_dim_blocks, hidden_elements, holds_nan, load_rows, soft_capped
+from ..common.tiles import LN_2, LOG2_E, SMALL_BLOCK, head_dim_blocks, hidden_elements, load_rows, soft_capped
 from ..configs import Config
 from ..launch.launcher import Launcher, num_processors
 from ..launch.layout import Layout
@@ -52,80 +52,129 @@ def visible_tiles(
 
 
 @triton.jit
-def attend_tiles(
-    q, k, v, out, lse, bounds, sinks, strides, factors, sizes, place, tiles, only_row,
+def in_base_2(products, factors, HAS_SOFTCAP: tl.constexpr):
+    """Scores in base 2 of products of queries and keys."""
+    scale, softcap = factors
+    return soft_capped(products * scale, softcap) * LOG2_E if HAS_SOFTCAP else products * (scale * LOG2_E)
+
+
+@triton.jit
+def row_offsets(strides, batch, heads, rows):
+    """Where rows of ``[B, H, S, D]`` begin, in 64 bits. ``heads`` and ``rows`` are numbers or vectors."""
+    return batch.to(tl.int64) * strides[0] + heads.to(tl.int64) * strides[1] + rows.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def attend_tile(
+    q, k, v, out, lse, bounds, sinks, strides, factors, sizes, place, visible,
     HEADS_PER_KV_HEAD: tl.constexpr, NUM_PLANES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr, HIDES_NAN: tl.constexpr,
+    BLOCK_DIM_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write output and log-sum-exp that BLOCK_M rows have of the keys of one part. Returns whether the output holds
-    NaN.
+    NaN. Rows are counted through the heads that share a key head: row r is query row r % q_len of the head r // q_len.
 
-    Element r of a tile is query row r % q_len of the head number r // q_len of those that share the key head. With
-    HIDES_NAN, NaN of a hidden value stays out, and the results are those of the query row ``only_row`` alone.
+    Keys and their values are the rows of the matrix products, queries the columns: products of 64 rows take few
+    columns at no loss, and warps need not repeat each other's work.
     """
     q_strides, k_strides, v_strides, out_strides = strides
-    scale, softcap = factors
     q_len, kv_len, num_parts = sizes
-    part, row_tile, kv_head, batch, lse_base = place
-    first_tile, end_tile = tiles
-    elements = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    exists = elements < q_len * HEADS_PER_KV_HEAD
-    rows = elements % q_len
-    heads = kv_head * HEADS_PER_KV_HEAD + elements // q_len
+    part, batch, kv_head, first_row, first_lse = place
+    first_tile, end_tile = visible
+    all_rows = first_row + tl.arange(0, BLOCK_M)
+    exists = all_rows < q_len * HEADS_PER_KV_HEAD
+    rows = all_rows % q_len
+    heads = kv_head * HEADS_PER_KV_HEAD + all_rows // q_len
     dims = tl.arange(0, BLOCK_DIM)
-    q += batch.to(tl.int64) * q_strides[0]
-    q_rows = heads.to(tl.int64) * q_strides[1] + rows.to(tl.int64) * q_strides[2]
+    q_rows = row_offsets(q_strides, batch, heads, rows)
     q_tile = tl.load(q + q_rows[:, None] + dims[None, :], mask=exists[:, None] & (dims < DIM)[None, :], other=0.0)
 
-    output = tl.zeros([BLOCK_M, BLOCK_DIM_V], dtype=tl.float32)
-    # Scores and the maxima of their rows, [BLOCK_M], are in base 2.
+    output = tl.zeros([BLOCK_DIM_V, BLOCK_M], dtype=tl.float32)
+    # Scores and the maxima of rows, [BLOCK_M], are in base 2.
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_SINKS:
-        # A sink is a score that every row has seen before its first key, which is in the first part.
+        # A sink is a score that a row has seen before its first key, which is in the first part.
         sink = tl.load(sinks + heads, mask=exists, other=0.0).to(tl.float32) * LOG2_E
         row_max = tl.where(part == 0, sink, row_max)
         row_sum = tl.where(part == 0, 1.0, row_sum)
 
-    STAGES: tl.constexpr = 1 if HIDES_NAN else None
-    for tile in tl.range(first_tile, end_tile, num_parts, num_stages=STAGES):
+    for tile in range(first_tile, end_tile, num_parts):
         start_n = tile * BLOCK_N
         columns = start_n + tl.arange(0, BLOCK_N)
         k_tile = load_rows(k, k_strides, batch, kv_head, start_n, kv_len, DIM, BLOCK_N, BLOCK_DIM, True, False)
-        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if HAS_SOFTCAP:
-            scores = soft_capped(scores * scale, softcap) * LOG2_E
-        else:
-            scores = scores * (scale * LOG2_E)
-        hidden = hidden_elements(bounds, rows[:, None], columns[None, :], q_len, kv_len, NUM_PLANES)
-        scores = tl.where(hidden, float("-inf"), scores)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        products = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        hidden = hidden_elements(bounds, rows[None, :], columns[:, None], q_len, kv_len, NUM_PLANES)
+        scores = tl.where(hidden, float("-inf"), in_base_2(products, factors, HAS_SOFTCAP))
+        new_max = tl.maximum(row_max, tl.max(scores, 0))
         # A row that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probabilities = tl.exp2(scores - shift[:, None])
+        probabilities = tl.exp2(scores - shift[None, :])
         correction = tl.exp2(row_max - shift)
-        row_sum = row_sum * correction + tl.sum(probabilities, 1)
+        row_sum = row_sum * correction + tl.sum(probabilities, 0)
         row_max = new_max
         v_tile = load_rows(v, v_strides, batch, kv_head, start_n, kv_len, DIM_V, BLOCK_N, BLOCK_DIM_V, True, False)
-        if HIDES_NAN:
-            unseen = hidden_elements(bounds, only_row, columns, q_len, kv_len, NUM_PLANES)
-            v_tile = tl.where(unseen[:, None], 0.0, v_tile).to(v_tile.dtype)
-        output = output * correction[:, None]
-        output = tl.dot(probabilities.to(v_tile.dtype), v_tile, output, input_precision=PRECISION)
+        output = output * correction[None, :]
+        output = tl.dot(v_tile.T, probabilities.to(v_tile.dtype), output, input_precision=PRECISION)
 
     # A row that saw nothing gets output 0 / 1 and log-sum-exp -inf + log 1.
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
-    output = output / row_sum[:, None]
-    if HIDES_NAN:
-        exists &= rows == only_row
+    output = (output / row_sum[None, :]).T
     dims_v = tl.arange(0, BLOCK_DIM_V)
-    out += part.to(tl.int64) * out_strides[0] + batch.to(tl.int64) * out_strides[1]
-    out_rows = heads.to(tl.int64) * out_strides[2] + rows.to(tl.int64) * out_strides[3]
+    out_rows = row_offsets(out_strides, batch, heads, rows)
     mask = exists[:, None] & (dims_v < DIM_V)[None, :]
     tl.store(out + out_rows[:, None] + dims_v[None, :], output.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + lse_base + heads * q_len + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=exists)
-    return holds_nan(output)
+    tl.store(lse + first_lse + heads * q_len + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=exists)
+    # Flattened: two reductions of this output are more than Triton 3.7 compiles for sm_100.
+    return tl.max((output != output).to(tl.int32).reshape(BLOCK_M * BLOCK_DIM_V), 0) > 0
+
+
+@triton.jit
+def attend_row(
+    q, k, v, out, lse, bounds, sinks, strides, factors, sizes, place, visible,
+    HEADS_PER_KV_HEAD: tl.constexpr, NUM_PLANES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
+):  # fmt: skip
+    """`attend_tile` for one row by vector arithmetic, which reads only what the row sees."""
+    q_strides, k_strides, v_strides, out_strides = strides
+    q_len, kv_len, num_parts = sizes
+    part, batch, kv_head, row_in_heads, first_lse = place
+    first_tile, end_tile = visible
+    row = row_in_heads % q_len
+    head = kv_head * HEADS_PER_KV_HEAD + row_in_heads // q_len
+    dims, dims_v = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_DIM_V)
+    k += row_offsets(k_strides, batch, kv_head, 0 * batch)
+    v += row_offsets(v_strides, batch, kv_head, 0 * batch)
+    q_row = tl.load(q + row_offsets(q_strides, batch, head, row) + dims, mask=dims < DIM, other=0.0).to(tl.float32)
+    output = tl.zeros([BLOCK_DIM_V], dtype=tl.float32)
+    row_max = float("-inf")
+    row_sum = 0.0
+    if HAS_SINKS:
+        row_max = tl.where(part == 0, tl.load(sinks + head).to(tl.float32) * LOG2_E, row_max)
+        row_sum = tl.where(part == 0, 1.0, row_sum)
+    STEPS: tl.constexpr = BLOCK_N // SMALL_BLOCK
+    for tile in range(first_tile, end_tile, num_parts):
+        for step in range(STEPS):
+            columns = (tile * STEPS + step) * SMALL_BLOCK + tl.arange(0, SMALL_BLOCK)
+            seen = hidden_elements(bounds, row, columns, q_len, kv_len, NUM_PLANES) == 0
+            in_k = columns.to(tl.int64)[:, None] * k_strides[2] + dims[None, :]
+            k_tile = tl.load(k + in_k, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
+            products = tl.sum(k_tile.to(tl.float32) * q_row[None, :], 1)
+            scores = tl.where(seen, in_base_2(products, factors, HAS_SOFTCAP), float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 0))
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            probabilities = tl.exp2(scores - shift)
+            correction = tl.exp2(row_max - shift)
+            row_sum = row_sum * correction + tl.sum(probabilities, 0)
+            row_max = new_max
+            in_v = columns.to(tl.int64)[:, None] * v_strides[2] + dims_v[None, :]
+            v_tile = tl.load(v + in_v, mask=seen[:, None] & (dims_v < DIM_V)[None, :], other=0.0)
+            output = output * correction + tl.sum(probabilities[:, None] * v_tile.to(tl.float32), 0)
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    output = output / row_sum
+    out += row_offsets(out_strides, batch, head, row)
+    tl.store(out + dims_v, output.to(out.dtype.element_ty), mask=dims_v < DIM_V)
+    tl.store(lse + first_lse + head * q_len + row, (row_max + tl.log2(row_sum)) * LN_2)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "mask_stride_b", "batch_size", "num_parts"])
@@ -141,29 +190,30 @@ def decoding_kernel(
     KV_HEADS: tl.constexpr = NUM_HEADS // HEADS_PER_KV_HEAD
     num_row_tiles = tl.cdiv(q_len * HEADS_PER_KV_HEAD, BLOCK_M)
     part = tl.program_id(0) % num_parts
-    row_tile = tl.program_id(0) // num_parts % num_row_tiles
+    first_row = tl.program_id(0) // num_parts % num_row_tiles * BLOCK_M
     batch_head = tl.program_id(0) // (num_parts * num_row_tiles)
     batch = batch_head // KV_HEADS
     kv_head = batch_head % KV_HEADS
     mask = (batch * mask_stride_b + kv_head * HEADS_PER_KV_HEAD // HEADS_PER_MASK).to(tl.int64)
     bounds += mask * NUM_PLANES * kv_len
-    tiles = visible_tiles(bounds, part, num_parts, q_len, kv_len, NUM_PLANES, BLOCK_N, CHUNK)
-    lse_base = (part.to(tl.int64) * batch_size + batch) * NUM_HEADS * q_len
-    has_nan = attend_tiles(
+    # Each part has an output and a log-sum-exp of its own for every row.
+    out += part.to(tl.int64) * batch_size * q_len * NUM_HEADS * DIM_V
+    first_lse = (part.to(tl.int64) * batch_size + batch) * NUM_HEADS * q_len
+    visible = visible_tiles(bounds, part, num_parts, q_len, kv_len, NUM_PLANES, BLOCK_N, CHUNK)
+    has_nan = attend_tile(
         q, k, v, out, lse, bounds, sinks, (q_strides, k_strides, v_strides, out_strides), (scale, softcap),
-        (q_len, kv_len, num_parts), (part, row_tile, kv_head, batch, lse_base), tiles, 0,
+        (q_len, kv_len, num_parts), (part, batch, kv_head, first_row, first_lse), visible,
         HEADS_PER_KV_HEAD, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V,
-        PRECISION, False,
+        PRECISION,
     )  # fmt: skip
     if has_nan:
         # 0 x NaN is NaN, so NaN of a hidden value may be in the output. The barrier separates the two stores.
         tl.debug_barrier()
-        for row in range(q_len):
-            attend_tiles(
+        for row in range(first_row, tl.minimum(first_row + BLOCK_M, q_len * HEADS_PER_KV_HEAD)):
+            attend_row(
                 q, k, v, out, lse, bounds, sinks, (q_strides, k_strides, v_strides, out_strides), (scale, softcap),
-                (q_len, kv_len, num_parts), (part, row_tile, kv_head, batch, lse_base), tiles, row,
-                HEADS_PER_KV_HEAD, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM,
-                BLOCK_DIM_V, PRECISION, True,
+                (q_len, kv_len, num_parts), (part, batch, kv_head, row, first_lse), visible,
+                HEADS_PER_KV_HEAD, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V,
             )  # fmt: skip
 
 
@@ -245,7 +295,7 @@ class DecodingForward:
             decoding_kernel,
             programs_of_part * num_parts,
             (
-                *(tensor.stride()[:3] for tensor in (query, key, value)), self._parts_out_layout.strides[:4], scale,
+                *(tensor.stride()[:3] for tensor in (query, key, value)), self._out_layout.strides[:3], scale,
                 0.0 if softcap is None else softcap, q_len, kv_len, mask_stride_b, batch_size, num_parts,
             ),
             {
