@@ -129,7 +129,7 @@ def flashmask_attention_forward(
     if exchange is not None:
         mask = exchange.mask_of_rank(mask, of_queries.shape[1])
         query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
-    if are_few_rows(query, key, mask) and softcap is None and s_aux is None and dropout == 0:
+    if are_few_rows(query, key, value, mask) and softcap is None and s_aux is None and dropout == 0:
         output = attend_few_rows(query, key, value, mask, scaling)
     else:
         output = flashmask_attention(
