@@ -103,7 +103,10 @@ def make_bounds(layers: tuple[str, ...], position_ids: Tensor, window: int) -> l
     # Masks are kept as long as the tensor that they were made from, so each step has positions of its own.
     position_ids = position_ids.view_as(position_ids)
     one_head = torch.empty(1, 1, position_ids.shape[1], HEAD_DIM, dtype=DTYPE, device=position_ids.device)
-    with mock.patch.object(integration.attention, "flashmask_attention", only_schedule):
+    with (
+        mock.patch.object(integration.attention, "flashmask_attention", only_schedule),
+        mock.patch.object(integration.attention, "sees_most_keys", return_value=False),  # on the CPU
+    ):
         for mask in create_masks("flashmask", layers, position_ids, window):
             flashmask_attention_forward(LAYER, one_head, one_head, one_head, mask, position_ids=position_ids)
     return made

@@ -11,6 +11,7 @@ import torch
 from attention_checks import NOT_FINITE, assert_near, masks, random_intervals
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from flashmask_kernels import dispatch, flashmask_attention, reference_attention
 from flashmask_kernels.configs import Config
@@ -149,6 +150,18 @@ def test_where_gradients_are_needed_other_kernels_compute(calls) -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_operators_of_a_graph_decode_too_interpreted(calls) -> None:
+    query, key, value = (torch.randn(1, heads, length, 16) for heads, length in ((4, 1), (2, 90), (2, 90)))
+    with torch.no_grad():
+        expected = flashmask_attention(query, key, value)
+        with BaseTorchDispatchMode():  # sees operators instead of an autograd.Function
+            assert torch.equal(flashmask_attention(query, key, value), expected)
+        compiled = torch.compile(flashmask_attention, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(query, key, value), expected)
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -184,3 +197,93 @@ def test_parts(kv_len: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert 1 <= parts <= max(1, kv_len // 64)
     assert parts == 1 or parts * programs <= 2 * 132
     assert parts * programs > 132 or parts == -(-kv_len // 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("q_len", [1, 4])
+@pytest.mark.parametrize("mask", masks(8, 8))
+def test_masks(mask: str, q_len: int, dtype: torch.dtype, calls) -> None:
+    query = torch.randn(2, q_len, 8, 64, device="cuda").to(dtype).transpose(1, 2)
+    key, value = (cached(2, 2, 1501, 64, dtype, "cuda") for _ in range(2))
+    assert_decodes(query, key, value, masks(q_len, 1501)[mask].cuda())
+    assert calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "q_len", "kv_len", "dim", "dim_v", "heads", "kv_heads", "bounds_shape"),
+    [
+        (1, 1, 20011, 64, 64, 64, 8, (1, 1, 1)),
+        (3, 1, 4097, 256, 256, 16, 8, (3, 8, 2)),
+        (2, 5, 1500, 512, 512, 32, 4, (1, 4, 4)),
+        (1, 16, 700, 192, 128, 12, 2, (1, 1, 6)),
+        (1, 1, 300, 80, 72, 71, 1, (1, 1, 32)),
+        (64, 1, 999, 128, 128, 32, 8, (64, 1, 2)),
+    ],
+)
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(None, False), (20.0, True)])
+def test_shapes(
+    softcap, has_sinks, batch, q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape, dtype, calls
+) -> None:
+    query = torch.randn(batch, q_len, heads, dim, device="cuda").to(dtype).transpose(1, 2)
+    key, value = (cached(batch, kv_heads, kv_len, size, dtype, "cuda") for size in (dim, dim_v))
+    bounds = random_intervals(*bounds_shape, q_len, kv_len).cuda()
+    sinks = torch.randn(heads, device="cuda").to(dtype) if has_sinks else None
+    assert_decodes(query, key, value, bounds, softcap, sinks)
+    assert calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_what_is_hidden_may_be_nan(q_len: int, bad: float) -> None:
+    assert_hides_what_is_not_finite(q_len, bad, torch.bfloat16, "cuda", 3001)
+
+
+@pytest.mark.gpu
+def test_keys_past_32_bit_offsets() -> None:
+    """The last head lies past 2^31 elements."""
+    query = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.empty(1, 4, 1 << 23, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    key[:, 3].normal_()
+    value[:, 3].normal_()
+    bounds = torch.where(torch.arange(1 << 23, device="cuda") < (1 << 23) - 1000, 0, 1).int()[None, None, None]
+    with torch.inference_mode():
+        out = flashmask_attention(query, key, value, bounds)
+    last = [tensor[:, 3:, -1000:].float() for tensor in (key, value)]
+    expected, _ = reference_attention(query[:, 6:].float(), *last, bounds[..., -1000:])
+    assert_near(out[:, 6:], expected)
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_new_contents(calls) -> None:
+    """The number of parts depends on shapes alone: what bounds hold may change between replays."""
+    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (cached(2, 2, 5000, 64, torch.bfloat16, "cuda") for _ in range(2))
+    bounds = masks(1, 5000)["sliding_window"].cuda()
+    with torch.inference_mode():
+        flashmask_attention(query, key, value, bounds)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = flashmask_attention(query, key, value, bounds)
+        for new in (masks(1, 5000)["causal"], torch.zeros_like(bounds), masks(1, 5000)["sliding_window"]):
+            bounds.copy_(new)
+            query.normal_()
+            graph.replay()
+            assert torch.equal(captured, flashmask_attention(query, key, value, bounds))
+    assert len(calls) == 5
+
+
+@pytest.mark.gpu
+def test_compiled_as_eager(calls) -> None:
+    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (cached(2, 2, 1000, 64, torch.bfloat16, "cuda") for _ in range(2))
+    sinks = torch.randn(8, device="cuda", requires_grad=True)
+    bounds = masks(1, 1000)["sliding_window"].cuda()
+    with torch.inference_mode():
+        expected = flashmask_attention(query, key, value, bounds, sinks=sinks)
+        compiled = torch.compile(flashmask_attention, fullgraph=True)
+        assert torch.equal(compiled(query, key, value, bounds, sinks=sinks), expected)
+    assert len(calls) == 2

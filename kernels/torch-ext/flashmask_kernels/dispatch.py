@@ -195,8 +195,8 @@ MOST_DECODED_ROWS = 16
 
 
 def decodes(query: Tensor, value: Tensor, bounds: Tensor, dropout_p: float) -> bool:
-    """Whether `portable.DecodingForward` computes: few rows against a cache. The other kernels would fill a part of their
-    tiles, read keys once for each head, and give a GPU no more programs than there are heads.
+    """Whether `portable.DecodingForward` computes: few rows against a cache. The other kernels would fill a part of
+    their tiles, read keys once for each head, and give a GPU no more programs than there are heads.
 
     An exported graph is for every length: it keeps to the portable kernels.
     """
