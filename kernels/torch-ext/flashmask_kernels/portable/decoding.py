@@ -286,6 +286,9 @@ class DecodingForward:
         programs_of_part = batch_size * kv_heads * tiles_in(q_len * group, block_m)
         num_parts = parts_of(kv_len, programs_of_part, config.block_n, num_processors(query.device))
         block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
+        # Triton copies tiles of whole heads ahead, and no others. Where it did so for keys or values alone, of 128 dims,
+        # ptxas left descriptors of products without a value.
+        are_alike = (dim < block_dim) == (dim_v < block_dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
         self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
@@ -305,7 +308,7 @@ class DecodingForward:
                 "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v, "CHUNK": max(1, 2048 // config.block_n),
                 "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             },
-            **config.options,
+            **config.options | ({} if are_alike else {"num_stages": 1}),
         )  # fmt: skip
         num_rows = batch_size * num_heads * q_len
         merged_dims = min(block_dim_v, _MERGED_DIMS)
