@@ -1,9 +1,8 @@
-"""Making masks and decoding with them: flashmask compared with Transformers' `flex_attention` and `sdpa`.
+"""Making masks: flashmask compared with Transformers' `flex_attention` and `sdpa`.
 
     python benchmarks/masking_gpu.py               # a few minutes
-    python benchmarks/masking_gpu.py --lengths --decode-lengths     # only families; each is left out without any
-    python benchmarks/masking_gpu.py --device cpu --lengths 512 --decode-lengths 512 --families
-        # checks itself without a GPU
+    python benchmarks/masking_gpu.py --lengths     # only families; each is left out without any
+    python benchmarks/masking_gpu.py --device cpu --lengths 512 --families     # checks itself without a GPU
 
 Making is all work on masks in one training step for a row of packed documents. It includes Transformers' mask functions
 as models call them. For flashmask it also includes the documents that the attention function adds, and the kernels'
@@ -12,15 +11,12 @@ busy until the host has gone ahead, so an implementation that reads a value back
 is the time until the call returns. The profiler counts `launches` and `reads`, the waits of the host for the device.
 `peak_mib` is the memory above the positions.
 
-Decoding has a file of its own. It is one layer's attention of one query row per sequence against a cache of keys,
-without padding and with padding on the left. `mask_device` and `mask_host` are the time to make its mask, once a step.
-
 Families (families.py) have a file of their own: the masks that people train today, at the shapes of their projects.
 They are made by `hf_flashmask.bounds` with the kernels' schedules, and by FlexAttention's `create_block_mask`,
 compiled (its first call, which compiles, is not timed) and as it is. The latter has no row where it would evaluate
 more than 2^30 pairs.
 
-Before anything is timed, all implementations must show the same pairs, and their decoding must equal float32 attention.
+Before anything is timed, all implementations must show the same pairs.
 """
 
 from __future__ import annotations
@@ -40,22 +36,19 @@ from masks import random_row
 from measurement import RESULTS, build_schedules, peak_memory, require_gpu, time_on_cpu, time_on_gpu, write_results
 from torch import Tensor, nn
 from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, masking_utils
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_flashmask import bounds as bounds_of
 from hf_flashmask import integration
-from hf_flashmask.integration import flashmask_attention_forward, flashmask_mask
+from hf_flashmask.integration import flashmask_attention_forward
 
 HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
 DOCUMENT_LENGTH = 2048  # on average
 WINDOW = 4096
-BATCH = 8  # of decoding
 LONGEST_DENSE_MASK = 32768
+LAYER = nn.Module()
 MASKS: dict[str, tuple[str, ...]] = {
     "packed documents": ("full",),
     "packed documents, sliding window": ("sliding",),
@@ -110,7 +103,10 @@ def make_bounds(layers: tuple[str, ...], position_ids: Tensor, window: int) -> l
     # Masks are kept as long as the tensor that they were made from, so each step has positions of its own.
     position_ids = position_ids.view_as(position_ids)
     one_head = torch.empty(1, 1, position_ids.shape[1], HEAD_DIM, dtype=DTYPE, device=position_ids.device)
-    with mock.patch.object(integration.attention, "flashmask_attention", only_schedule):
+    with (
+        mock.patch.object(integration.attention, "flashmask_attention", only_schedule),
+        mock.patch.object(integration.attention, "sees_most_keys", return_value=False),  # on the CPU
+    ):
         for mask in create_masks("flashmask", layers, position_ids, window):
             flashmask_attention_forward(LAYER, one_head, one_head, one_head, mask, position_ids=position_ids)
     return made
@@ -217,85 +213,6 @@ def measure_family(name: str, device: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-# Decoding
-
-
-LAYER = nn.Module()
-setattr(LAYER, "num_key_value_groups", HEADS // KV_HEADS)  # noqa: B010  (a module's attributes have types)
-
-
-def decoding_inputs(length: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(length)
-
-    def tensor(heads: int, rows: int) -> Tensor:
-        return torch.randn(BATCH, heads, rows, HEAD_DIM, dtype=DTYPE, device=device, generator=generator)
-
-    return tensor(HEADS, 1), tensor(KV_HEADS, length), tensor(KV_HEADS, length)
-
-
-def left_padding(length: int, device: str) -> Tensor:
-    """bool `[BATCH, length]`: the longest sequence has no padding, the shortest is half of that."""
-    padding = torch.arange(BATCH, device=device) * length // (2 * BATCH)
-    return torch.arange(length, device=device) >= padding[:, None]
-
-
-def decoders(length: int, is_token: Tensor | None, device: str) -> dict[str, tuple[Callable[[], Any], Callable]]:
-    """How each implementation makes the mask of a step, and its attention of query, key, value and that mask."""
-    step: dict[str, Any] = {"batch_size": BATCH, "q_length": 1, "kv_length": length, "q_offset": length - 1}
-    step.update(attention_mask=is_token, device=device)
-
-    def attend_with(function: Callable) -> Callable:
-        return lambda query, key, value, made: function(LAYER, query, key, value, made)[0]
-
-    found: dict[str, tuple[Callable[[], Any], Callable]] = {
-        "flashmask": (lambda: flashmask_mask(**step), attend_with(flashmask_attention_forward)),
-        "sdpa": (lambda: masking_utils.sdpa_mask(**step), attend_with(sdpa_attention_forward)),
-    }
-    if is_token is None and device == "cuda":
-        for name, backend in (
-            ("cuDNN, no mask", SDPBackend.CUDNN_ATTENTION),
-            ("FlashAttention-2, no mask", SDPBackend.FLASH_ATTENTION),
-        ):
-            found[name] = (lambda: None), functools.partial(attend_on, backend)
-    return found
-
-
-def attend_on(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, _: None) -> Tensor:
-    with sdpa_kernel(backend):
-        return scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2)
-
-
-def check_decoding(out: Tensor, inputs: tuple[Tensor, Tensor, Tensor], is_token: Tensor | None) -> None:
-    query, key, value = (tensor.float() for tensor in inputs)
-    scores = query.unflatten(1, (KV_HEADS, -1)).squeeze(3) @ key.transpose(2, 3) * HEAD_DIM**-0.5
-    if is_token is not None:
-        scores = scores.masked_fill(~is_token[:, None, None], -torch.inf)
-    expected = (scores.softmax(-1) @ value).flatten(1, 2)[:, None]
-    error = float((out.float() - expected).norm() / expected.norm())
-    assert error < 1e-2, error
-
-
-@torch.no_grad()
-def measure_decoding(length: int, is_padded: bool, device: str) -> Iterator[dict[str, Any]]:
-    inputs = decoding_inputs(length, device)
-    is_token = left_padding(length, device) if is_padded else None
-    for name, (make, attend) in decoders(length, is_token, device).items():
-        made = make()
-        step = functools.partial(attend, *inputs, made)
-        try:
-            check_decoding(step(), inputs, is_token)
-        except RuntimeError as error:  # a backend that this GPU does not have
-            print(f"{name}: {error}")
-            continue
-        row: dict[str, Any] = {"length": length, "padded": is_padded, "implementation": name}
-        row["milliseconds"], row["spread"] = times(step, device)
-        making, _ = times(make, device)
-        row["milliseconds"].update({f"mask_{part}": value for part, value in making.items()})
-        if device == "cuda":
-            row.update(count_launches(step))
-        yield row
-
-
 # Measuring
 
 
@@ -336,7 +253,6 @@ def count_launches(function: Callable[[], Any]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
-    parser.add_argument("--decode-lengths", type=int, nargs="*", default=[1024, 8192, 32768, 131072])
     parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
@@ -350,7 +266,7 @@ def main() -> None:
         "kv_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
     }
-    making, decoding = [], []
+    making = []
     for mask, layers in MASKS.items() if arguments.lengths else ():
         check_makers(layers, device)
         for length in arguments.lengths:
@@ -368,13 +284,6 @@ def main() -> None:
         path = write_results("families_masking_gpu", device, settings, families, arguments.output)
     if families:
         print("wrote", path)
-    for length in arguments.decode_lengths:
-        for is_padded in (False, True):
-            for row in measure_decoding(length, is_padded, device):
-                decoding.append(row)
-                print(row, flush=True)
-    if decoding:
-        print("wrote", write_results("decoding_gpu", device, settings | {"batch": BATCH}, decoding, arguments.output))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def peak_memory(function: Callable[[], Any]) -> float:
 def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> Schedules:
     """The schedules that the kernels build from bounds once for all layers, forward and backward."""
     schedules = Schedules(bounds, query.shape[2])
-    family = dispatch.family_of(query, value, bounds, 1.0, None, 0.0, torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    family = dispatch.family_of(query, value, bounds, 1.0, None, 0.0, deterministic, True)
     for kernel in ("forward", "key_value_gradient", "query_gradient"):
         if tiles := dispatch.tiles_of(kernel, query, value, family):
             schedules.get(tiles)

@@ -201,7 +201,7 @@ def assert_documents_are_alone(
 
 def assert_right_past_32_bit_offsets(attend: Callable[..., tuple[Tensor, Tensor]], dim: int = 128) -> None:
     """On a GPU. The last head and the last document lie past 2^31 elements in every tensor."""
-    length, heads, document = 1 << 20, 17 * 128 // dim, 1024
+    length, heads, document = 1 << 20, 17 * 128 // dim + 1, 1024
     query, key, value, d_out = (model_tensor(1, length, heads, dim, torch.bfloat16, "cuda") for _ in range(4))
     assert query.numel() > 2**31
     ends = (torch.arange(length, dtype=torch.int32, device="cuda") // document + 1) * document

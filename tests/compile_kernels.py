@@ -52,8 +52,11 @@ CASES = [
 SHORT_CASES = {"short": [(64, 1), (128, 1), (192, 4)], "short in a graph": [(128, 1)]}
 """Head sizes and plane counts of the kernels for rows too short for descriptors: of every row of the table that has
 some; of graphs, where dK/dV alone is another, of the usual one."""
-FORMS = ("", *SHORT_CASES, "hopper", "fused hopper")
-"""The portable kernels, these for short rows, and those for sm_90, with the backward in two passes and in one."""
+DECODED_ROWS = {"decoding": 1, "decoding 16 rows": 16, "decoding narrow keys": 1, "decoding narrow values": 1}
+"""Query rows of the kernels for few rows; each is one of four heads that share a key."""
+FORMS = ("", *SHORT_CASES, *DECODED_ROWS, "hopper", "fused hopper")
+"""The portable kernels, these for short rows and for few, and those for sm_90, with the backward in two passes and in
+one."""
 ROWS = {"sm_120": "sm_86"}
 """The row of the table that an architecture uses, where it has another name."""
 
@@ -85,6 +88,21 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
     )
     bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
+    if form in DECODED_ROWS:
+        few, key, value = query[:, :, : DECODED_ROWS[form]], key[:, :1], value[:, :1]
+        narrow = slice(head_dim * 13 // 16 // 8 * 8)
+        if "narrow" in form and (dtype == torch.float32 or head_dim == 192):
+            return []
+        if form == "decoding narrow keys":
+            few, key = few[..., narrow], key[..., narrow]
+        if form == "decoding narrow values":
+            value = value[..., narrow]
+        config = configs.select_decoding_config(dtype, head_dim)
+        if config is not None:
+            with mock.patch.object(triton.JITFunction, "run", compile_only):
+                decode = portable.DecodingForward(few, key, value, bounds, None, 0.1, None, config)
+                decode(few, key, value, bounds, None)
+        return kernels
     specialized = form in ("hopper", "fused hopper")
     select = {"hopper": configs.select_specialized_configs, "fused hopper": configs.select_fused_configs}
     is_compiled = configs._OLDEST_GLUON <= configs.TRITON_VERSION  # also where no GPU has run them yet

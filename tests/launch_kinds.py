@@ -63,7 +63,7 @@ def random_tensor(choose: random.Random, batch: int, heads: int, length: int, di
 def call(number: int) -> None:
     choose = random.Random(number % SHAPES)
     dtype = choose.choice([torch.bfloat16, torch.float32])
-    dim = choose.choice([16, 56, 72, 128])
+    dim = choose.choice([16, 56, 72, 128, 136])
     batch, kv_heads, planes = choose.choice([1, 2]), choose.choice([1, 2]), choose.choice([1, 2, 4])
     heads = kv_heads * choose.choice([1, 2])
     q_len, kv_len = (choose.choice([1, 16, 33]) for _ in range(2))
@@ -77,6 +77,12 @@ def call(number: int) -> None:
     sinks = choose.choice([None, torch.empty(heads + 1)[choose.choice([0, 1]) :][:heads]])
     d_lse = choose.choice([None, torch.empty(batch, heads, q_len)])
     scale = choose.choice([0.1, 0.5])
+    if choose.random() < 0.2:
+        few, config = query[:, :, :16], configs.Config(16, 16, 4, 2)
+        Record.kind = dispatch.kind_of(few, key, value, bounds, sinks), scale
+        decode = portable.DecodingForward(few, key, value, bounds, sinks, scale, None, config)
+        decode(few, key, value, bounds, sinks)
+        return
     families = {
         dispatch.PORTABLE: configs.select_configs,
         dispatch.HOPPER: configs.select_specialized_configs,
@@ -160,7 +166,7 @@ def differences_to_triton() -> list[str]:
 def main() -> None:
     driver.set_active(OfflineDriver(TARGETS["sm_90"]))
     differences = differences_to_triton()
-    modules = [attention_launcher]
+    modules = [attention_launcher, portable.decoding]
     if configs._HAS_GLUON:
         from flashmask_kernels import hopper
         from flashmask_kernels.common import nan_repair, row_statistics

@@ -28,6 +28,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # its files import each other by name
 
 import attention_gpu  # noqa: E402
+import decoding_gpu  # noqa: E402
 import families  # noqa: E402
 import masking_gpu  # noqa: E402
 import masks  # noqa: E402
@@ -620,7 +621,7 @@ def test_tuning_launches_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.specializes(query, query, bounds, None, 0.0)
     candidate = tune.Candidate("query_gradient", 128, tune.Config(32, 32, 2, 5))
     with tune.launched_with(candidate):
-        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False)
+        family = dispatch.family_of(query, query, bounds, 1.0, None, 0.0, False, True)
         assert dispatch.configs_of(query, query, family).query_gradient == candidate.config
     assert dispatch.specializes(query, query, bounds, None, 0.0)
 
@@ -800,15 +801,19 @@ def test_all_implementations_make_the_same_masks(layers: str, monkeypatch: pytes
 CU_SEQLENS = torch.tensor([0, 7, 1100], dtype=torch.int32)
 
 
-def test_decoding_is_checked() -> None:
-    inputs, is_token = masking_gpu.decoding_inputs(37, "cpu"), masking_gpu.left_padding(37, "cpu")
-    with torch.no_grad():
-        for padding in (None, is_token):
-            for make, attend in masking_gpu.decoders(37, padding, "cpu").values():
-                out = attend(*inputs, make())
-                masking_gpu.check_decoding(out, inputs, padding)
-                with pytest.raises(AssertionError):
-                    masking_gpu.check_decoding(out, inputs, is_token if padding is None else None)
+@pytest.mark.parametrize("name", decoding_gpu.MODELS)
+def test_all_implementations_decode_the_same(name: str) -> None:
+    """Under a window too: it is shorter than the cache here."""
+    model = decoding_gpu.MODELS[name]._replace(head_dim=16)
+    model = model._replace(window=model.window and 11)
+    step = decoding_gpu.step_of(model, 2, 37, "cpu")
+    expected = decoding_gpu.attend_in_float32(model, step)
+    with torch.inference_mode():
+        for make, attend, context in decoding_gpu.implementations(model, step, "cpu").values():
+            with context():
+                decoding_gpu.check(attend(make()), expected)
+    with pytest.raises(AssertionError):
+        decoding_gpu.check(expected[:, None].flip(0), expected)
 
 
 def test_the_report_of_making_masks() -> None:

@@ -222,6 +222,7 @@ def spy_on_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
     return seen
 
 
+@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("call", [{}, {"use_cache": False}, {"attention_mask": torch.tensor([[1] * 12 + [0]])}])
 def test_layers_share_one_tensor_of_bounds(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_kernel(monkeypatch)
@@ -242,6 +243,7 @@ def test_layer_types_share_among_themselves(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0] is not seen[1]
 
 
+@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non_reentrant"])
 @pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gemma2", 2)])
 def test_layers_share_the_schedules_of_their_bounds(
@@ -579,6 +581,7 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.usefixtures("by_kernels")
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_making_masks_takes_few_launches_and_never_waits_for_the_device(name: str) -> None:
     alone, padded, with_lengths = LAUNCHES[name]

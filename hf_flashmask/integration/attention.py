@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
+from .dense_rows import attend_dense_rows, sees_most_keys
 from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention
 from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
 from .inspection import note_layer
@@ -129,8 +130,11 @@ def flashmask_attention_forward(
     if exchange is not None:
         mask = exchange.mask_of_rank(mask, of_queries.shape[1])
         query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
-    if are_few_rows(query, key, mask) and softcap is None and s_aux is None and dropout == 0:
+    may_be_sdpa = softcap is None and s_aux is None and dropout == 0
+    if may_be_sdpa and are_few_rows(query, key, value, mask):
         output = attend_few_rows(query, key, value, mask, scaling)
+    elif may_be_sdpa and sees_most_keys(query, key, value, mask):
+        output = attend_dense_rows(query, key, value, mask, scaling)
     else:
         output = flashmask_attention(
             query,

@@ -1,4 +1,6 @@
-"""Attention of few rows against a cache, as in a step of generation: by SDPA, with a small dense mask."""
+"""Attention of few rows against a cache, as in a step of generation, where SDPA is as fast as a kernel for it: without
+a mask, and on the CPU with a small dense one. On a GPU the kernels split the keys, and read only those that are seen.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +15,34 @@ from .layer_mask import LayerMask
 __all__ = ["are_few_rows", "attend_few_rows"]
 
 _FEW_ROWS = 16
-"""Up to this many queries against a cache, a dense mask is small, and SDPA no slower than a kernel for it."""
+"""Up to this many queries against a cache, a dense mask is small."""
 
 
-def are_few_rows(query: Tensor, key: Tensor, mask: LayerMask) -> bool:
+def are_few_rows(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -> bool:
     """Whether `attend_few_rows` computes this call, unless it has what SDPA has not."""
     q_len = query.shape[2]
     if q_len >= key.shape[2] or q_len > _FEW_ROWS or torch.is_grad_enabled():
         return False
+    if query.is_cuda and query.element_size() == 2 and not _needs_no_mask(query, value, mask):
+        return False
     return q_len == 1 if mask.bounds is None else mask.bounds.shape[1] == 1
+
+
+def _needs_no_mask(query: Tensor, value: Tensor, mask: LayerMask) -> bool:
+    """Whether fast backends of SDPA take the call as it is."""
+    return mask.bounds is None and query.shape[-1] == value.shape[-1] <= 256
 
 
 def attend_few_rows(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None) -> Tensor:
     """A decoding step, `[B, H, S_q, D_v]`.
 
-    Without bounds there is one row, the last one, which sees every key. With a mask or large heads, no fast backend of
-    SDPA lets heads share keys: query heads that share a key head become rows, so that no key is copied.
+    Without bounds there is one row, the last one, which sees every key. With a mask or large heads, SDPA copies keys
+    that heads share: query heads that share a key head become rows.
     """
     attend = functools.partial(nn.functional.scaled_dot_product_attention, scale=scaling)
     kv_heads, group, q_len = key.shape[1], query.shape[1] // key.shape[1], query.shape[2]
     bounds = mask.bounds
-    if bounds is None and query.shape[-1] == value.shape[-1] <= 256:
+    if _needs_no_mask(query, value, mask):
         return attend(query, key, value, enable_gqa=group > 1)
     rows = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
     if bounds is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dispatch import Plan, family_of, kind_of, plans, remember, tiles_of
+from .dispatch import DECODING, Plan, family_of, kind_of, plans, remember, tiles_of
 from .dropout import draw_seed
 from .ops import FlashMaskAttention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
 from .schedules import Schedules, home_of
@@ -135,15 +135,16 @@ def _attend_in_graph(
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
     seed = draw_seed(query.device) if dropout_p else None
     scale, softcap = _scale_and_softcap(query, scale, softcap)
-    family = family_of(query, value, bounds, scale, softcap, dropout_p, deterministic)
-    tiles = tiles_of("forward", query, value, family)
+    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    needs_gradients = is_transformed or _needs_gradients(query, key, value, sinks)
+    family = family_of(query, value, bounds, scale, softcap, dropout_p, deterministic, needs_gradients)
+    tiles = None if family == DECODING else tiles_of("forward", query, value, family)
     if tiles is None:
         schedule = None
     elif schedules is None:
         schedule = schedule_operator(bounds, query.shape[2], *tiles)
     else:
         schedule = schedules.get_in_graph(schedule_operator, tiles)
-    is_transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     attend = TransformedAttention.apply if is_transformed else forward_operator
     return attend(query, key, value, bounds, sinks, schedule, seed, scale, softcap, dropout_p, family)
 
@@ -162,7 +163,10 @@ def _attend_eagerly(
     deterministic: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    kind = kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p, deterministic
+    needs_gradients = _needs_gradients(query, key, value, sinks)
+    kind = (
+        kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p, deterministic, needs_gradients,
+    )  # fmt: skip
     plan = plans.get(kind)
     if plan is None:
         _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
@@ -181,8 +185,12 @@ def _attend_eagerly(
                 is_causal, scale, softcap, dropout_p, deterministic, return_lse,
             )  # fmt: skip
         factors = *_scale_and_softcap(query, scale, softcap), dropout_p
-        plan = Plan(query, key, value, *factors, family_of(query, value, bounds, *factors, deterministic))
+        family = family_of(query, value, bounds, *factors, deterministic, needs_gradients)
+        plan = Plan(query, key, value, *factors, family)
         remember(plans, kind, plan)
+    if plan.family == DECODING:
+        out, lse = plan.decode(query, key, value, bounds, sinks)
+        return (out, lse) if return_lse else out
     if plan.configs is None:
         schedules = None
     elif schedules is None:
@@ -200,6 +208,10 @@ def _runs_as_operator(query: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or query.is_meta
     )
+
+
+def _needs_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _scale_and_softcap(query: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float | None]:

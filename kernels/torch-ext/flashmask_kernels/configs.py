@@ -116,6 +116,11 @@ _FLOAT = {64: _same(32, 32, 4, 2), 128: _same(16, 16, 4, 2), 256: _same(16, 16, 
 _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32, 4, 2))}
 
 
+# Few rows against many keys: `block_m` is the most rows of a tile, which fewer rows do not fill. Tiles of 16 KiB.
+_DECODING = {64: Config(32, 128, 4, 3), 128: Config(32, 64, 4, 3), 256: Config(32, 32, 4, 3), 512: Config(16, 16, 4, 3)}
+_DECODING_FLOAT = {64: Config(16, 64, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)}
+
+
 # `hopper`'s tiles are what two consumers of 64 rows or columns take; stages are what shared memory holds. Forward and
 # backward in ms at D = 128 against the portable kernels in one run (H200, Triton 3.6, bfloat16, 32 query and 8 key
 # heads, 32K tokens): causal 13.8 / 45.3 against 15.9 / 50.0, full 27.0 / 92.1 against 32.3 / 103.5, documents of 3200
@@ -126,10 +131,12 @@ _FLOAT_HOPPER = _FLOAT | {128: _FLOAT[128]._replace(query_gradient=Config(32, 32
 # against 1.44 / 3.41; two kernels for the gradients are as fast as the portable ones, causal 27.4. A forward with three
 # consumers, 192 x 128, took 9.7, 18.3, 1.92, 0.97 and 1.53: less only where nearly all tiles are full. Statistics of
 # the next step loaded while products run gained nothing in the backward, 22.9, 45.0, 3.97, 1.16 and 3.19.
+# Heads of 256: docs/hopper.md.
 _SMALLEST_SPECIALIZED_DIM = 33
 _SPECIALIZED = {
     64: Configs(Config(128, 128, 8, 4, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
     128: Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
+    256: Configs(Config(128, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(128, 64, 8, 2, True)),
 }
 LARGEST_FUSED_DIM = 64
 # dQ's tiles are those in which rows are computed again after NaN: the forward's, whose schedule they share.
@@ -162,6 +169,12 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     row = architecture(device)
     table = _HALF[row] if dtype != torch.float32 else _FLOAT_HOPPER if row == "sm_90" else _FLOAT
     return next((configs for largest, configs in table.items() if head_dim <= largest), None)
+
+
+def select_decoding_config(dtype: torch.dtype, head_dim: int) -> Config | None:
+    """The configuration of the kernel for few rows; None if there is none for this dtype and head size."""
+    table = _DECODING if dtype != torch.float32 else _DECODING_FLOAT
+    return next((config for largest, config in table.items() if head_dim <= largest), None)
 
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:

@@ -17,14 +17,16 @@ from . import environment
 from .schedules import Tiles
 
 if TYPE_CHECKING:
-    from .configs import Configs
+    from .configs import Config, Configs
 
 Kind = tuple[Hashable, ...]
 MOST_REMEMBERED = 4096
 
 Family = str
-"""Which kernels compute: `PORTABLE`, `HOPPER` or `FUSED_HOPPER`. A plain string, which operators may take."""
+"""Which kernels compute: one of the names below. A plain string, which operators may take."""
 PORTABLE, HOPPER, FUSED_HOPPER = "portable", "hopper", "hopper with a fused backward"
+DECODING = "decoding"
+"""Few rows against many keys. It needs no schedule, and has no backward."""
 
 
 def kind_of(*tensors: Tensor | None) -> Kind:
@@ -61,7 +63,7 @@ class Plan:
         self.family = family
         is_empty = query.numel() == 0 or key.numel() == 0
         # None: plain torch computes them.
-        self.configs = None if is_empty else launched_configs(query, value, family, in_graph)
+        self.configs = None if is_empty or family == DECODING else launched_configs(query, value, family, in_graph)
         if self.configs is not None:
             self.forward_tiles = *self.configs.forward[:2], False
             self.key_value_gradient_tiles = *self.configs.key_value_gradient[:2], True
@@ -98,6 +100,21 @@ class Plan:
             forward, _, factors = self.kernels()
             self._forward = forward(query, key, value, bounds, sinks, schedule, *factors, self.configs.forward)
         return self._forward(query, key, value, bounds, sinks, schedule, seed)
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The results of a plan of the family `DECODING`."""
+        if not _is_on_current_device(query):
+            with torch.cuda.device_of(query):
+                return self.decode(query, key, value, bounds, sinks)
+        if self._forward is None:
+            from . import portable
+
+            config = decoding_config_of(query, value)
+            assert config is not None
+            self._forward = portable.DecodingForward(query, key, value, bounds, sinks, *self.factors[:2], config)
+        return self._forward(query, key, value, bounds, sinks)
 
     def backward(
         self,
@@ -165,10 +182,45 @@ def family_of(
     softcap: float | None,
     dropout_p: float,
     deterministic: bool,
+    needs_gradients: bool,
 ) -> Family:
+    if not needs_gradients and decodes(query, value, bounds, dropout_p):
+        return DECODING
     if not specializes(query, value, bounds, softcap, dropout_p):
         return PORTABLE
     return HOPPER if deterministic or not fuses_backward(query, value, scale) else FUSED_HOPPER
+
+
+MOST_DECODED_ROWS = 16
+
+
+def decodes(query: Tensor, value: Tensor, bounds: Tensor, dropout_p: float) -> bool:
+    """Whether `portable.DecodingForward` computes: few rows against a cache. The other kernels would fill a part of
+    their tiles, read keys once for each head, and give a GPU no more programs than there are heads.
+
+    An exported graph is for every length: it keeps to the portable kernels.
+    """
+    q_len, (kv_heads, kv_len) = query.shape[2], value.shape[1:3]
+    return (
+        q_len <= MOST_DECODED_ROWS
+        and q_len < kv_len
+        and query.numel() > 0
+        and bounds.shape[1] in (1, kv_heads)  # the heads that share a key are in one tile, under one mask
+        and not dropout_p
+        and not torch.compiler.is_exporting()
+        and decoding_config_of(query, value) is not None
+    )
+
+
+def decoding_config_of(query: Tensor, value: Tensor) -> Config | None:
+    """How `portable.DecodingForward` is launched; None where other kernels or plain torch compute its inputs."""
+    if query.device.type != "cuda" or query.dtype == torch.float64:
+        return None
+    try:
+        from .configs import select_decoding_config
+    except ImportError:
+        return None
+    return select_decoding_config(query.dtype, max(query.shape[-1], value.shape[-1]))
 
 
 # Elements of the query: 8K tokens with 16 heads of size 128.

@@ -14,7 +14,7 @@ import torch
 from torch import Size, Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import Family, Plan, plan_of, tiles_of
+from .dispatch import DECODING, Family, Plan, plan_of, tiles_of
 from .schedules import Schedules, build_schedule
 from .tiled import tiled_backward, tiled_forward
 
@@ -43,6 +43,10 @@ def _forward(
         out, lse = _new_outputs(query, value)
         lse.fill_(-torch.inf)
         return out.zero_(), lse if sinks is None else torch.maximum(lse, sinks.to(lse.dtype)[:, None])
+    if family == DECODING:
+        return plan_of(query, key, value, bounds, sinks, scale, softcap, dropout_p, family).decode(
+            query, key, value, bounds, sinks
+        )
     if schedule is None:
         return tiled_forward(query, key, value, bounds, sinks, seed, scale, softcap, dropout_p)
     plan = plan_of(query, key, value, bounds, sinks, scale, softcap, dropout_p, family)

@@ -90,7 +90,7 @@ def _classify(
 
 
 @triton.jit
-def _classify_columns(bounds, columns, first_row, end_row, q_len, kv_len, NUM_PLANES: tl.constexpr):
+def classify_columns(bounds, columns, first_row, end_row, q_len, kv_len, NUM_PLANES: tl.constexpr):
     """(hidden, touched) of the rows [first_row, end_row) of single columns: whether the intervals together cover them
     all, and whether one touches them.
     """
@@ -188,7 +188,7 @@ def schedule_kernel(
             shows_visible = shows_hidden
             for sample in range(4):
                 column = tl.minimum(column_tiles * BLOCK_N + sample * (BLOCK_N - 1) // 3, kv_len - 1)
-                hides_all, touches = _classify_columns(bounds, column, first_row, end_row, q_len, kv_len, NUM_PLANES)
+                hides_all, touches = classify_columns(bounds, column, first_row, end_row, q_len, kv_len, NUM_PLANES)
                 shows_hidden |= touches
                 shows_visible |= hides_all == 0
             unsettled &= (shows_hidden & shows_visible) == 0
@@ -197,7 +197,7 @@ def schedule_kernel(
             touched_by_column = tiles < 0
             for column in range(0, BLOCK_N, 16):
                 columns = column_tiles[:, None] * BLOCK_N + column + tl.arange(0, 16)[None, :]
-                hides_all, touches = _classify_columns(
+                hides_all, touches = classify_columns(
                     bounds, columns, first_row[:, None], end_row[:, None], q_len, kv_len, NUM_PLANES
                 )
                 covered &= tl.min(hides_all.to(tl.int32), 1) != 0

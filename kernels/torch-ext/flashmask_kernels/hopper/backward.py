@@ -26,6 +26,7 @@ from .tiles import (
     Ring,
     addressable,
     deal_out_work,
+    forgotten,
     heads_per_group,
     hide,
     hide_by_mask,
@@ -62,8 +63,9 @@ def _produce_rows(
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
         runs = lists.runs_of(batch_kv_head, column_tile)
-        for consumer in gl.static_range(2):
-            column = column_tile * 128 + consumer * 64
+        KEY_TILES: gl.constexpr = k_ring.tiles.shape[0]
+        for consumer in gl.static_range(KEY_TILES):
+            column = (column_tile * KEY_TILES + consumer) * 64
             full = k_ring.full.index(consumer)
             mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
             mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
@@ -164,6 +166,112 @@ def _consume_rows(
         column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 
 
+@gluon.jit
+def _consume_for_values(
+    d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
+    d_v_strides, scale, q_len, kv_len,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM_V: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Of wide heads: P, which it hands over, and dV. The registers of one consumer hold one gradient of 64 keys."""
+    dtype: gl.constexpr = q_ring.tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
+
+    factor = scale * LOG2_E
+    number = 0
+    step = 0
+    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+    while column_tile >= 0:
+        mask_bounds = bounds + lists.mask_of(batch_kv_head) * NUM_PLANES * kv_len
+        first_column = column_tile * 64
+        columns = first_column + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
+        planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
+        d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
+        k_ring.wait(0, number & 1)
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
+                stage = step % STAGES
+                phase = step // STAGES & 1
+                k_tile = k_ring.tiles.index(forgotten(0)).reshape([64, BLOCK_DIM])
+                q_ring.wait(stage, phase)
+                q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+                scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                row_lse_2 = lse_tiles.index(stage).load(scores_layout)
+                scores = hopper.warpgroup_mma_wait(0, [scores])
+                probabilities = gl.exp2(scores * factor - row_lse_2)
+                if IS_CUT:
+                    row = load_scalar(row_tiles.index(stage)) * BLOCK_M
+                    rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
+                    probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
+                q_ring.release(stage)
+                d_out_ring.wait(stage, phase)
+                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+                d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
+                p_ring.store(probabilities, step)
+                d_v_tile = hopper.warpgroup_mma_wait(0, [d_v_tile])
+                d_out_ring.release(stage)
+                step += 1
+        k_ring.release(0)
+        note_nan(has_nan, d_v_tile)
+        store_rows(
+            d_v, d_v_strides, d_v_tile, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
+            first_column, kv_len, DIM_V, BLOCK_DIM_V,
+        )  # fmt: skip
+        number += 1
+        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+
+
+@gluon.jit
+def _consume_for_keys(
+    d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale, kv_len,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Of wide heads: dP, dS from it and the P of the other consumer, and dK."""
+    dtype: gl.constexpr = q_ring.tiles.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    d_k_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
+    d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
+
+    number = 0
+    step = 0
+    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+    while column_tile >= 0:
+        d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
+        k_ring.wait(0, number & 1)
+        for _ in range((num_cut + num_full) * HEADS_PER_KV_HEAD):
+            stage = step % STAGES
+            phase = step // STAGES & 1
+            v_tile = v_tiles.index(forgotten(0)).reshape([64, BLOCK_DIM_V])
+            d_out_ring.wait(stage, phase)
+            d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+            d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+            d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+            q_ring.wait(stage, phase)
+            row_delta = delta_tiles.index(stage).load(scores_layout)
+            d_p = hopper.warpgroup_mma_wait(0, [d_p])
+            d_out_ring.release(stage)
+            d_scores = p_ring.take(scores_layout, step) * (d_p - row_delta)
+            d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
+            q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+            d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
+            d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
+            q_ring.release(stage)
+            step += 1
+        k_ring.release(0)
+        note_nan(has_nan, d_k_tile)
+        store_rows(
+            d_k, d_k_strides, d_k_tile * scale, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
+            column_tile * 64, kv_len, DIM, BLOCK_DIM,
+        )  # fmt: skip
+        number += 1
+        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+
+
 @gluon.jit(
     do_not_specialize=[
         "q_len", "kv_len", "num_items", "num_column_tiles", "heads_per_group", "mask_stride_b", "max_runs"
@@ -181,36 +289,63 @@ def key_value_gradient_kernel(
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM_V], d_out.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_2.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta.layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [2, 1, 1, 64, BLOCK_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [2, 1, 1, 64, BLOCK_DIM_V], v.layout)
+    # The consumers divide the keys, or where heads are wide, the gradients.
+    KEY_TILES: gl.constexpr = 2 if BLOCK_DIM + BLOCK_DIM_V <= 256 else 1
+    k_tiles = gl.allocate_shared_memory(k.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM_V], v.layout)
     row_tiles = make_scalars(STAGES)
     work = make_work(3)
     q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    k_ring = Ring(k_tiles, make_barriers(2, 1), make_barriers(2, 1))
+    k_ring = Ring(k_tiles, make_barriers(KEY_TILES, 1), make_barriers(KEY_TILES, 2 // KEY_TILES))
     lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
     hopper.fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_consume_rows, (
-                d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
-                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
-            )),
-            (_consume_rows, (
-                d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
-                KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
-            )),
-            (_produce_rows, (
-                q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
-            )),
-            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
-        ],
-        [4, 1, 1],
-        REGISTERS,
-    )  # fmt: skip
+    if KEY_TILES == 2:
+        gl.warp_specialize(
+            [
+                (_consume_rows, (
+                    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                    v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                )),
+                (_consume_rows, (
+                    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                    v_tiles, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                )),
+                (_produce_rows, (
+                    q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
+                )),
+                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+            ],
+            [4, 1, 1],
+            REGISTERS,
+        )  # fmt: skip
+    else:
+        p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], gl.float32)
+        p_tiles = gl.allocate_shared_memory(gl.float32, [2, 64, BLOCK_M], p_layout)
+        p_ring = Ring(p_tiles, make_barriers(2, 1), make_barriers(2, 1))
+        gl.warp_specialize(
+            [
+                (_consume_for_values, (
+                    d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
+                    d_v_strides, scale, q_len, kv_len,
+                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
+                )),
+                (_consume_for_keys, (
+                    d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale,
+                    kv_len, KV_HEADS, HEADS_PER_KV_HEAD, DIM, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
+                )),
+                (_produce_rows, (
+                    q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
+                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
+                )),
+                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+            ],
+            [4, 1, 1],
+            REGISTERS,
+        )  # fmt: skip
 
 
 # dQ
@@ -220,6 +355,7 @@ def key_value_gradient_kernel(
 def _produce_columns(
     q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Q and dO fill one buffer together."""
     number = 0
@@ -241,10 +377,12 @@ def _produce_columns(
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
                 for column_tile in range(first_tile, end_tile):
-                    stage = step % STAGES
-                    phase = (step // STAGES & 1) ^ 1
-                    k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
-                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
+                    k_ring.load(
+                        k, [batch, kv_head, column_tile * BLOCK_N, 0], step % STAGES, (step // STAGES & 1) ^ 1
+                    )  # fmt: skip
+                    v_ring.load(
+                        v, [batch, kv_head, column_tile * BLOCK_N, 0], step % V_STAGES, (step // V_STAGES & 1) ^ 1
+                    )  # fmt: skip
                     step += 1
         number += 1
         row_tile, batch_head, _, _ = work.take(number)
@@ -255,18 +393,13 @@ def _consume_columns(
     d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
     d_q_strides, scale, q_len, statistics_len,
     NUM_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr,
-    BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
+    BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr, V_STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     d_q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM, 16])
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_q_layout, 2)
 
-    # One buffer for all pieces of work, as for K and V above: ptxas computes the matrix descriptors of Q and dO once.
-    # With buffers in turn it computed them before the loop over cut tiles, for the loop over full tiles too, although
-    # a row tile without cut tiles skips the first.
-    q_tile = q_ring.tiles.index(consumer).reshape([64, BLOCK_DIM])
-    d_out_tile = d_out_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
     factor = scale * LOG2_E
     number = 0
     step = 0
@@ -283,14 +416,18 @@ def _consume_columns(
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
-                phase = step // STAGES & 1
+                v_stage = step % V_STAGES
+                own = forgotten(consumer) if BLOCK_DIM > 128 else consumer
+                q_tile = q_ring.tiles.index(own).reshape([64, BLOCK_DIM])
+                d_out_tile = d_out_tiles.index(own).reshape([64, BLOCK_DIM_V])
+                v_phase = step // V_STAGES & 1
+                k_ring.wait(stage, step // STAGES & 1)
                 step += 1
-                k_ring.wait(stage, phase)
                 k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                v_ring.wait(stage, phase)
-                v_tile = v_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                v_ring.wait(v_stage, v_phase)
+                v_tile = v_ring.tiles.index(v_stage).reshape([BLOCK_N, BLOCK_DIM_V])
                 d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 d_p = hopper.warpgroup_mma(d_out_tile, v_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
@@ -299,7 +436,7 @@ def _consume_columns(
                     probabilities = hide_by_mask(probabilities, 0.0, masks, mask_step, BLOCK_N, consumer)
                     mask_step += 1
                 d_p = hopper.warpgroup_mma_wait(0, [d_p])
-                v_ring.release(stage)
+                v_ring.release(v_stage)
                 d_scores = probabilities * (d_p - row_delta[:, None])
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, is_async=True)
@@ -328,15 +465,17 @@ def query_gradient_kernel(
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    # Q, dO and tiles of 256 dims leave room for three tiles of keys. That of V is soon free again.
+    V_STAGES: gl.constexpr = STAGES if BLOCK_DIM <= 128 else 1
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, 64, BLOCK_DIM], q.layout)
     d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [2, 1, 1, 64, BLOCK_DIM_V], d_out.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_ring(BLOCK_N)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [V_STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    masks = make_mask_ring(BLOCK_N, 4 if BLOCK_DIM <= 128 else 2)
     work = make_work(4)
     q_ring = Ring(q_tiles, make_barriers(2, 1), make_barriers(2, 1))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
+    v_ring = Ring(v_tiles, make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2))
     lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
@@ -344,16 +483,16 @@ def query_gradient_kernel(
             (_consume_columns, (
                 d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
                 d_q_strides, scale, q_len, statistics_len,
-                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, V_STAGES, 0,
             )),
             (_consume_columns, (
                 d_q, lse_2, delta, has_nan, q_ring, d_out_tiles, k_ring, v_ring, masks, work,
                 d_q_strides, scale, q_len, statistics_len,
-                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                NUM_HEADS, DIM, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, V_STAGES, 1,
             )),
             (_produce_columns, (
                 q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
-                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
+                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES, V_STAGES,
             )),
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, False)),
@@ -365,7 +504,7 @@ def query_gradient_kernel(
 
 class AttentionBackward:
     """The backward kernels for inputs of one kind, as `portable.AttentionBackward`, without dropout and softcap and for
-    head sizes to 128.
+    head sizes to 256.
     """
 
     def __init__(

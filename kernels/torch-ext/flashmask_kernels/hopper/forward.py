@@ -42,7 +42,8 @@ from .tiles import (
 @gluon.jit
 def _produce(
     q, k, v, lists, q_ring, k_ring, v_ring, work,
-    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, Q_STAGES: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     number = 0
     step = 0
@@ -53,9 +54,9 @@ def _produce(
         kv_head = head // HEADS_PER_KV_HEAD
         runs = lists.runs_of(batch_head, row_tile)
         for consumer in gl.static_range(2):
-            buffer = number % 2 * 2 + consumer
+            buffer = number % Q_STAGES * 2 + consumer
             row = row_tile * 128 + consumer * 64
-            q_ring.load(q, [batch, head, row, 0], buffer, (number // 2 & 1) ^ 1)
+            q_ring.load(q, [batch, head, row, 0], buffer, (number // Q_STAGES & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -85,7 +86,7 @@ def _consume(
     out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
     NUM_HEADS: gl.constexpr, HAS_SINKS: gl.constexpr,
     DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, consumer: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -112,9 +113,9 @@ def _consume(
             row_max = gl.full([64], float("-inf"), gl.float32, row_layout)
             row_sum = gl.zeros([64], gl.float32, row_layout)
 
-        buffer = number % 2 * 2 + consumer
+        buffer = number % Q_STAGES * 2 + consumer
         q_tile = q_ring.tiles.index(buffer).reshape([64, BLOCK_DIM])
-        q_ring.wait(buffer, number // 2 & 1)
+        q_ring.wait(buffer, number // Q_STAGES & 1)
         if num_cut + num_full > 0:
             # The first tile: no product with V runs beside it. It is masked even if it is full, which changes nothing.
             stage = step % STAGES
@@ -190,12 +191,13 @@ def attention_forward_kernel(
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     # Two buffers for the query of each consumer, so that the query of the next piece of work is loaded early.
-    q_tiles = gl.allocate_shared_memory(q.dtype, [4, 1, 1, 64, BLOCK_DIM], q.layout)
+    Q_STAGES: gl.constexpr = 2 if BLOCK_DIM <= 128 else 1
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, 1, 1, 64, BLOCK_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
-    masks = make_mask_ring(BLOCK_N)
+    masks = make_mask_ring(BLOCK_N, 4)
     work = make_work(4)
-    q_ring = Ring(q_tiles, make_barriers(4, 1), make_barriers(4, 1))
+    q_ring = Ring(q_tiles, make_barriers(2 * Q_STAGES, 1), make_barriers(2 * Q_STAGES, 1))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
@@ -204,14 +206,14 @@ def attention_forward_kernel(
         [
             (_consume, (
                 out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 0,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, Q_STAGES, STAGES, 0,
             )),
             (_consume, (
                 out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, STAGES, 1,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, Q_STAGES, STAGES, 1,
             )),
             (_produce, (
-                q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES,
+                q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_STAGES, STAGES,
             )),
             (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, True)),
@@ -223,7 +225,7 @@ def attention_forward_kernel(
 
 class AttentionForward:
     """The forward kernel for inputs of one kind, as `portable.AttentionForward`, without dropout and softcap and for
-    head sizes to 128.
+    head sizes to 256.
     """
 
     def __init__(

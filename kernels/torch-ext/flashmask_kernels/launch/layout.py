@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ class Layout(NamedTuple):
     def of_rows(cls, batch_size: int, heads: int, length: int) -> Layout:
         """A contiguous ``[B, H, S]``."""
         return cls((batch_size, heads, length), (heads * length, length, 1))
+
+    def repeated(self, times: int) -> Layout:
+        """So many such tensors, one after the other, in a new first dimension."""
+        return Layout((times, *self.shape), (math.prod(self.shape), *self.strides))
 
     def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty_strided(*self, dtype=dtype)  # half the time of `new_empty` and `transpose`
