@@ -11,9 +11,13 @@ from ..bounds.form import hidden_intervals
 __all__ = ["block_length", "deal", "padded_length", "visible_tiles"]
 
 _BLOCK = 128
-"""Rows of a block: those of the largest tiles of the kernels."""
-_FEWEST_BLOCKS = 8
-"""Blocks that each rank gets at least, of shorter rows: fewer do not balance."""
+"""Rows of a block: those of the largest tiles of the kernels. A tile of several blocks sees what each of them sees."""
+_FEWEST_BLOCKS = 4
+"""Blocks that each rank gets at least, of shorter rows: padding to longer ones would cost more than it saves."""
+_MOST_SWAPPED = 64
+"""Blocks of a rank up to which some are swapped: of more, the heaviest one weighs little."""
+_ROUNDS_OF_SWAPS = 4
+"""After which nothing was gained any more, on up to 64 ranks (benchmarks/parallel_scaling.py)."""
 
 
 def block_length(length: int, ranks: int) -> int:
@@ -46,7 +50,7 @@ def visible_tiles(bounds: Tensor, block: int) -> Tensor:
 def deal(work: Tensor, ranks: int, block: int) -> Tensor:
     """The rows in the order of the ranks, int64 `[S]`, rising on each rank. The host does not wait for it.
 
-    Blocks are sorted by their work and dealt to the ranks to and fro.
+    Blocks are sorted by their work and dealt to the ranks to and fro. Where each gets few, some are then swapped.
 
     Args:
         work: `[S / block]`, of each block of rows; a multiple of `ranks` of them.
@@ -55,5 +59,27 @@ def deal(work: Tensor, ranks: int, block: int) -> Tensor:
     hands = work.argsort(descending=True, stable=True).unflatten(0, (-1, ranks))
     is_back = torch.arange(len(hands), device=work.device)[:, None] % 2 == 1
     hands = torch.where(is_back, hands.flip(1), hands)
-    blocks = hands.T.sort(dim=1).values.flatten()
+    blocks = hands.T
+    if 1 < len(hands) <= _MOST_SWAPPED:
+        for _ in range(_ROUNDS_OF_SWAPS):
+            blocks = _swapped(blocks, work)
+    blocks = blocks.sort(dim=1).values.flatten()
     return (blocks[:, None] * block + torch.arange(block, device=work.device)).flatten()
+
+
+def _swapped(blocks: Tensor, work: Tensor) -> Tensor:
+    """`blocks` `[ranks, n]`, after the rank with most work has swapped one with that with least, and so on inwards.
+
+    Each pair swaps the two blocks that bring it closest to equal work, or none.
+    """
+    blocks = blocks[work[blocks].sum(1).argsort(descending=True, stable=True)]
+    pairs = len(blocks) // 2
+    most, least = blocks[:pairs], blocks[len(blocks) - pairs :].flip(0)
+    gap = work[most].sum(1, keepdim=True) - work[least].sum(1, keepdim=True)
+    left = (gap[:, None] - 2 * (work[most][:, :, None] - work[least][:, None])).abs()
+    smallest, best = left.flatten(1).min(1, keepdim=True)
+    given, taken = best // blocks.shape[1], best % blocks.shape[1]
+    one, other = most.gather(1, given), least.gather(1, taken)
+    one, other = torch.where(smallest < gap, other, one), torch.where(smallest < gap, one, other)
+    most, least = most.scatter(1, given, one), least.scatter(1, taken, other)
+    return torch.cat([most, blocks[pairs : len(blocks) - pairs], least])
