@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..bounds.algebra import disjoint
 from ..bounds.form import hidden_intervals
 
-__all__ = ["block_length", "deal", "padded_length", "visible_tiles"]
+__all__ = ["Tiles", "block_length", "count_tiles", "deal", "padded_length"]
 
 _BLOCK = 128
 """Rows of a block: those of the largest tiles of the kernels. A tile of several blocks sees what each of them sees."""
@@ -32,19 +34,41 @@ def padded_length(length: int, ranks: int) -> int:
     return -(-length // unit) * unit
 
 
-def visible_tiles(bounds: Tensor, block: int) -> Tensor:
-    """How many tiles of `block` rows by `block` keys the kernels visit for each block of rows, int64 `[S / block]`.
+class Tiles(NamedTuple):
+    """What the kernels visit for each block of rows, over batch and heads: int64 `[S / block]`.
 
-    Over batch and heads. A tile is skipped where one interval hides it from end to end.
+    Attributes:
+        visible: tiles of `block` rows by `block` keys that are not skipped. A tile is skipped where one interval hides
+            it from end to end.
+        cut: those among them in which an interval begins or ends; a tile in which two do may count twice.
     """
+
+    visible: Tensor
+    cut: Tensor
+
+    @property
+    def work(self) -> Tensor:
+        """What they cost: a cut tile takes 1.2 (heads of 128) to 1.5 times (64) as long as a full one on an H200."""
+        return 3 * self.visible + torch.minimum(self.cut, self.visible)
+
+
+def count_tiles(bounds: Tensor, block: int) -> Tiles:
     length = bounds.shape[3]
     start, end = disjoint(*(edge.clamp(0, length) for edge in hidden_intervals(bounds, length)))
-    first = start.unflatten(3, (-1, block)).amax(4).add(block - 1).div(block, rounding_mode="floor")
-    last = torch.maximum(first, end.unflatten(3, (-1, block)).amin(4).div(block, rounding_mode="floor"))
-    one = torch.ones((), dtype=torch.int64, device=bounds.device).expand(first.numel())
-    hidden = torch.zeros(length // block + 1, dtype=torch.int64, device=bounds.device)
-    hidden.index_add_(0, first.flatten(), one).index_add_(0, last.flatten(), -one)
-    return bounds.shape[0] * bounds.shape[1] * (length // block) - hidden[:-1].cumsum(0)
+    first_start, last_start = start.unflatten(3, (-1, block)).aminmax(dim=4)
+    first_end, last_end = end.unflatten(3, (-1, block)).aminmax(dim=4)
+
+    def blocks_between(first: Tensor, last: Tensor) -> Tensor:
+        one = torch.ones((), dtype=torch.int64, device=bounds.device).expand(first.numel())
+        change = torch.zeros(length // block + 1, dtype=torch.int64, device=bounds.device)
+        return change.index_add_(0, first.flatten(), one).index_add_(0, last.flatten(), -one)[:-1].cumsum(0)
+
+    hidden_from = last_start.add(block - 1).div(block, rounding_mode="floor")
+    hidden_to = first_end.div(block, rounding_mode="floor")
+    hidden = blocks_between(hidden_from, torch.maximum(hidden_from, hidden_to))
+    cut = blocks_between(first_start.div(block, rounding_mode="floor"), hidden_from)
+    cut += blocks_between(hidden_to, last_end.add(block - 1).div(block, rounding_mode="floor"))
+    return Tiles(bounds.shape[0] * bounds.shape[1] * (length // block) - hidden, cut)
 
 
 def deal(work: Tensor, ranks: int, block: int) -> Tensor:
