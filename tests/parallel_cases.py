@@ -85,7 +85,8 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
-    yield Case("ulysses-compiled", "llama", changes={"num_hidden_layers": 1}, engine="compiler")
+    for mode in ("ulysses", "all_gather"):
+        yield Case(f"{mode}-compiled", "llama", mode=mode, changes={"num_hidden_layers": 1}, engine="compiler")
     for kind, model in (
         ("packed", "gpt_oss"),
         ("left_padding", "llama"),

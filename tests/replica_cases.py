@@ -514,7 +514,11 @@ def ulysses(engine: Callable[[Attend], Attend] = deepspeed) -> Iterator[None]:
 
 
 def train_ulysses(
-    name: str, kind: str, engine: Callable[[Attend], Attend] = deepspeed, keeps_masks: bool = False
+    name: str,
+    kind: str,
+    engine: Callable[[Attend], Attend] = deepspeed,
+    keeps_masks: bool = False,
+    is_compiled: bool = False,
 ) -> dict[str, float]:
     """Each process has a part of the first row."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -535,7 +539,8 @@ def train_ulysses(
         masks = stack.enter_context(count_masks())
         if keeps_masks:
             stack.enter_context(keep_masks(model, dist.group.WORLD, exchanges_in_eval=True))
-        logits = model(**local, use_cache=False).logits
+        called = torch.compile(model, backend="eager") if is_compiled else model
+        logits = called(**local, use_cache=False).logits
     labels = torch.full_like(batch["input_ids"], -100)
     start = PADDING if kind == "padded" else 0
     for document in documents_of(0):
@@ -749,6 +754,9 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 *([("llama_one_kv_head", "packed")] if engine == "deepspeed" else []),
             )
         },
+        "kept deepspeed llama packed compiled": functools.partial(
+            train_ulysses, "llama", "packed", deepspeed, keeps_masks=True, is_compiled=True
+        ),
         **{f"ringmaster {name}": functools.partial(train_ringmaster, name) for name in ("llama", "gemma3", "gpt_oss")},
         "kept deepspeed without an engine": keep_without_an_engine,
         "ring llama": functools.partial(attend_in_ring, "llama"),
