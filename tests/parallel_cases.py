@@ -75,6 +75,8 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{mode}-share_prefixes_{model}", model, "prefixes", mode)
         yield Case(f"{mode}-share_prefixes_left_padding", "llama", "prefixes_left", mode, 2)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
+        for rope, changes in (("longrope", LONGROPE), ("dynamic_rope", DYNAMIC_ROPE)):
+            yield Case(f"{mode}-{rope}", "llama", "one_document", mode, changes=changes)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
@@ -103,6 +105,14 @@ def _cases() -> Iterator[Case]:
     yield Case("auto-one_kv_head", "llama", "packed", "auto", 4, {"num_key_value_heads": 1})
 
 
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {  # of 45 tokens only the last rank has some past the original length
+    "max_position_embeddings": 128,
+    "rope_parameters": ROPE
+    | {"rope_type": "longrope", "original_max_position_embeddings": 40}
+    | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+}
+DYNAMIC_ROPE = {"max_position_embeddings": 16, "rope_parameters": ROPE | {"rope_type": "dynamic"}}
 SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 CASES = list(_cases())
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from parallel_answers import ANSWER_CASES
-from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
+from parallel_cases import CASES, FAULTS, LONGROPE, LOST, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 
@@ -276,9 +276,6 @@ def one_rank(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-ROPE = {"rope_theta": 1e4, "factor": 4.0}
-LONGROPE = ROPE | {"rope_type": "longrope", "original_max_position_embeddings": 32}
-LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 TINY = {
     "vocab_size": tiny_models.VOCABULARY,
     "hidden_size": 32,
@@ -289,10 +286,6 @@ TINY = {
 }
 
 
-def llama_with_rope(rope: dict[str, Any], max_positions: int) -> transformers.PreTrainedModel:
-    return tiny_models.build("llama", rope_parameters=rope, max_position_embeddings=max_positions)
-
-
 def of_class(name: str, **options: Any) -> transformers.PreTrainedModel:
     model_class = getattr(transformers, name)
     return model_class._from_config(model_class.config_class(**TINY | options), attn_implementation="flashmask")
@@ -301,8 +294,6 @@ def of_class(name: str, **options: Any) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize(
     ("make", "length", "message"),
     [
-        (lambda: llama_with_rope(LONGROPE, 128), 64, "depend on the largest position"),
-        (lambda: llama_with_rope(ROPE | {"rope_type": "dynamic"}, 16), 64, "depend on the largest position"),
         (lambda: tiny_models.build("llama4", attn_temperature_tuning=True, floor_scale=8), 64, "scale scores by the"),
         (lambda: of_class("RobertaForCausalLM", is_decoder=True), 16, "counts positions by the tokens"),
     ],
@@ -325,12 +316,19 @@ def test_a_number_of_labels_beside_losses_over_answers_is_refused(one_rank: Any)
         parallel.shard(batch, num_items=6)
 
 
-def test_short_rows_of_models_with_longrope_are_served(one_rank: Any) -> None:
-    model = llama_with_rope(LONGROPE, 128)
-    ids = torch.randint(1, tiny_models.VOCABULARY, (1, 32))
-    with hf_flashmask.sequence_parallel(model, one_rank) as parallel:
-        logits = model(**parallel.shard({"input_ids": ids})).logits
-    torch.testing.assert_close(logits, tiny_models.eager_twin(model)(ids).logits, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("lengths", [[40], [41], [7, 8]])
+def test_padding_does_not_count_for_longrope(one_rank: Any, lengths: list[int]) -> None:
+    """The original length is 40 tokens, and more are added."""
+    model = tiny_models.build("llama", **LONGROPE)
+    documents = tiny_models.random_documents(lengths)
+    batch, twin = tiny_models.packed(documents), tiny_models.eager_twin(model)
+    expected = torch.cat([twin(document).logits for document in documents], dim=1)
+    with hf_flashmask.sequence_parallel(model, one_rank, mode="ulysses") as parallel:
+        parallel._padded_length = lambda length: length + 48
+        for given in (batch, {"input_ids": batch["input_ids"]}) if len(lengths) == 1 else (batch,):
+            logits = model(**parallel.shard(given)).logits[:, : sum(lengths)]
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
 from .models import Mode, check_labels, check_model, check_positions, choose_mode, find_model, refuse_classifier
 from .prefixes import merge_batch
+from .rotary import share_largest_position
 from .shard import Batch, read_batch, read_merged_batch, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
@@ -105,6 +106,7 @@ class SequenceParallel:
         else:
             self.mode, self.reason = mode, "asked for"  # type: ignore[assignment]
         self._check_mode()
+        self._hooks = share_largest_position(self._model, self._groups)
         self._marker = PartMarker()
         for part in self._model.modules():
             mark_part(part, self._marker)
@@ -270,6 +272,8 @@ class SequenceParallel:
         """Switch it off: the model takes whole batches again."""
         for part in self._model.modules():
             unmark_part(part, self._marker)
+        for hook in self._hooks:
+            hook.remove()
 
     def __enter__(self) -> SequenceParallel:
         return self
