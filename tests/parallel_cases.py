@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
 from parallel_answers import truth as truth_of_answers
+from tiny_models import dynamic_rope, longrope
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -75,7 +76,8 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{mode}-share_prefixes_{model}", model, "prefixes", mode)
         yield Case(f"{mode}-share_prefixes_left_padding", "llama", "prefixes_left", mode, 2)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
-        for rope, changes in (("longrope", LONGROPE), ("dynamic_rope", DYNAMIC_ROPE)):
+        # Of 45 tokens only the last rank of Ulysses has some past 40.
+        for rope, changes in (("longrope", longrope(40)), ("dynamic_rope", dynamic_rope(40))):
             yield Case(f"{mode}-{rope}", "llama", "one_document", mode, changes=changes)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
@@ -105,14 +107,6 @@ def _cases() -> Iterator[Case]:
     yield Case("auto-one_kv_head", "llama", "packed", "auto", 4, {"num_key_value_heads": 1})
 
 
-ROPE = {"rope_theta": 1e4, "factor": 4.0}
-LONGROPE = {  # of 45 tokens only the last rank has some past the original length
-    "max_position_embeddings": 128,
-    "rope_parameters": ROPE
-    | {"rope_type": "longrope", "original_max_position_embeddings": 40}
-    | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
-}
-DYNAMIC_ROPE = {"max_position_embeddings": 16, "rope_parameters": ROPE | {"rope_type": "dynamic"}}
 SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
 CASES = list(_cases())
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from parallel_answers import ANSWER_CASES
-from parallel_cases import CASES, FAULTS, LONGROPE, LOST, WORLD, Case
+from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 
@@ -319,7 +319,7 @@ def test_a_number_of_labels_beside_losses_over_answers_is_refused(one_rank: Any)
 @pytest.mark.parametrize("lengths", [[40], [41], [7, 8]])
 def test_padding_does_not_count_for_longrope(one_rank: Any, lengths: list[int]) -> None:
     """The original length is 40 tokens, and more are added."""
-    model = tiny_models.build("llama", **LONGROPE)
+    model = tiny_models.build("llama", **tiny_models.longrope(40))
     documents = tiny_models.random_documents(lengths)
     batch, twin = tiny_models.packed(documents), tiny_models.eager_twin(model)
     expected = torch.cat([twin(document).logits for document in documents], dim=1)
