@@ -13,13 +13,29 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from measurement import RESULTS, latest_run, runs_of
-from parallel_cost import Links, Prediction, Step, larger_groups, predict
+from parallel_cost import (
+    ACROSS_ULYSSES,
+    GPUS_OF_A_NODE,
+    PASSES,
+    Constants,
+    Group,
+    Links,
+    Measured,
+    Model,
+    Prediction,
+    Step,
+    TileCost,
+    calibrate,
+    imbalance,
+    predict,
+)
 from parallel_gpu import BANDWIDTH, Workload
 from parallel_ways import ONE_GPU, WAYS
 from peers import PEERS
@@ -325,30 +341,16 @@ def shape_name(settings: Json, shape: str) -> str:
 def parallel_section(run: Json) -> list[str]:
     """Training on several GPUs: what was measured, beside what the model of costs says, and what it says of more."""
     environment, settings = run["environment"], run["settings"]
-    bandwidth = next((row for row in run["rows"] if row["workload"] == BANDWIDTH and "error" not in row), None)
     rows = sorted((row for row in run["rows"] if row["workload"] != BANDWIDTH), key=place_among_ways)
     steps = {row["workload"]: step_of(settings, row) for row in measured_ways(rows) if row["way"] == ONE_GPU}
-    links = Links(bandwidth["all_to_all"]) if bandwidth else None
-    body, larger = [], []
+    body = []
     for row in rows:
-        guess = prediction(row["way"], steps.get(row["workload"]), row["gpus"], links)
+        guess = prediction(row["way"], steps.get(row["workload"]), row["gpus"], links_of(run))
         body.append(
             [workload_name(row), row["way"], *figures_of_way(row), f"{guess.milliseconds:.0f}" if guess else "-"]
         )
-    for text, step in steps.items():
-        for ranks, way in larger_groups(step):
-            if links:
-                guess = predict(way, step, ranks, links)
-                speedup = step.milliseconds / guess.milliseconds
-                times = [
-                    f"{guess.milliseconds:.0f}",
-                    f"{guess.exchanges:.0f}",
-                    f"{guess.balance:.2f}",
-                    f"{speedup:.1f}",
-                ]
-                larger.append([workload_name({"workload": text}), way, str(ranks), *times])
     header = ["model", "way", "tokens/s", "GiB", "step, ms", "attention", "balance", "exposed", "predicted step"]
-    lines = [
+    return [
         f"**{rows[0]['gpus']} x {environment['device']}**, bfloat16, gradient checkpointing, AdamW, vocabulary "
         f"{settings['vocabulary']:,}, random weights, NCCL {settings['nccl']}. {versions(environment)} All ways but "
         f"`{ONE_GPU}` shard the weights by FSDP2; `data parallel` has a row for each GPU. `attention` are its kernels "
@@ -358,16 +360,11 @@ def parallel_section(run: Json) -> list[str]:
         "",
         *table(header, body, left=2),
     ]
-    if links and larger:
-        header = ["model", "way", "GPUs", "step, ms", "exchanges, ms", "balance", "times one GPU"]
-        lines += [
-            "",
-            f"**Predicted, not measured**: the same rows on more GPUs, with {links.inside:.0f} GB/s between GPUs of a "
-            f"node (measured) and {links.across:.0f} GB/s from each GPU to other nodes (assumed); nodes have 8 GPUs.",
-            "",
-            *table(header, larger, left=2),
-        ]
-    return lines
+
+
+def links_of(run: Json) -> Links | None:
+    bandwidth = next((row for row in run["rows"] if row["workload"] == BANDWIDTH and "error" not in row), None)
+    return Links(bandwidth["all_to_all"]) if bandwidth else None
 
 
 def measured_ways(rows: list[Json]) -> list[Json]:
@@ -395,23 +392,256 @@ def figures_of_way(row: Json) -> list[str]:
 
 
 def step_of(settings: Json, row: Json) -> Step:
-    workload, shape = Workload.parse(row["workload"]), settings["shapes"][row["shape"]]
-    return Step(
-        row["milliseconds"],
-        statistics.mean(row["attention"]),
-        workload.lengths(seed=0),
-        workload.layers,
-        shape["num_attention_heads"],
-        shape["num_key_value_heads"],
-        shape["head_dim"],
-        row["bytes_of_weights"],
-    )
+    workload = Workload.parse(row["workload"])
+    balance = partial(imbalance, workload.lengths(seed=0))
+    attention = statistics.mean(row["attention"])
+    return Step(row["milliseconds"], attention, workload.length, model_of(settings, row), balance)
+
+
+def model_of(settings: Json, row: Json) -> Model:
+    return Model.of(settings["shapes"][row["shape"]], row["layers"], settings["vocabulary"])
 
 
 def prediction(way: str, step: Step | None, ranks: int, links: Links | None) -> Prediction | None:
-    if step is None or links is None or way not in ("data parallel", "ulysses", "all_gather"):
+    if step is None or links is None or way not in PREDICTED_WAYS:
         return None
-    return predict(way, step, ranks, links)
+    return predict(step, Group(way, 1, ranks), links)
+
+
+PREDICTED_WAYS = ("data parallel", "ulysses", "all_gather")
+PREDICTED_LENGTHS = (131072, 262144, 1048576)
+PREDICTED_MODELS = {"1b": 16, "8b": 32}
+"""Shapes, with all layers of the models that have them."""
+PREDICTED_MASKS = ("one document", "packed documents")
+MEMORY = 139
+"""GiB of an H200."""
+
+
+class Simulation:
+    """What `parallel_scaling.py` has counted, with constants that one GPU of a run has measured."""
+
+    def __init__(self, scaling: Json, run: Json) -> None:
+        self.rows, self.settings = scaling["rows"], run["settings"]
+        self.costs = {row["head_dim"]: TileCost(row["full_us"], row["cut_us"]) for row in self.of("tile")}
+        links = links_of(run)
+        assert links is not None
+        self.links = links
+        ones = [row for row in measured_ways(run["rows"]) if row["way"] == ONE_GPU]
+        self.constants: Constants = calibrate(
+            Measured(
+                row["shape"],
+                model_of(run["settings"], row),
+                row["length"],
+                row["milliseconds"] - statistics.mean(row["attention"]),
+                max(row["peak_mib"]),
+            )
+            for row in ones
+        )
+
+    def of(self, what: str, **wanted: Any) -> list[Json]:
+        found = [row for row in self.rows if row["what"] == what]
+        return [row for row in found if all(row[name] == wanted[name] for name in wanted)]
+
+    def balance(self, mask: str, length: int, kind: str, ranks: int, cut: str = "dealt") -> float:
+        """`kind`: "tiles", or "time" with the size of heads."""
+        if ranks == 1:
+            return 1.0
+        return self.of("balance", mask=mask, length=length, ranks=ranks, cut=cut)[0][kind]
+
+    def model(self, shape: str) -> Model:
+        return Model.of(self.settings["shapes"][shape], PREDICTED_MODELS[shape], self.settings["vocabulary"])
+
+    def step(self, shape: str, model: Model, mask: str, length: int) -> Step:
+        (row,) = self.of("row", mask=mask, length=length)
+        cost = self.costs[model.head_dim]
+        of_head = (row["visible"] - row["cut"]) * cost.full + row["cut"] * cost.cut
+        attention = 1e-3 * model.layers * model.heads * of_head
+        balance = partial(self.balance, mask, length, f"time_{model.head_dim}")
+        return self.constants.step(shape, model, length, attention, balance)
+
+    def best(self, step: Step, ranks: int) -> Group:
+        """What moves least, as `mode="auto"` takes it in a node; across nodes both together."""
+        if ranks > GPUS_OF_A_NODE:
+            return Group.of(ACROSS_ULYSSES, ranks)
+        groups = [Group.of(way, ranks) for way in ("ulysses", "all_gather")]
+        return min(groups, key=lambda group: group.sent(step.model, step.length).inside)
+
+
+def scaling_section(scaling: Json, run: Json) -> list[str]:
+    """What more GPUs should do: balance and volumes by simulation, times and memory by the model of costs."""
+    simulation = Simulation(scaling, run)
+    return [
+        "### Predicted for 4 to 64 GPUs",
+        "",
+        "**Predicted, not measured**, but for what the first table compares. "
+        "[parallel_scaling.py](../benchmarks/parallel_scaling.py) cuts real rows for so many ranks and counts tiles, "
+        f"on a CPU. {versions(scaling['environment'])} [parallel_cost.py](../benchmarks/parallel_cost.py) makes steps "
+        "and memory of it. Its constants come from one GPU alone, and what a tile takes from the speed of attention "
+        f"under each mask. {simulation.links.inside:.0f} GB/s between GPUs of a node were measured on two; "
+        f"{simulation.links.across:.0f} GB/s from each GPU to other nodes are assumed, and nodes have "
+        f"{GPUS_OF_A_NODE} GPUs. It knows neither the host's launches, which bound steps of a few ms for a layer, nor "
+        "waits for slower ranks, and rather says too little than too much.",
+        "",
+        "The model against what two GPUs and one have measured:",
+        "",
+        *table(
+            ["model", "way", "step, ms", "predicted", "error", "GiB", "predicted", "error"],
+            list(compared_with_measured(simulation, run)),
+            left=2,
+        ),
+        "",
+        "**Balance**, the busiest rank over the mean, by tiles of 128 x 128; *by time* counts a cut tile "
+        f"{ratio_of_tiles(simulation, 128)} times as much as a full one, as heads of 128 take, *64* "
+        f"{ratio_of_tiles(simulation, 64)} times. Packed documents have a median of 700 tokens, long ones are "
+        f"{long_documents_name(scaling)}, windows {scaling['settings']['window']:,} tokens, and prompts eight answers "
+        "each. Ulysses is at 1.00 where heads share a mask.",
+        "",
+        *balance_table(simulation),
+        "",
+        deal_in_words(simulation),
+        "",
+        "**Sent by a GPU** in a layer and a step, MiB, forward, forward again and backward:",
+        "",
+        *volume_table(simulation),
+        "",
+        "**Steps and memory**, by the way that moves least; `times` are multiples of one GPU's rate, which it would "
+        f"have if its memory sufficed. More than the {MEMORY} GiB of an H200 are bold. Packed rows gain no more on 64 "
+        "GPUs where the weights, which FSDP gathers across nodes, take longer than the computation.",
+        "",
+        *speed_table(simulation),
+        *picture("parallel_scaling", "Predicted rate of each GPU, and balance of three cuts"),
+    ]
+
+
+def compared_with_measured(simulation: Simulation, run: Json) -> Iterator[list[str]]:
+    masks = {"one": "one document", "packed": "packed documents"}
+    for row in sorted(run["rows"], key=lambda row: row["workload"]):
+        if row["way"] not in (ONE_GPU, *PREDICTED_WAYS):
+            continue
+        ranks = 1 if row["way"] == ONE_GPU else row["gpus"]
+        model, group = model_of(run["settings"], row), Group(row["way"], 1, ranks)
+        step = simulation.step(row["shape"], model, masks[row["documents"]], row["length"])
+        guess = step.milliseconds if ranks == 1 else predict(step, group, simulation.links).milliseconds
+        peak = simulation.constants.peak(model, row["length"], group, shards_weights=ranks > 1) / 1024
+        if "error" in row:
+            figures = [figures_of_way(row)[0], f"{guess:.0f}", "-", "-", f"{peak:.0f}", "-"]
+        else:
+            held = max(row["peak_mib"]) / 1024
+            times = [f"{row['milliseconds']:.0f}", f"{guess:.0f}", f"{guess / row['milliseconds'] - 1:+.0%}"]
+            figures = [*times, f"{held:.0f}", f"{peak:.0f}", f"{peak / held - 1:+.0%}"]
+        yield [workload_name(row), row["way"], *figures]
+
+
+def ratio_of_tiles(simulation: Simulation, head_dim: int) -> str:
+    cost = simulation.costs[head_dim]
+    return f"{cost.cut / cost.full:.2f}"
+
+
+def long_documents_name(scaling: Json) -> str:
+    given = scaling["settings"]["documents"] == "given"
+    return "those of the paper's benchmark (drawn alike past 128K)" if given else "a dozen in each row"
+
+
+def balance_table(simulation: Simulation) -> list[str]:
+    columns = [("contiguous", 8), ("contiguous", 64), ("zigzag", 8), ("zigzag", 64)]
+    columns += [("dealt", ranks) for ranks in (2, 4, 8, 64)]
+    body = []
+    for row in simulation.of("row"):
+        what = row["mask"], row["length"]
+        if row["length"] not in (32768, *PREDICTED_LENGTHS):
+            continue
+        cells = [simulation.balance(*what, "tiles", ranks, cut) for cut, ranks in columns]
+        cells += [simulation.balance(*what, f"time_{dim}", 64) for dim in (128, 64)]
+        body.append([f"{row['mask']}, {row['length']:,} tokens", *(f"{cell:.2f}" for cell in cells)])
+    header = [f"{cut}, {ranks}" for cut, ranks in columns]
+    return table(["row", *header, "dealt, 64, by time", "64"], body)
+
+
+def deal_in_words(simulation: Simulation) -> str:
+    longest = max(row["length"] for row in simulation.of("deal"))
+    found = simulation.of("deal", length=longest, ranks=64)[0]
+    most = max(row["operations"] for row in simulation.of("deal"))
+    return (
+        f"Dealing a row of {longest:,} tokens to 64 ranks takes {found['milliseconds']:,.0f} ms on a busy CPU of two "
+        f"cores; on a GPU it is {found['operations']} operations of torch without a wait, and at most {most} for "
+        "shorter rows, views included."
+    )
+
+
+def volume_table(simulation: Simulation) -> list[str]:
+    groups = {
+        "Ulysses, 8": Group.of("ulysses", 8),
+        "all-gather, 8": Group.of("all_gather", 8),
+        "2 x 4": Group.of(ACROSS_ULYSSES, 8, inside=4),
+        "8 x 8: in the node": Group.of(ACROSS_ULYSSES, 64),
+    }
+    body = []
+    for shape in PREDICTED_MODELS:
+        model = simulation.model(shape)
+        for length in PREDICTED_LENGTHS:
+            sent = [group.sent(model, length) for group in groups.values()]
+            cells = [PASSES * part / 2**20 for part in (*(each.inside for each in sent), sent[-1].across)]
+            body.append([f"{shape.upper()}, {length:,} tokens", *(f"{cell:,.0f}" for cell in cells)])
+    return table(["row", *groups, "across nodes"], body)
+
+
+def speed_table(simulation: Simulation) -> list[str]:
+    body = []
+    for shape, mask, length in predicted_rows():
+        step = simulation.step(shape, simulation.model(shape), mask, length)
+        alone = simulation.constants.peak(step.model, length, Group(ONE_GPU, 1, 1), shards_weights=False)
+        cells = [f"{1e3 * length / step.milliseconds:,.0f}", gib(alone)]
+        for ranks in (2, 4, 8, 64):
+            group = simulation.best(step, ranks)
+            guess = predict(step, group, simulation.links)
+            cells += [
+                f"{step.milliseconds / guess.milliseconds:.1f}",
+                gib(simulation.constants.peak(step.model, length, group)),
+            ]
+            if ranks == 64:
+                cells.append(f"{1e3 * length / guess.milliseconds:,.0f}")
+        body.append([f"{shape.upper()}, {step.model.layers} layers, {length:,} tokens, {mask}", *cells])
+    of_several = [name for ranks in (2, 4, 8, 64) for name in (f"{ranks} GPUs, times", "GiB")]
+    return table(["row", "one GPU, tokens/s", "GiB", *of_several, "64 GPUs, tokens/s"], body)
+
+
+def predicted_rows() -> list[tuple[str, str, int]]:
+    return [(s, mask, length) for s in PREDICTED_MODELS for mask in PREDICTED_MASKS for length in PREDICTED_LENGTHS]
+
+
+def gib(mib: float) -> str:
+    return f"{mib / 1024:.0f}" if mib / 1024 <= MEMORY else f"**{mib / 1024:,.0f}**"
+
+
+def draw_scaling(scaling: Json, run: Json) -> None:
+    simulation = Simulation(scaling, run)
+    figure, (rate, balance) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    gpus = (1, 2, 4, 8, 64)
+    for mask, style in zip(PREDICTED_MASKS, ("-", "--")):
+        for number, length in enumerate(PREDICTED_LENGTHS):
+            step = simulation.step("8b", simulation.model("8b"), mask, length)
+            times = [step.milliseconds] + [
+                predict(step, simulation.best(step, ranks), simulation.links).milliseconds for ranks in gpus[1:]
+            ]
+            shares = [100 * times[0] / ranks / time for ranks, time in zip(gpus, times)]
+            label = f"{length // 1024:,}K, {mask}"
+            rate.plot(gpus, shares, style, color=f"C{number}", marker="o", markersize=2, label=label)
+    rate.set(xlabel="GPUs", ylabel="% of one GPU's rate, each", ylim=(0, 105))
+    for cut, style in (("contiguous", ":"), ("zigzag", "--"), ("dealt", "-")):
+        for number, length in enumerate(PREDICTED_LENGTHS):
+            found = [simulation.balance("packed documents", length, "time_128", ranks, cut) for ranks in gpus]
+            label = f"{length // 1024:,}K, {cut}"
+            balance.plot(gpus, found, style, color=f"C{number}", marker="o", markersize=2, label=label)
+    balance.set(xlabel="ranks", ylabel="busiest rank / mean")
+    rate.set_title("Predicted: 8B's shape, 32 layers", loc="left")
+    balance.set_title("Simulated: balance of packed documents", loc="left")
+    for axes in (rate, balance):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(gpus, map(str, gpus))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, handlelength=4)
+    figure.savefig(PICTURE.parent / "parallel_scaling.png", dpi=150)
+    plt.close(figure)
 
 
 def masking_section(result: Json) -> list[str]:
@@ -720,8 +950,14 @@ def performance_section() -> str:
 
 
 def many_gpus_section() -> str:
-    run = latest_run("parallel_gpu", way=ONE_GPU)
-    return "\n".join(parallel_section(run)) if run else "Not measured yet."
+    run = parallel_run()
+    if run is None:
+        return "Not measured yet."
+    return "\n".join([*parallel_section(run), "", *scaling_section(results("parallel_scaling"), run)])
+
+
+def parallel_run() -> Json | None:
+    return latest_run("parallel_gpu", way=ONE_GPU)
 
 
 def draw() -> None:
@@ -736,6 +972,8 @@ def draw() -> None:
         draw_memory_over_length(lengths)
     if training and training_rows(training):
         draw_training(training)
+    if several := parallel_run():
+        draw_scaling(results("parallel_scaling"), several)
 
 
 def main() -> None:

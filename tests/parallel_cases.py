@@ -22,6 +22,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
 from parallel_answers import truth as truth_of_answers
+from tiny_models import dynamic_rope, longrope
 from torch import Tensor, nn
 from transformers import masking_utils
 
@@ -76,9 +77,13 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{mode}-share_prefixes_{model}", model, "prefixes", mode)
         yield Case(f"{mode}-share_prefixes_left_padding", "llama", "prefixes_left", mode, 2)
         yield Case(f"{mode}-one_document", "llama", "one_document", mode)
+        # Of 45 tokens only the last rank of Ulysses has some past 40.
+        for rope, changes in (("longrope", longrope(40)), ("dynamic_rope", dynamic_rope(40))):
+            yield Case(f"{mode}-{rope}", "llama", "one_document", mode, changes=changes)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
+        yield Case(f"{mode}-image_bounds", "gemma3", "image_bounds", mode)
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
         for kind in ("reentrant", "not_reentrant"):
@@ -86,7 +91,8 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
-    yield Case("ulysses-compiled", "llama", changes={"num_hidden_layers": 1}, engine="compiler")
+    for mode in ("ulysses", "all_gather"):
+        yield Case(f"{mode}-compiled", "llama", mode=mode, changes={"num_hidden_layers": 1}, engine="compiler")
     for kind, model in (
         ("packed", "gpt_oss"),
         ("left_padding", "llama"),
@@ -118,7 +124,7 @@ class Example(NamedTuple):
 
     batch: dict[str, Any]
     sequences: list[tuple[Tensor, Tensor]]
-    dense: dict[str, Tensor] | None = None
+    dense: dict[str, Any] | None = None
 
 
 def make_example(kind: str, config: Any) -> Example:
@@ -172,11 +178,39 @@ def make_example(kind: str, config: Any) -> Example:
             batch["attention_mask"] = {"full_attention": mask, "sliding_attention": windowed}
         elif kind == "bounds_of_heads":
             batch["attention_mask"] = torch.cat([mask, windowed] * (config.num_attention_heads // 2), dim=1)
-            visible = bounds.to_dense(batch["attention_mask"])
-            dense = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
-            whole = {"attention_mask": dense, "position_ids": batch["position_ids"]}
-            return Example(batch, [(batch["input_ids"], batch["labels"])], whole)
+            return _under_dense_mask(batch)
+    elif kind == "image_bounds":
+        return _under_dense_mask(batch | {"attention_mask": _bounds_of_images(batch["position_ids"])})
     return Example(batch, [(document, document) for document in documents])
+
+
+def _bounds_of_images(position_ids: Tensor) -> dict[str, Tensor]:
+    """Two images whose tokens see each other, each in a document of 17 or 25 tokens: the ranks cut through them."""
+    import tiny_models
+
+    from hf_flashmask import bounds
+
+    blocks = torch.full_like(position_ids, -1)
+    blocks[0, 3:16], blocks[0, 22:41] = 0, 1
+    own = bounds.from_position_ids(position_ids, is_causal=False)
+    return {
+        "full_attention": bounds.intersect(bounds.causal_with_blocks(blocks), own),
+        "sliding_attention": bounds.intersect(bounds.causal_with_blocks(blocks, window=tiny_models.WINDOW), own),
+    }
+
+
+def _under_dense_mask(batch: dict[str, Any]) -> Example:
+    """The row as it is, for masks that documents alone do not have."""
+    from hf_flashmask import bounds
+
+    def dense(mask: Tensor) -> Tensor:
+        visible = bounds.to_dense(mask)
+        return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+    given = batch["attention_mask"]
+    mask = {kind: dense(part) for kind, part in given.items()} if isinstance(given, dict) else dense(given)
+    whole = {"attention_mask": mask, "position_ids": batch["position_ids"]}
+    return Example(batch, [(batch["input_ids"], batch["labels"])], whole)
 
 
 def _tree() -> Example:
@@ -478,6 +512,12 @@ def tokens_not_cut(parallel: Any, model: nn.Module, rank: int) -> None:
 @fault("must be a tensor|refused the batch")
 def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
+
+
+@fault("positions of several dimensions")
+def positions_of_several_dimensions(parallel: Any, model: nn.Module, rank: int) -> None:
+    batch = _packed()
+    parallel.shard({**batch, "position_ids": batch["position_ids"].expand(3, -1, -1)})
 
 
 @fault("must be a mapping|refused the batch")

@@ -29,7 +29,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, PartialState
 from parallel_cases import count_masks
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, build, config_of, eager_twin, packed
+from tiny_models import VOCABULARY, build, config_of, eager_twin, longrope, packed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -57,6 +57,8 @@ def build_model(name: str) -> transformers.PreTrainedModel:
         return _gemma3_with_images()
     if name in KV_HEADS:
         return build("llama", num_key_value_heads=KV_HEADS[name])
+    if name == "llama_longrope":  # of the first row, only the second of two parts is longer
+        return build("llama", **longrope(7))
     return build(name)
 
 
@@ -138,8 +140,8 @@ def true_loss(twin: transformers.PreTrainedModel, kind: str, rank: int) -> Tenso
     documents = documents_of(rank)
     if kind == "tree":
         return preference_loss(twin, rank)
-    if kind == "heads":
-        batch = batch_of(kind, rank, twin)
+    if kind in ("heads", "row"):
+        batch = batch_of("bounds" if kind == "row" else kind, rank, twin)
         visible = bounds.to_dense(batch["attention_mask"], batch["input_ids"].shape[1])
         batch["attention_mask"] = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
         return loss_of_documents(twin(**batch, use_cache=False).logits, documents)
@@ -520,13 +522,19 @@ def ulysses(engine: Callable[[Attend], Attend] = deepspeed) -> Iterator[None]:
 
 
 def train_ulysses(
-    name: str, kind: str, engine: Callable[[Attend], Attend] = deepspeed, keeps_masks: bool = False
+    name: str,
+    kind: str,
+    engine: Callable[[Attend], Attend] = deepspeed,
+    keeps_masks: bool = False,
+    is_compiled: bool = False,
 ) -> dict[str, float]:
     """Each process has a part of the first row."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = build_model(name)
     twin = eager_twin(model)
-    expected = true_loss(twin, {"heads": "heads", "image bounds": "images"}.get(kind, "packed"), 0)
+    # The rotation of all documents of a row depends on the longest one.
+    true_kinds = {"heads": "heads", "image bounds": "images"}
+    expected = true_loss(twin, "row" if name == "llama_longrope" else true_kinds.get(kind, "packed"), 0)
     expected.backward()
     batch = _ulysses_batch(kind, model)
     local = {
@@ -541,7 +549,8 @@ def train_ulysses(
         masks = stack.enter_context(count_masks())
         if keeps_masks:
             stack.enter_context(keep_masks(model, dist.group.WORLD, exchanges_in_eval=True))
-        logits = model(**local, use_cache=False).logits
+        called = torch.compile(model, backend="eager") if is_compiled else model
+        logits = called(**local, use_cache=False).logits
     labels = torch.full_like(batch["input_ids"], -100)
     start = PADDING if kind == "padded" else 0
     for document in documents_of(0):
@@ -755,6 +764,12 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 *([("llama_one_kv_head", "packed")] if engine == "deepspeed" else []),
             )
         },
+        "kept deepspeed llama_longrope packed": functools.partial(
+            train_ulysses, "llama_longrope", "packed", deepspeed, keeps_masks=True
+        ),
+        "kept deepspeed llama packed compiled": functools.partial(
+            train_ulysses, "llama", "packed", deepspeed, keeps_masks=True, is_compiled=True
+        ),
         **{f"ringmaster {name}": functools.partial(train_ringmaster, name) for name in ("llama", "gemma3", "gpt_oss")},
         "kept deepspeed without an engine": keep_without_an_engine,
         "ring llama": functools.partial(attend_in_ring, "llama"),

@@ -108,6 +108,20 @@ def config_of(name: str, **changes: object) -> transformers.PreTrainedConfig:
     return getattr(transformers, config_class)(**settings)
 
 
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+
+
+def longrope(original_length: int) -> dict[str, object]:
+    """Changes to the configuration of a model: its rotary embeddings depend on the largest position of a call."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = ROPE | factors | {"rope_type": "longrope", "original_max_position_embeddings": original_length}
+    return {"max_position_embeddings": 128, "rope_parameters": rope}
+
+
+def dynamic_rope(original_length: int) -> dict[str, object]:
+    return {"max_position_embeddings": original_length, "rope_parameters": ROPE | {"rope_type": "dynamic"}}
+
+
 def build(name: str, attn_implementation: str = "flashmask", **changes: object) -> transformers.PreTrainedModel:
     """A model in evaluation mode whose attention is far from uniform. The same weights at every call."""
     torch.manual_seed(1)

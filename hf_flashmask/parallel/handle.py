@@ -18,11 +18,12 @@ from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
 from ..training.labels import IGNORED
 from .agreement import check_agreement
-from .deal import block_length, deal, padded_length, visible_tiles
+from .deal import Tiles, block_length, count_tiles, deal, padded_length
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
 from .models import Mode, check_labels, check_model, check_positions, choose_mode, find_model, refuse_classifier
 from .prefixes import merge_batch
+from .rotary import share_largest_position
 from .shard import Batch, read_batch, read_merged_batch, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
@@ -105,6 +106,7 @@ class SequenceParallel:
         else:
             self.mode, self.reason = mode, "asked for"  # type: ignore[assignment]
         self._check_mode()
+        self._hooks = share_largest_position(self._model, self._groups)
         self._marker = PartMarker()
         for part in self._model.modules():
             mark_part(part, self._marker)
@@ -235,11 +237,12 @@ class SequenceParallel:
         types = getattr(config, "layer_types", None) or [None]
         for kind in sorted(set(types)):
             bounds = self._estimate(batch, kind)
-            tiles = visible_tiles(bounds, block) // (bounds.shape[0] * bounds.shape[1])
+            masks = bounds.shape[0] * bounds.shape[1]
+            visible, cut = (tiles // masks for tiles in count_tiles(bounds, block))
             limits = [KEY_RANGE_OF_LAYER_TYPE.get(kind)] if kind else KEY_RANGE_OF_LAYER_TYPE.values()
             key_ranges = [getattr(config, limit, None) for limit in limits if limit is not None]
             key_range = min([batch.length, *filter(None, key_ranges)])
-            work += types.count(kind) * tiles.clamp(max=-(-key_range // block) + 1)
+            work += types.count(kind) * Tiles(visible.clamp(max=-(-key_range // block) + 1), cut).work
         return deal(work, ranks, block)
 
     def _estimate(self, batch: Batch, kind: str | None) -> Tensor:
@@ -269,6 +272,8 @@ class SequenceParallel:
         """Switch it off: the model takes whole batches again."""
         for part in self._model.modules():
             unmark_part(part, self._marker)
+        for hook in self._hooks:
+            hook.remove()
 
     def __enter__(self) -> SequenceParallel:
         return self

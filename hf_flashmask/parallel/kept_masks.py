@@ -22,6 +22,7 @@ from ..integration.whole_sequence import WholeSequence
 from .exchanges import ByEngine
 from .group import Group, all_gather, groups_of
 from .models import check_model, find_model
+from .rotary import share_largest_position
 
 __all__ = ["KeptMasks", "keep_masks"]
 
@@ -82,11 +83,15 @@ class KeptMasks:
 
         self._engine, self._attend = engine, attend
         ALL_ATTENTION_FUNCTIONS[NAME] = attend
-        self._hook = self._model.register_forward_pre_hook(self._make_whole, with_kwargs=True)
+        self._hooks = share_largest_position(self._model, [self._group], self._has_part)
+        self._hooks.append(self._model.register_forward_pre_hook(self._make_whole, with_kwargs=True))
+
+    def _has_part(self) -> bool:
+        return self._model.training or self._exchanges_in_eval
 
     def _make_whole(self, model: nn.Module, args: tuple, call: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments of the model, with what its mask is made of for all tokens of the row."""
-        if not (model.training or self._exchanges_in_eval):
+        if not self._has_part():
             return None
         tokens = next(given for given in (call.get("input_ids"), call.get("inputs_embeds"), *args) if given is not None)
         position_ids, mask = call.get("position_ids"), call.get("attention_mask")
@@ -131,7 +136,8 @@ class KeptMasks:
 
     def remove(self) -> None:
         """Switch it off: the engine drops masks again."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if ALL_ATTENTION_FUNCTIONS[NAME] is self._attend:
             ALL_ATTENTION_FUNCTIONS[NAME] = self._engine
 

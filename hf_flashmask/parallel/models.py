@@ -81,12 +81,6 @@ def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> No
             f"on (`attn_temperature_tuning`), but a rank has the tokens of a part of the row: rows of {length} tokens "
             "are too long for sequence_parallel"
         )
-    if length > traits.rotates_alike_up_to:
-        raise NotImplementedError(
-            "the rotary embeddings of this model (longrope, dynamic) depend on the largest position of a call, which "
-            f"differs between ranks in rows of more than {traits.rotates_alike_up_to:.0f} tokens, and the batch has "
-            f"{length}: use shorter rows, or other `rope_parameters`"
-        )
     mask = batch.get("attention_mask")
     has_padding_mask = isinstance(mask, Tensor) and mask.ndim == 2
     if batch.get("position_ids") is None and (

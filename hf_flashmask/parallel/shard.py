@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         answers: the labels of SharedPromptDataCollator, or None.
         labels_in_tree: labels of the rows that were merged into one, or None.
         selects_logits: whether the model computes only the logits that predict tokens of answers.
-        position_ids: `[B or 1, S]`, what the model counts.
+        position_ids: `[B or 1, S]`, what the model counts; no larger than those of the batch.
         document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
         options: what is handed on.
@@ -114,7 +114,7 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     index = torch.arange(length, device=tokens.device)
     tail_positions = index[:tail]
     documents = None
-    positions = index[None]
+    positions = index.clamp(max=short - 1)[None]
     if "position_ids" in given:
         position_ids = given.pop("position_ids")
         if not isinstance(position_ids, Tensor):
@@ -126,7 +126,8 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
                 f"`position_ids` must be [{rows} or 1, {short}] for these tokens, got {list(position_ids.shape)}; "
                 "positions of several dimensions (multimodal models) cannot be cut"
             )
-        tail_positions = tail_positions.to(position_ids).expand(position_ids.shape[0], -1)
+        tail_positions = torch.minimum(tail_positions.to(position_ids), position_ids.amax())
+        tail_positions = tail_positions.expand(position_ids.shape[0], -1)
         documents = positions = torch.cat([position_ids, tail_positions], dim=1)
     cu_seq_lens, of_keys = given.pop("cu_seq_lens_q", None), given.pop("cu_seq_lens_k", None)
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):

@@ -17,6 +17,7 @@ from ..integration import NAME
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
+_LOOK_AT_LARGEST_POSITION = {"dynamic", "longrope"}
 _MASK_CREATORS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
@@ -117,7 +118,6 @@ class Traits(NamedTuple):
             the query, whatever its position.
         counts_visible_tokens: whether it counts positions by the 2-D mask, not by columns, when none are given.
         counts_by_token_ids: whether it counts positions by which token ids are padding, when none are given.
-        rotates_alike_up_to: rows up to this length get the same rotary embeddings, whatever the largest position is.
     """
 
     arguments: tuple[str, ...]
@@ -126,7 +126,6 @@ class Traits(NamedTuple):
     packs_up_to: float
     counts_visible_tokens: bool
     counts_by_token_ids: bool
-    rotates_alike_up_to: float
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Traits:
@@ -141,7 +140,6 @@ class Traits(NamedTuple):
             packs_up_to=config.floor_scale - 1 if scales_by_column else float("inf"),
             counts_visible_tokens=_counts_visible_tokens(source_of(backbone)),
             counts_by_token_ids=any("create_position_ids_from_input_ids(" in source for source in sources),
-            rotates_alike_up_to=_rotates_alike_up_to(backbone),
         )
 
 
@@ -156,7 +154,7 @@ def _counts_visible_tokens(source: str) -> bool:
 def _relative_up_to(backbone: PreTrainedModel) -> float:
     names = _rope_types(backbone)
     # Some rotary embeddings change with the largest position, or from layer type to layer type.
-    if not names or names & {"dynamic", "longrope"} or any(map(_normalizes_after_rotation, backbone.modules())):
+    if not names or names & _LOOK_AT_LARGEST_POSITION or any(map(_normalizes_after_rotation, backbone.modules())):
         return 0
     config: Any = backbone.config.get_text_config()
     # Ministral 3 and Mistral 4 scale scores by the position of the query, from some position on.
@@ -165,22 +163,16 @@ def _relative_up_to(backbone: PreTrainedModel) -> float:
     return float(rope["original_max_position_embeddings"]) if is_scaled else float("inf")
 
 
-def _rope_types(backbone: PreTrainedModel) -> set[str]:
+def _rope_types(model: nn.Module) -> set[str]:
     """Of all rotary embeddings; empty without any."""
-    rotary = [module for module in backbone.modules() if "Rotary" in type(module).__name__]
+    rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
     kinds = [getattr(module, "rope_type", "default") for module in rotary]
     return {name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])}
 
 
-def _rotates_alike_up_to(backbone: PreTrainedModel) -> float:
-    """`longrope` and `dynamic` look at the largest position of a call."""
-    config: Any = backbone.config.get_text_config()
-    limits = [float("inf")]
-    if (names := _rope_types(backbone)) & {"longrope", "dynamic"}:
-        rope = getattr(config, "rope_parameters", None) or {}
-        original = rope.get("original_max_position_embeddings") if "longrope" in names else None
-        limits.append(original or config.max_position_embeddings)
-    return min(limits)
+def depends_on_largest_position(module: nn.Module) -> bool:
+    """Whether a module is a rotary embedding that looks at the largest position of a call."""
+    return "Rotary" in type(module).__name__ and bool(_rope_types(module) & _LOOK_AT_LARGEST_POSITION)
 
 
 def _normalizes_after_rotation(layer: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Training: collators that pack rows, losses over answers that share prompts, and how a model computes them."""
 
+from .balance import BalancedSampler, balanced_batches
 from .callback import FlashMaskCallback
 from .labels import AnswerLabels, LabelsOfRank
 from .log_probs import compute_log_probs
@@ -19,6 +20,7 @@ from .turns_collator import TurnOverflow, TurnsDataCollator
 
 __all__ = [
     "AnswerLabels",
+    "BalancedSampler",
     "FlashMaskCallback",
     "LabelsOfRank",
     "Overflow",
@@ -29,6 +31,7 @@ __all__ = [
     "TurnsDataCollator",
     "answer_log_probs",
     "answer_scores",
+    "balanced_batches",
     "compute_log_probs",
     "dpo_loss",
     "pack_lengths",

@@ -286,8 +286,8 @@ class DecodingForward:
         programs_of_part = batch_size * kv_heads * tiles_in(q_len * group, block_m)
         num_parts = parts_of(kv_len, programs_of_part, config.block_n, num_processors(query.device))
         block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        # Triton copies tiles of whole heads ahead, and no others. Where it did so for keys or values alone, of 128 dims,
-        # ptxas left descriptors of products without a value.
+        # Triton copies tiles of whole heads ahead, and no others. Where it did so for the keys or the values alone, of
+        # 128 dims, ptxas left descriptors of products without a value.
         are_alike = (dim < block_dim) == (dim_v < block_dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
