@@ -32,10 +32,10 @@ demo: $(READY)
 
 # Some tests compile for a minute or two. With worksteal, an idle worker takes tests from the queue of a busy one.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub"
 
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser" --cov --cov-report=term --cov-report=xml
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub" --cov --cov-report=term --cov-report=xml
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir site
@@ -60,7 +60,8 @@ fuzz: $(READY)
 # racecheck does not understand the barriers between the warps of the sm_90 kernels; see sanitize_attention.py.
 sanitize: $(READY)
 	set -e; for case in "memcheck portable 64" "racecheck portable 64" "memcheck portable 128" "racecheck portable 128" \
-	  "memcheck hopper 64" "synccheck hopper 64" "memcheck hopper 128" "synccheck hopper 128"; do set -- $$case; \
+	  "memcheck hopper 64" "synccheck hopper 64" "memcheck hopper 128" "synccheck hopper 128" \
+	  "memcheck hopper 256" "synccheck hopper 256"; do set -- $$case; \
 	  $(SANITIZER) --tool $$1 --error-exitcode 1 $(RUN) tests/sanitize_attention.py $$2 $$3; done
 
 sweep: $(READY)
@@ -75,7 +76,7 @@ versions: $(READY)
 # Beside the environment: where the library is installed, Transformers behaves in other ways.
 hub: $(READY)
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/hub kernels==0.17.2
-	PYTHONPATH=$(CURDIR)/build/hub $(RUN) -m pytest tests/test_packaging.py tests/test_examples.py -k hub
+	PYTHONPATH=$(CURDIR)/build/hub $(RUN) -m pytest -m hub tests/test_packaging.py tests/test_examples.py
 
 tritons: $(READY)
 	set -e; for version in $(TRITONS); do \

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,7 +204,7 @@ def test_sft_long_context_trains_as_one_process(
 # The kernels alone
 
 
-@pytest.mark.skipif(find_spec("kernels") is None, reason="`make hub` has Hugging Face's library `kernels`")
+@pytest.mark.hub
 def test_kernel_hub_attends_as_each_document_alone(tmp_path: Path) -> None:
     (printed,) = processes.run_at_once(SCRIPT.with_name("kernel_hub.py"), [], [{}], tmp_path)
     assert "build/torch-cpu/__init__.py" in printed

@@ -145,12 +145,7 @@ for package in (hub, flashmask_kernels):
     run_python(code, cwd=tmp_path)
 
 
-needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("kernels") is None, reason="`make hub` has Hugging Face's library `kernels`"
-)
-
-
-@needs_library
+@pytest.mark.hub
 def test_the_library_of_the_hub_loads_what_is_published(tmp_path: Path) -> None:
     """Windows that differ between heads, and a row that sees nothing, against dense float32 attention."""
     code = f"""
