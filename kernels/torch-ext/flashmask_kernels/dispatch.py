@@ -202,8 +202,8 @@ def decodes(query: Tensor, value: Tensor, bounds: Tensor, dropout_p: float) -> b
     """
     q_len, (kv_heads, kv_len) = query.shape[2], value.shape[1:3]
     return (
-        q_len <= MOST_DECODED_ROWS
-        and q_len < kv_len
+        q_len < kv_len  # asked first: a graph of whole prompts is for every length
+        and q_len <= MOST_DECODED_ROWS
         and query.numel() > 0
         and bounds.shape[1] in (1, kv_heads)  # the heads that share a key are in one tile, under one mask
         and not dropout_p
