@@ -137,14 +137,17 @@ def attention_section(run: Json) -> list[str]:
     return lines
 
 
-def families_section(run: Json) -> list[str]:
-    """The masks of `families.py`, at the shapes of the projects that train them."""
-    cells = {(row["mask"], row["implementation"]): row for row in run["rows"] if "tflops" in row}
+def families_section() -> list[str]:
+    """The masks of `families.py` at the shapes of their projects, each from the newest run of both implementations."""
+    pairs: dict[str, tuple[Json, Json]] = {}
+    for run in runs_of("attention_families_gpu"):
+        cells = {(row["mask"], row["implementation"]): row for row in run["rows"] if "tflops" in row}
+        both = dict.fromkeys(mask for mask, _ in cells if {(mask, OURS), (mask, FLEX)} <= cells.keys())
+        pairs |= {mask: (cells[mask, OURS], cells[mask, FLEX]) for mask in both}
+    if not pairs:
+        return []
     body = []
-    for mask in dict.fromkeys(mask for mask, _ in cells):
-        ours, flex = cells.get((mask, OURS)), cells.get((mask, FLEX))
-        if ours is None or flex is None:
-            continue
+    for mask, (ours, flex) in pairs.items():
         size = f"{ours['length']:,} x {ours.get('kv_length', ours['length']):,}"
         speeds = [f"{row['tflops']['total']:.0f}" for row in (ours, flex)]
         making = [f"{row['milliseconds']['mask']:.2f}" for row in (ours, flex)]
@@ -162,7 +165,7 @@ def families_section(run: Json) -> list[str]:
         "compiled `create_block_mask`",
     ]
     return [
-        f"**{environment['device']}**, the masks of block diffusion and of drafters at the shapes of their projects, "
+        f"**{environment['device']}**, masks of block diffusion and of drafters at the shapes of their projects, "
         f"{heads(run['settings'] | HEADLINE)}: forward and backward, TFLOP/s over the visible pairs, and the device's "
         f"time to make the mask. {versions(environment)}",
         "",
@@ -666,6 +669,37 @@ def masking_section(result: Json) -> list[str]:
     ]
 
 
+def decoding_section(result: Json) -> list[str]:
+    """What one layer takes for one new token."""
+    times: dict[tuple[str, int, int, str], float] = {
+        (row["model"], row["length"], row["batch"], row["implementation"]): row["milliseconds"]["device"]
+        for row in result["rows"]
+    }
+    lengths = sorted({length for _, length, _, _ in times})
+    batches = sorted({batch for _, _, batch, _ in times})
+
+    def cell(model: str, length: int, peer: str) -> str:
+        found = [times.get((model, length, batch, peer)) for batch in batches]
+        return " / ".join(f"{1e3 * time:,.0f}" for time in found if time is not None) or "-"
+
+    peers = [OURS, "flashmask, kernel for many rows", "eager", "sdpa"]
+    models = dict.fromkeys(model for model, _, _, _ in times)
+    body = [
+        [model, f"{length:,}", *(cell(model, length, peer) for peer in peers)]
+        for model in models
+        for length in lengths[1:]
+    ]
+    environment = result["environment"]
+    return [
+        f"**{environment['device']}**, one layer's attention of one new token a sequence against a cache, us on the "
+        f"device, batch {' / '.join(map(str, batches))}. `sdpa` has neither sinks nor softcap. Layers with a window "
+        "have a cache here that keeps all keys; against one that keeps the window alone, `eager` and `sdpa` take as long "
+        f"as at the length of the window. {versions(environment)}",
+        "",
+        *table(["layer of", "keys", OURS, "the kernel for many rows", "eager", "sdpa"], body),
+    ]
+
+
 def cpu_section(result: dict[str, Any]) -> list[str]:
     environment, settings = result["environment"], result["settings"]
     flashmask, dense = result["rows"]
@@ -903,11 +937,11 @@ def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[s
 def speed_sections() -> list[str]:
     """Every table of speed that is not of the paper's protocol."""
     attention, training = headline_run(), training_run()
-    families = latest_run("attention_families_gpu", protocol="families")
     masking = RESULTS / "masking_gpu.json"
     sections = (
         attention_section(attention) if attention else [],
-        families_section(families) if families else [],
+        families_section(),
+        decoding_section(results("decoding_gpu")),
         masking_section(results(masking.stem)) if masking.exists() else [],
         training_section(training) if training else [],
         shared_prompts_section(results("shared_prompts_gpu")),

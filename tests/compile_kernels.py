@@ -53,7 +53,8 @@ SHORT_CASES = {"short": [(64, 1), (128, 1), (192, 4)], "short in a graph": [(128
 """Head sizes and plane counts of the kernels for rows too short for descriptors: of every row of the table that has
 some; of graphs, where dK/dV alone is another, of the usual one."""
 DECODED_ROWS = {"decoding": 1, "decoding 16 rows": 16, "decoding narrow keys": 1, "decoding narrow values": 1}
-"""Query rows of the kernels for few rows; each is one of four heads that share a key."""
+"""Query rows of the kernels for few rows; each is one of four heads that share a key. Keys or values alone of less than
+128 dims once read descriptors that nothing had written."""
 FORMS = ("", *SHORT_CASES, *DECODED_ROWS, "hopper", "fused hopper")
 """The portable kernels, these for short rows and for few, and those for sm_90, with the backward in two passes and in
 one."""
@@ -91,7 +92,7 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
     if form in DECODED_ROWS:
         few, key, value = query[:, :, : DECODED_ROWS[form]], key[:, :1], value[:, :1]
         narrow = slice(head_dim * 13 // 16 // 8 * 8)
-        if "narrow" in form and (dtype == torch.float32 or head_dim == 192):
+        if "narrow" in form and (dtype != torch.bfloat16 or head_dim != 128):
             return []
         if form == "decoding narrow keys":
             few, key = few[..., narrow], key[..., narrow]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from attention_checks import masks, random_intervals
+from attention_checks import NOT_FINITE, masks, random_intervals
 from torch import Tensor, nn
 
 from flashmask_kernels import reference_attention
@@ -22,7 +20,7 @@ def sdpa_calls(monkeypatch: pytest.MonkeyPatch) -> list[LayerMask]:
     calls: list[LayerMask] = []
     attend = integration.attention.attend_dense_rows
 
-    def note(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None) -> Tensor:
+    def note(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None) -> Tensor | None:
         calls.append(mask)
         return attend(query, key, value, mask, scaling)
 
@@ -36,39 +34,43 @@ def layer() -> nn.Module:
     return module
 
 
-def results(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], d_out: Tensor
-) -> tuple[Tensor, ...]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = attend(*leaves)
-    return out, *torch.autograd.grad(out, leaves, d_out.to(out.dtype))
-
-
-@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", [*masks(8, 8), "of each sequence"])
-def test_both_ways_equal_dense_attention(
-    mask: str, dtype: torch.dtype, by_kernels: bool, sdpa_calls: list[LayerMask], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Output and gradients, with rows that see nothing among them."""
-    if by_kernels:
-        monkeypatch.setattr(integration.attention, "sees_most_keys", lambda *_: False)
+def test_equal_dense_attention(mask: str, dtype: torch.dtype, sdpa_calls: list[LayerMask]) -> None:
+    """Also rows that see nothing."""
     length = 61
     bounds = random_intervals(2, 1, 4, length, length) if mask == "of each sequence" else masks(length, length)[mask]
     inputs = [torch.randn(2, length, heads, 16).to(dtype).transpose(1, 2) for heads in (4, 2, 2)]
-    d_out = torch.randn(2, 4, length, 16)
+    output, _ = flashmask_attention_forward(layer(), *inputs, bounds, scaling=0.3)
+    expected, _ = reference_attention(*(tensor.double() for tensor in inputs), bounds, scale=0.3, dtype=torch.float64)
+    atol = (1e-5 if dtype == torch.float32 else 2e-2) * float(expected.abs().max())
+    torch.testing.assert_close(output.transpose(1, 2).double(), expected, rtol=0, atol=atol)
+    assert len(sdpa_calls) == 1
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return flashmask_attention_forward(layer(), query, key, value, bounds, scaling=0.3)[0].transpose(1, 2)
 
-    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return reference_attention(query, key, value, bounds, scale=0.3, dtype=torch.float64)[0]
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_not_finite_stays_in_its_document(name: str, bad: float) -> None:
+    bounds = bounds_of.from_cu_seqlens(torch.tensor([0, 30, 61]), 61)
+    inputs = {part: torch.randn(1, heads, 61, 16) for part, heads in (("query", 4), ("key", 2), ("value", 2))}
+    expected, _ = reference_attention(*inputs.values(), bounds)
+    inputs[name][:, :, 33] = bad
+    output, _ = flashmask_attention_forward(layer(), *inputs.values(), bounds)
+    torch.testing.assert_close(output.transpose(1, 2)[:, :, :30], expected[:, :, :30])
 
-    expected = results(dense, [tensor.double() for tensor in inputs], d_out)
-    for actual, truth in zip(results(attend, inputs, d_out), expected):
-        atol = (1e-5 if dtype == torch.float32 else 2e-2) * float(truth.detach().abs().max())
-        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=atol)
-    assert len(sdpa_calls) == (not by_kernels)
+
+def test_gradients_are_for_the_kernels(sdpa_calls: list[LayerMask]) -> None:
+    """NaN in the gradient of one document does not reach the other."""
+    bounds = bounds_of.from_cu_seqlens(torch.tensor([0, 30, 61]), 61)
+    leaves = [torch.randn(1, heads, 61, 16, requires_grad=True) for heads in (4, 2, 2)]
+    d_out = torch.randn(1, 61, 4, 16)
+    output, _ = flashmask_attention_forward(layer(), *leaves, bounds)
+    d_out[:, 33] = float("nan")
+    for gradient in torch.autograd.grad(output, leaves, d_out):
+        assert gradient[:, :, :30].isfinite().all()
+    with torch.no_grad():
+        flashmask_attention_forward(layer(), *leaves, bounds)
+    assert len(sdpa_calls) == 1
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -130,12 +130,13 @@ def flashmask_attention_forward(
     if exchange is not None:
         mask = exchange.mask_of_rank(mask, of_queries.shape[1])
         query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
+    output: Tensor | None = None
     may_be_sdpa = softcap is None and s_aux is None and dropout == 0
     if may_be_sdpa and are_few_rows(query, key, value, mask):
         output = attend_few_rows(query, key, value, mask, scaling)
     elif may_be_sdpa and sees_most_keys(query, key, value, mask):
         output = attend_dense_rows(query, key, value, mask, scaling)
-    else:
+    if output is None:
         output = flashmask_attention(
             query,
             key,

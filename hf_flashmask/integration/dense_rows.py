@@ -1,5 +1,5 @@
 """Attention on the CPU by SDPA, where it is faster than the kernels in plain torch: rows that are short, and rows that
-see most of their keys.
+see most of their keys. Not where gradients are needed: there SDPA would carry NaN of one document into others.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def sees_most_keys(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -
     """Whether `attend_dense_rows` computes this call in less time, unless it has what SDPA has not."""
     if query.device.type != "cpu" or not may_be_read(query) or query.shape[-1] != value.shape[-1]:
         return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return False
     q_len, kv_len, bounds = query.shape[2], key.shape[2], mask.bounds
     if bounds is None:
         return not mask.is_causal or q_len == kv_len
@@ -41,16 +43,19 @@ def sees_most_keys(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -
     return _TIMES_A_PAIR * mask.once(("visited",), visited) * kv_len + _KEYS_A_ROW >= kv_len
 
 
-def attend_dense_rows(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None) -> Tensor:
-    """Attention `[B, H, S_q, D_v]`, with gradients."""
+def attend_dense_rows(
+    query: Tensor, key: Tensor, value: Tensor, mask: LayerMask, scaling: float | None
+) -> Tensor | None:
+    """Attention `[B, H, S_q, D_v]`, or None where NaN is in it, which may be that of a hidden key."""
     attend = nn.functional.scaled_dot_product_attention
     bounds, q_len, is_grouped = mask.bounds, query.shape[2], query.shape[1] != key.shape[1]
     if bounds is None:
-        return attend(query, key, value, is_causal=mask.is_causal, scale=scaling, enable_gqa=is_grouped)
+        output = attend(query, key, value, is_causal=mask.is_causal, scale=scaling, enable_gqa=is_grouped)
+        return None if bool(output.isnan().any()) else output
 
     def dense() -> tuple[Tensor, Tensor | None]:
-        """What SDPA adds to the scores, and the rows that see nothing, if there are any. There SDPA has no gradient:
-        they see everything instead, and their output is 0.
+        """What SDPA adds to the scores, and the rows that see nothing, if there are any. Those see everything instead,
+        and their output is 0.
         """
         visible = _bounds.to_dense(bounds, q_len)
         sees_nothing = ~visible.any(-1, keepdim=True)
@@ -59,4 +64,6 @@ def attend_dense_rows(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask
 
     added, sees_nothing = mask.once(("dense", query.dtype), dense)
     output = attend(query, key, value, attn_mask=added, scale=scaling, enable_gqa=is_grouped)
-    return output if sees_nothing is None else output.masked_fill(sees_nothing, 0.0)
+    if sees_nothing is not None:
+        output = output.masked_fill(sees_nothing, 0.0)
+    return None if bool(output.isnan().any()) else output
