@@ -693,8 +693,8 @@ def decoding_section(result: Json) -> list[str]:
     return [
         f"**{environment['device']}**, one layer's attention of one new token a sequence against a cache, us on the "
         f"device, batch {' / '.join(map(str, batches))}. `sdpa` has neither sinks nor softcap. Layers with a window "
-        "have a cache here that keeps all keys; against one that keeps the window alone, `eager` and `sdpa` take as long "
-        f"as at the length of the window. {versions(environment)}",
+        "have a cache here that keeps all keys; against one that keeps the window alone, `eager` and `sdpa` take as "
+        f"long as at the length of the window. {versions(environment)}",
         "",
         *table(["layer of", "keys", OURS, "the kernel for many rows", "eager", "sdpa"], body),
     ]

@@ -98,7 +98,7 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
             few, key = few[..., narrow], key[..., narrow]
         if form == "decoding narrow values":
             value = value[..., narrow]
-        config = configs.select_decoding_config(dtype, head_dim)
+        config = configs.select_decoding_config(torch.device("cuda"), dtype, head_dim)
         if config is not None:
             with mock.patch.object(triton.JITFunction, "run", compile_only):
                 decode = portable.DecodingForward(few, key, value, bounds, None, 0.1, None, config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
-from flashmask_kernels import dispatch, flashmask_attention, reference_attention
+from flashmask_kernels import configs, dispatch, flashmask_attention, reference_attention
 from flashmask_kernels.configs import Config
 from flashmask_kernels.portable import decoding
 
@@ -178,7 +178,8 @@ def test_operators_of_a_graph_decode_too_interpreted(calls) -> None:
         ({"device": "cpu"}, False),
     ],
 )
-def test_which_calls_are_decoding(change: dict, expected: bool) -> None:
+def test_which_calls_are_decoding(change: dict, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     what = {"q_len": 1, "kv_len": 100, "mask_heads": 1, "dim": 64, "dtype": torch.bfloat16, "device": "cuda"} | change
     dropout_p = what.pop("dropout_p", 0.0)
     with FakeTensorMode():

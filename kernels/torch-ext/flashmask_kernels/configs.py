@@ -171,10 +171,13 @@ def select_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> C
     return next((configs for largest, configs in table.items() if head_dim <= largest), None)
 
 
-def select_decoding_config(dtype: torch.dtype, head_dim: int) -> Config | None:
+def select_decoding_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config | None:
     """The configuration of the kernel for few rows; None if there is none for this dtype and head size."""
     table = _DECODING if dtype != torch.float32 else _DECODING_FLOAT
-    return next((config for largest, config in table.items() if head_dim <= largest), None)
+    chosen = next((config for largest, config in table.items() if head_dim <= largest), None)
+    if chosen is not None and architecture(device) == "gfx942":  # 64 KiB of shared memory
+        return chosen._replace(num_stages=2)
+    return chosen
 
 
 def select_specialized_configs(device: torch.device, dtype: torch.dtype, head_dim: int) -> Configs | None:

@@ -220,7 +220,7 @@ def decoding_config_of(query: Tensor, value: Tensor) -> Config | None:
         from .configs import select_decoding_config
     except ImportError:
         return None
-    return select_decoding_config(query.dtype, max(query.shape[-1], value.shape[-1]))
+    return select_decoding_config(query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
 
 
 # Elements of the query: 8K tokens with 16 heads of size 128.
