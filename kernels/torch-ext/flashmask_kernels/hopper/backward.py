@@ -1,7 +1,8 @@
 """FlashMask's backward pass for sm_90 in two kernels, warp-specialised and persistent.
 
 As in the portable kernels, one makes dK and dV by column tiles and one dQ by row tiles: seven matrix products of each
-tile instead of five, and gradients that are bitwise repeatable.
+tile instead of five, and gradients that are bitwise repeatable. The two consumers of dK/dV divide the keys of a column
+tile; of heads past 128 they divide the gradients.
 """
 
 from __future__ import annotations
