@@ -52,10 +52,15 @@ CASES = [
 SHORT_CASES = {"short": [(64, 1), (128, 1), (192, 4)], "short in a graph": [(128, 1)]}
 """Head sizes and plane counts of the kernels for rows too short for descriptors: of every row of the table that has
 some; of graphs, where dK/dV alone is another, of the usual one."""
-DECODED_ROWS = {"decoding": 1, "decoding 16 rows": 16, "decoding narrow keys": 1, "decoding narrow values": 1}
-"""Query rows of the kernels for few rows; each is one of four heads that share a key. Keys or values alone of less than
-128 dims once read descriptors that nothing had written."""
-FORMS = ("", *SHORT_CASES, *DECODED_ROWS, "hopper", "fused hopper")
+DECODING_CASES = {
+    "decoding": [(64, 1), (128, 4), (192, 4), (512, 1)],
+    "decoding 16 rows": [(128, 4)],
+    "decoding narrow keys": [(128, 1)],
+    "decoding narrow values": [(128, 1)],
+}
+"""The same of the kernels for few rows, of four heads that share a key. Keys or values alone of less than 128 dims once
+read descriptors that nothing had written."""
+FORMS = ("", *SHORT_CASES, *DECODING_CASES, "hopper", "fused hopper")
 """The portable kernels, these for short rows and for few, and those for sm_90, with the backward in two passes and in
 one."""
 ROWS = {"sm_120": "sm_86"}
@@ -89,15 +94,14 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2, 4)
     )
     bounds = torch.zeros(1, 1, planes, length, dtype=torch.int32)
-    if form in DECODED_ROWS:
-        few, key, value = query[:, :, : DECODED_ROWS[form]], key[:, :1], value[:, :1]
-        narrow = slice(head_dim * 13 // 16 // 8 * 8)
-        if "narrow" in form and (dtype != torch.bfloat16 or head_dim != 128):
+    if form in DECODING_CASES:
+        if (head_dim, planes) not in DECODING_CASES[form]:
             return []
+        few, key, value = query[:, :, : 16 if "16 rows" in form else 1], key[:, :1], value[:, :1]
         if form == "decoding narrow keys":
-            few, key = few[..., narrow], key[..., narrow]
+            few, key = few[..., :104], key[..., :104]
         if form == "decoding narrow values":
-            value = value[..., narrow]
+            value = value[..., :104]
         config = configs.select_decoding_config(torch.device("cuda"), dtype, head_dim)
         if config is not None:
             with mock.patch.object(triton.JITFunction, "run", compile_only):

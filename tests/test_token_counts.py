@@ -150,7 +150,7 @@ def test_the_callback_logs_the_part_of_attention_in_a_step(
 
     def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            sleep(0.5)
+            sleep(0.2)
             return function(*args, **kwargs)
 
         return call
