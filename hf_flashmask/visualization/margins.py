@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -15,7 +16,9 @@ from matplotlib.transforms import ScaledTranslation
 from .sides import Row
 
 _TEXT_COLOR, _BORDER_COLOR = "#546e7a", "#fb8c00"
-_STRIP_COLORS = ("#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#785ef0")  # for every eye, and unlike the borders
+# Unlike each other for every eye, and unlike the borders and the mask.
+_DOCUMENT_COLORS = ("#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#785ef0")
+_BRANCH_COLORS = ("#882255", "#ddcc77", "#44aa99", "#999933", "#aa4499")
 _STRIP_WIDTH, _GAP = 6, 2  # points
 _POINTS_PER_INCH = 72
 _TOKEN_SIZE, _STRIP_NAME_SIZE = "x-small", "xx-small"
@@ -23,13 +26,25 @@ _LONGEST_TEXT = 14  # characters
 _MOST_BORDERS = 64
 
 
+class _Strips(NamedTuple):
+    """A strip on the left of a mask and one below: of each token an id, negative for none."""
+
+    name: str
+    palette: tuple[str, ...]
+    query_ids: Sequence[int] | None
+    key_ids: Sequence[int] | None
+
+
 def draw_margins(ax: Axes, queries: Row, keys: Row) -> None:
     """Label both sides of a mask whose limits are set, draw strips beside it, and over it where documents begin."""
-    strips = [("branch", queries.branches, keys.branches), ("document", queries.documents, keys.documents)]
-    shown = [strip for strip in strips if strip[1:] != (None, None)]
+    strips = (
+        _Strips("branch", _BRANCH_COLORS, queries.branches, keys.branches),
+        _Strips("document", _DOCUMENT_COLORS, queries.documents, keys.documents),
+    )
+    shown = [strip for strip in strips if strip.query_ids is not None or strip.key_ids is not None]
     pitch = _STRIP_WIDTH + _GAP
-    for place, (name, query_ids, key_ids) in enumerate(shown):
-        _draw_strips(ax, name, query_ids, key_ids, distance=place * pitch + _GAP + _STRIP_WIDTH / 2)
+    for place, strip in enumerate(shown):
+        _draw_strips(ax, strip, distance=place * pitch + _GAP + _STRIP_WIDTH / 2)
     ax.tick_params(length=0, colors=_TEXT_COLOR, pad=3.5 + pitch * len(shown))
     for axis, tokens, name in ((ax.xaxis, keys.tokens, "key"), (ax.yaxis, queries.tokens, "query")):
         axis.set_label_text(name)
@@ -57,12 +72,11 @@ def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         yield start, end, id_
 
 
-def _draw_strips(
-    ax: Axes, name: str, query_ids: Sequence[int] | None, key_ids: Sequence[int] | None, distance: float
-) -> None:
-    """A strip on the left and one below, as many points away from the mask. Lines keep their width at any zoom."""
+def _draw_strips(ax: Axes, strips: _Strips, distance: float) -> None:
+    """As many points away from the mask. Lines keep their width in points at any zoom."""
+    name, palette, query_ids, key_ids = strips
     ids = sorted({*(query_ids or []), *(key_ids or [])})
-    colors = dict(zip([id_ for id_ in ids if id_ >= 0], _STRIP_COLORS * len(ids)))
+    colors = dict(zip([id_ for id_ in ids if id_ >= 0], palette * len(ids)))
     for side_ids, is_left in ((query_ids, True), (key_ids, False)):
         runs = [run for run in _runs(side_ids or []) if run[2] >= 0]
         ends = [((0, start), (0, end)) if is_left else ((start, 0), (end, 0)) for start, end, _ in runs]
