@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import os
 import re
@@ -270,18 +271,32 @@ def test_explain_says_what_hides_a_key(tmp_path: Path) -> None:
     assert "`key` is 7, but the mask has 5" in call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "7").output
 
 
-def test_explain_writes_a_page(tmp_path: Path) -> None:
+def test_explain_draws_and_writes_tokens_and_documents(tmp_path: Path) -> None:
     batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "input_ids": torch.tensor([[3, 1, 0, 2, 2]])}
     torch.save(batch, tmp_path / "batch.pt")
     Tokenizer(WordLevel({"<a>": 0, " b": 1, "c": 2, "d": 3}, unk_token="c")).save(str(tmp_path / "tokenizer.json"))
-    options = ("--html", str(tmp_path / "mask.html"), "--tokenizer", str(tmp_path))
+    options = (
+        "--html",
+        str(tmp_path / "mask.html"),
+        "--plot",
+        str(tmp_path / "mask.svg"),
+        "--tokenizer",
+        str(tmp_path),
+    )
     assert call("explain", str(tmp_path / "batch.pt"), *options).exit_code == 0
     page = (tmp_path / "mask.html").read_text(encoding="utf-8")
     packed = re.search(r'id="data">([^<]*)<', page)
     assert packed is not None
     content = json.loads(zlib.decompress(base64.b64decode(packed[1])))
-    assert content["keys"] == {"tokens": [["d", " b", "<a>", "c", "c"]], "documents": [[0, 0, 0, 1, 1]]}
+    assert content["keys"] == {
+        "tokens": [["d", " b", "<a>", "c", "c"]],
+        "documents": [[0, 0, 0, 1, 1]],
+        "branches": None,
+    }
     assert content["queries"] == content["keys"]
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "mask.svg").read_text(encoding="utf-8"))
+    assert [html.unescape(text) for text in texts[:5]] == ["d", "b", "<a>", "c", "c"]
+    assert "document" in texts
     torch.save(batch["position_ids"], tmp_path / "mask.pt")
     result = call("explain", str(tmp_path / "mask.pt"), *options)
     assert "--tokenizer is for a batch with `input_ids`" in " ".join(result.output.split())

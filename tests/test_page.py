@@ -55,6 +55,7 @@ def test_the_page_is_one_file_that_grows_with_the_keys(tmp_path: Path) -> None:
         ({"tokens": [["a", "b", "c"], ["a"]]}, r"`tokens` has 1 entries in a row, the mask has S_k = 3"),
         ({"q_len": 2, "query_tokens": ["a"] * 3}, r"`query_tokens` has 3 entries in a row, the mask has S_q = 2"),
         ({"document_ids": torch.zeros(1, 4, dtype=torch.int64)}, r"`document_ids` has 4 entries"),
+        ({"branch_ids": torch.arange(2)}, r"`branch_ids` has 2 entries in a row, the mask has S_k = 3"),
         ({"q_len": 0}, r"nothing to draw in bounds \[2, 1, 1, 3\] for 0 queries"),
         ({"tokens": [["a", "b", "c"]] * 3}, r"different numbers of batch rows: \[2, 3\]"),
     ],
@@ -185,7 +186,8 @@ def says(sentence: str, query: int, key: int) -> bool:
 @pytest.mark.browser
 def test_every_cell_says_what_the_definition_says(show: Callable[..., Reader], tmp_path: Path) -> None:
     mask = packed_window()
-    reader = show(to_html(mask, tokens=TOKENS, document_ids=DOCUMENT_IDS))
+    branch_ids = torch.arange(21) // 3 - 2
+    reader = show(to_html(mask, tokens=TOKENS, document_ids=DOCUMENT_IDS, branch_ids=branch_ids))
     expected = dense(sees, range(21), range(21))
     assert ((reader.picture().mean(2) < 128) == expected).all()
     for query, key in random_pairs(21, 21, 40):
@@ -193,7 +195,8 @@ def test_every_cell_says_what_the_definition_says(show: Callable[..., Reader], t
         assert says(sentence, query, key) == expected[query, key]
         assert sentence == bounds.explain(mask, query, key)
         assert sides == [
-            f'{name} {index}: "{TOKENS[index]}", document {DOCUMENT_IDS[index]}'
+            f'{name} {index}: "{TOKENS[index]}", document {DOCUMENT_IDS[index]}, '
+            + ("no branch" if branch_ids[index] < 0 else f"branch {branch_ids[index]}")
             for name, index in (("query", query), ("key", key))
         ]
     assert f"C = 1, {expected.mean():.1%} visible" in reader.element("summary").text

@@ -10,13 +10,13 @@ from torch import Tensor
 from .algebra import disjoint
 from .form import (
     MAX_INTERVALS,
+    NO_END,
     TooManyIntervalsError,
     broadcast_masks,
     check_bounds,
     check_int_tensor,
     check_intervals,
     check_size,
-    hidden_intervals,
     lower_and_upper,
 )
 
@@ -116,19 +116,29 @@ def concatenate_keys(*bounds: Tensor, q_len: int) -> Tensor:
             f"concatenate_keys() needs masks that agree in batch and heads or have 1 of them, got {shapes}"
         )
     if all(mask.shape[2] <= 2 for mask in bounds):
-        pairs = [torch.stack(torch.broadcast_tensors(*lower_and_upper(mask, q_len)), dim=2) for mask in bounds]
-        return torch.cat(broadcast_masks(pairs), dim=3)
+        return torch.cat(broadcast_masks([_with_two_planes(mask, q_len) for mask in bounds]), dim=3)
     count = max(mask.shape[2] // 2 for mask in bounds)
     return torch.cat(broadcast_masks([_with_intervals(mask, q_len, count) for mask in bounds]), dim=3)
 
 
+def _with_two_planes(bounds: Tensor, q_len: int) -> Tensor:
+    """The same mask, of C = 1 or 2, with C = 2."""
+    return bounds if bounds.shape[2] == 2 else torch.stack(torch.broadcast_tensors(*lower_and_upper(bounds, q_len)), 2)
+
+
 def _with_intervals(bounds: Tensor, q_len: int, count: int) -> Tensor:
     """The same mask in `2 * count >= 4` planes: the lower interval first, the upper one last, empty ones between."""
-    if bounds.shape[2] <= 2:
-        start, end = (edge.flip(2) for edge in hidden_intervals(bounds, q_len))
-        bounds = torch.stack([start, end], dim=3).flatten(2, 3)
-    empty = bounds.new_zeros(()).expand(*bounds.shape[:2], 2 * count - bounds.shape[2], bounds.shape[3])
-    return torch.cat([bounds[:, :, :2], empty, bounds[:, :, 2:]], dim=2)
+    planes = bounds.shape[2]
+    if planes == 2 * count:
+        return bounds
+
+    def constant(value: int, planes: int) -> Tensor:
+        return bounds.new_full((), value).expand(*bounds.shape[:2], planes, bounds.shape[3])
+
+    if planes > 2:
+        return torch.cat([bounds[:, :, :2], constant(0, 2 * count - planes), bounds[:, :, 2:]], dim=2)
+    lower, upper = _with_two_planes(bounds, q_len).split(1, dim=2)
+    return torch.cat([lower, constant(NO_END, 1), constant(0, 2 * count - 3), upper], dim=2)
 
 
 def select_rows(bounds: Tensor, first: int | Tensor, q_len: int, *, of: int | None = None) -> Tensor:
@@ -166,6 +176,6 @@ def select_rows(bounds: Tensor, first: int | Tensor, q_len: int, *, of: int | No
             "on; pass `of` where the mask has another number of rows than keys"
         )
     if bounds.shape[2] == 1 and not (isinstance(first, int) and first + q_len == of):
-        bounds = torch.stack(torch.broadcast_tensors(*lower_and_upper(bounds, of)), dim=2)
+        bounds = _with_two_planes(bounds, of)
     # From values within the rows nothing overflows.
     return (bounds.clamp(0, of) - first).clamp(0, q_len).to(torch.int32).contiguous()

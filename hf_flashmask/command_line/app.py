@@ -118,13 +118,15 @@ def explain(
         Path | None, typer.Option(help="a page to look into with a browser, if wanted: all rows, heads and masks")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="a name or a folder: the page shows the texts of the batch's `input_ids`")
+        str | None,
+        typer.Option(help="a name or a folder: picture and page show the texts of the batch's `input_ids`"),
     ] = None,
 ) -> None:
     """A mask, or the mask of a batch, in words and as a drawing."""
     with _mistakes_in_one_line():
         content = explanation.read(file)
         masks = explanation.masks_of(content)
+        labels = explanation.Labels.of(content, tokenizer)
         for name, bounds in masks.items():
             if row >= max(bounds.shape[0], 1):
                 raise ValueError(f"--row is {row}, but the mask has {bounds.shape[0]} rows of a batch")
@@ -132,9 +134,9 @@ def explain(
             if pair is not None:
                 typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
-                explanation.draw(name, bounds, q_len, row, plot)
+                explanation.draw(name, bounds, q_len, labels, row, plot)
         if html is not None:
-            explanation.write_page(masks, q_len, content, tokenizer, html)
+            explanation.write_page(masks, q_len, labels, html)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,28 +101,47 @@ def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[
     yield to_text(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0)
 
 
-def draw(name: str, bounds: Tensor, q_len: int | None, row: int, path: Path) -> None:
+class Labels(NamedTuple):
+    """What a drawing says of the tokens of a batch: their texts, `[B, S]`, and their documents, int64 `[B, S]`."""
+
+    tokens: list[list[str]] | None
+    document_ids: Tensor | None
+
+    @classmethod
+    def of(cls, content: Any, tokenizer: str | None) -> Labels:
+        """Of what is in a file. Documents are found in positions.
+
+        Args:
+            tokenizer: a name or a folder; without it there are no texts.
+
+        Raises:
+            ValueError: when there is a tokenizer, but no `input_ids`.
+        """
+        batch = content if isinstance(content, Mapping) else {}
+        return cls(None if tokenizer is None else _texts(batch, tokenizer), _document_ids(batch))
+
+    def row(self, row: int) -> Labels:
+        tokens, ids = self
+        return Labels(
+            None if tokens is None else [tokens[row if len(tokens) > 1 else 0]],
+            None if ids is None else ids[row if len(ids) > 1 else 0],
+        )
+
+
+def draw(name: str, bounds: Tensor, q_len: int | None, labels: Labels, row: int, path: Path) -> None:
     """The mask as a picture. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
-    plot(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0, ax=figure.subplots(), title=name)
+    side = 5.5 if labels.tokens is None else 8
+    figure = Figure(figsize=(side, side), layout="constrained")
+    batch = row if bounds.shape[0] > 1 else 0
+    plot(bounds, q_len, batch=batch, ax=figure.subplots(), title=name, **labels.row(row)._asdict())
     figure.savefig(path, dpi=150)
 
 
-def write_page(masks: Mapping[str, Tensor], q_len: int | None, content: Any, tokenizer: str | None, path: Path) -> None:
-    """The masks as a page for a browser, with the documents and the texts of a batch's tokens.
-
-    Args:
-        content: of the file; documents are found in its positions.
-        tokenizer: a name or a folder; without it there are no texts.
-
-    Raises:
-        ValueError: when there is a tokenizer, but no `input_ids`.
-    """
-    batch = content if isinstance(content, Mapping) else {}
-    tokens = None if tokenizer is None else _texts(batch, tokenizer)
-    to_html(masks, q_len, tokens=tokens, document_ids=_document_ids(batch), title=path.stem).save(path)
+def write_page(masks: Mapping[str, Tensor], q_len: int | None, labels: Labels, path: Path) -> None:
+    """The masks as a page for a browser."""
+    to_html(masks, q_len, **labels._asdict(), title=path.stem).save(path)
 
 
 def _texts(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:

@@ -10,14 +10,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ..bounds import check_bounds
-from ..bounds.form import check_per_position
 from ..bounds.views import named_intervals
 from .cells import planes_that_suffice
+from .sides import both_sides
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 _HEIGHT = 960  # pixels in a notebook
@@ -55,13 +55,16 @@ def to_html(
     query_tokens: Sequence[str] | Sequence[Sequence[str]] | None = None,
     document_ids: Tensor | None = None,
     query_document_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
+    query_branch_ids: Tensor | None = None,
     title: str = "Attention mask",
 ) -> MaskPage:
     """The mask as one HTML file: point at a cell to read what hides it, click or scroll to zoom into a tile.
 
     A cell of a long mask is a square tile: visible, partly visible or hidden. Zooming in ends at single pairs, with
-    their tokens and documents, and the sentence of `bounds.explain`. The file holds the bounds, and the browser reads
-    them: its size grows with the number of keys, not of pairs. Batch rows, heads and masks are chosen in the page.
+    their tokens, documents and branches, and the sentence of `bounds.explain`. The file holds the bounds, and the
+    browser reads them: its size grows with the number of keys, not of pairs. Batch rows, heads and masks are chosen in
+    the page.
 
     Args:
         bounds: int32 `[B or 1, H or 1, C, S_k]`, or several such masks by name, as `masks_of` returns them.
@@ -71,6 +74,9 @@ def to_html(
         document_ids: integers `[B or 1, S_k]` or `[S_k]`, the document of each key; negative for padding.
         query_document_ids: the same of the queries, `[B or 1, S_q]` or `[S_q]`; those of the keys by default, where
             there are as many.
+        branch_ids: integers `[B or 1, S_k]` or `[S_k]`, the branch of each key, as in `bounds.fork_and_join`; negative
+            outside of branches, such as in a shared prompt.
+        query_branch_ids: the same of the queries; those of the keys by default, where there are as many.
         title: of the page.
 
     Returns:
@@ -89,13 +95,15 @@ def to_html(
     if not masks:
         raise ValueError("`bounds` holds no mask")
     drawn = [_mask(name, mask, q_len) for name, mask in masks.items()]
-    keys = _Side(_texts(tokens), _ids("document_ids", document_ids))
-    queries = _Side(_texts(query_tokens), _ids("query_document_ids", query_document_ids))
-    for mask in drawn:
-        keys.check("S_k", mask["keys"], "tokens", "document_ids")
-        queries.check("S_q", mask["queries"], "query_tokens", "query_document_ids")
-    if all(mask["keys"] == mask["queries"] for mask in drawn):
-        queries = _Side(queries.tokens or keys.tokens, queries.documents or keys.documents)
+    queries, keys = both_sides(
+        [(mask["queries"], mask["keys"]) for mask in drawn],
+        tokens=tokens,
+        query_tokens=query_tokens,
+        document_ids=document_ids,
+        query_document_ids=query_document_ids,
+        branch_ids=branch_ids,
+        query_branch_ids=query_branch_ids,
+    )
     content = {
         "masks": drawn,
         "rows": _common_size("batch rows", [*(mask["start"] for mask in drawn), *keys, *queries]),
@@ -125,33 +133,6 @@ def _mask(name: str, bounds: Tensor, q_len: int | None) -> dict[str, Any]:
         "start": start.tolist(),
         "end": end.tolist(),
     }
-
-
-class _Side(NamedTuple):
-    """What is known of the queries, or of the keys: a list for each batch row, or one for all."""
-
-    tokens: list[list[str]] | None
-    documents: list[list[int]] | None
-
-    def check(self, dimension: str, length: int, *names: str) -> None:
-        for name, lists in zip(names, self):
-            for values in lists or []:
-                if len(values) != length:
-                    raise ValueError(
-                        f"`{name}` has {len(values)} entries in a row, the mask has {dimension} = {length}"
-                    )
-
-
-def _texts(tokens: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]] | None:
-    if tokens is None:
-        return None
-    if all(isinstance(token, str) for token in tokens):
-        return [[str(token) for token in tokens]]
-    return [list(row) for row in tokens]
-
-
-def _ids(name: str, ids: Tensor | None) -> list[list[int]] | None:
-    return None if ids is None else check_per_position(name, ids).tolist()
 
 
 def _common_size(what: str, lists: Sequence[Sequence[Any] | None]) -> int:

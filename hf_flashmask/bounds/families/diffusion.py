@@ -92,14 +92,20 @@ def beside_clean(
     clean_row = 0 if clean_first else num_noisy * length
     noisy_rows = [(copy + clean_first) * length for copy in range(num_noisy)]
     own_start = documents.position if noisy_causal else blocks.start
-    noisy = [from_ordered_intervals([(row + own_start, row + blocks.end)], q_len) for row in noisy_rows]
+    own_ends = [_at(row, blocks.end) for row in noisy_rows]
+    noisy = [from_ordered_intervals([(_at(row, own_start), end)], q_len) for row, end in zip(noisy_rows, own_ends)]
     own_start = documents.position if clean_causal else blocks.start
-    by_clean = [(clean_row + own_start, clean_row + reach)]
-    by_noisy = [(row + blocks.end, row + reach) for row in noisy_rows]
+    by_clean = [(_at(clean_row, own_start), _at(clean_row, reach))]
+    by_noisy = [(end, _at(row, reach)) for row, end in zip(noisy_rows, own_ends)]
     visible = by_clean + by_noisy if clean_first else by_noisy + by_clean
     clean = from_ordered_intervals(visible, q_len, to_the_last=is_seen_to_the_last)
-    copies = [documents.hide_padding(copy) for copy in ([clean, *noisy] if clean_first else [*noisy, clean])]
-    return concatenate_keys(*copies, q_len=q_len)
+    result = concatenate_keys(*([clean, *noisy] if clean_first else [*noisy, clean]), q_len=q_len)
+    return documents.hide_padding(result, copies=num_noisy + 1)
+
+
+def _at(row: int, positions: Tensor) -> Tensor:
+    """Rows of positions of a copy that begins at `row`."""
+    return positions if row == 0 else positions + row
 
 
 def block_diffusion_decoder(

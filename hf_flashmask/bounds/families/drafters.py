@@ -10,7 +10,6 @@ from torch import Tensor
 from ..algebra import hide_keys, intersect
 from ..constructors import causal
 from ..constructors import sliding_window as window_before
-from ..documents import from_document_ids
 from ..form import (
     FAR,
     MAX_INTERVALS,
@@ -78,16 +77,17 @@ def anchored_blocks(
     if window_from not in ("anchor", "query"):
         raise ValueError(f"`window_from` must be 'anchor' or 'query', got {window_from!r}")
     anchors = anchor_positions.to(torch.int32)
+    last = ctx_len if document_ids is None else ctx_len - 1  # after the context there is no document
+    is_outside = (anchors < 0) | (anchors > last)
     if block_keep_mask is not None:
         check_flags("block_keep_mask", block_keep_mask, anchors)
-        anchors = anchors.masked_fill(~block_keep_mask, FAR)
+        anchors, is_outside = anchors.masked_fill(~block_keep_mask, FAR), is_outside & block_keep_mask
     refuse(
         anchors[:, 1:] < anchors[:, :-1],
         ValueError("`anchor_positions` must ascend in each row, and blocks that are not kept must be the last ones"),
     )
-    last = ctx_len if document_ids is None else ctx_len - 1  # after the context there is no document
     refuse(
-        (anchors < 0) | ((anchors > last) & (anchors < FAR)),
+        is_outside,
         ValueError(
             "`anchor_positions` of blocks that are kept must be 0 or more, and at most `ctx_len`, with `document_ids` "
             "`ctx_len - 1`"
@@ -189,13 +189,14 @@ def training_time_test(
     check_size("step", step, least=0)
     documents = documents_of(document_ids, length, device)
     length, device = documents.position.shape[0], documents.position.device
-    base = causal(length, device=device) if document_ids is None else from_document_ids(document_ids)
+    is_packed = documents.are_packed
+    base = documents.hide_padding(documents.runs.end[:, None, None]) if is_packed else causal(length, device=device)
     if sliding_window is not None:
         base = intersect(base, window_before(sliding_window, length, device=device))
     if step == 0:
         return base
-    itself = from_ordered_intervals([(documents.position, documents.position + 1)], length)
-    return concatenate_keys(base, documents.hide_padding(itself).repeat(1, 1, 1, step), q_len=length)
+    itself = documents.hide_padding(from_ordered_intervals([(documents.position, documents.position + 1)], length))
+    return concatenate_keys(base, *[itself] * step, q_len=length)
 
 
 def parallel_eagle(anchors: Tensor, depths: Tensor, *, document_ids: Tensor | None = None) -> Tensor:

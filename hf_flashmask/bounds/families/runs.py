@@ -37,8 +37,11 @@ class Documents(NamedTuple):
     def are_packed(self) -> bool:
         return bool(self.ids)
 
-    def hide_padding(self, bounds: Tensor) -> Tensor:
-        return bounds if self.is_padding is None else hide_keys(bounds, self.is_padding)
+    def hide_padding(self, bounds: Tensor, copies: int = 1) -> Tensor:
+        """Of keys that are so many copies of the positions, one after the other."""
+        if self.is_padding is None:
+            return bounds
+        return hide_keys(bounds, self.is_padding if copies == 1 else self.is_padding.repeat(1, copies))
 
 
 def runs_of(*ids: Tensor) -> Runs:

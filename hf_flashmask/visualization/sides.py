@@ -1,0 +1,105 @@
+"""What a drawing is told of the queries and of the keys: texts of tokens, documents, branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from ..bounds.form import check_per_position
+
+_Texts: TypeAlias = Sequence[str] | Sequence[Sequence[str]] | None
+_Ids: TypeAlias = Tensor | None
+_Entry = TypeVar("_Entry", str, int)
+
+
+class Side(NamedTuple):
+    """What is known of the queries, or of the keys: a list for each batch row, or one for all."""
+
+    tokens: list[list[str]] | None
+    documents: list[list[int]] | None
+    branches: list[list[int]] | None
+
+    @classmethod
+    def of(
+        cls, prefix: str, dimension: str, lengths: Sequence[int], tokens: _Texts, documents: _Ids, branches: _Ids
+    ) -> Side:
+        """Checked against the lengths of all masks that are drawn. The options begin with `prefix` in messages."""
+        side = cls(
+            _texts(tokens),
+            _ids(f"{prefix}document_ids", documents),
+            _ids(f"{prefix}branch_ids", branches),
+        )
+        given: Sequence[Sequence[Sequence[object]] | None] = side
+        for name, lists in zip(("tokens", "document_ids", "branch_ids"), given):
+            for values, length in product(lists or [], lengths):
+                if len(values) != length:
+                    raise ValueError(
+                        f"`{prefix}{name}` has {len(values)} entries in a row, the mask has {dimension} = {length}"
+                    )
+        return side
+
+    def row(self, batch: int, rows: int) -> Row:
+        """What is known of one of the batch rows that the bounds have."""
+        for lists in self:
+            if lists is not None and len(lists) not in (1, rows):
+                raise ValueError(
+                    f"tokens, documents or branches are of {len(lists)} batch rows, the bounds of {rows}: give one"
+                )
+        return Row(_pick(self.tokens, batch), _pick(self.documents, batch), _pick(self.branches, batch))
+
+
+class Row(NamedTuple):
+    """What is known of the queries, or of the keys, of one batch row."""
+
+    tokens: list[str] | None
+    documents: list[int] | None
+    branches: list[int] | None
+
+
+def both_sides(
+    sizes: Sequence[tuple[int, int]],
+    *,
+    tokens: _Texts,
+    query_tokens: _Texts,
+    document_ids: _Ids,
+    query_document_ids: _Ids,
+    branch_ids: _Ids,
+    query_branch_ids: _Ids,
+) -> tuple[Side, Side]:
+    """The queries and the keys; what is not said of the queries is that of the keys, where there are as many.
+
+    Args:
+        sizes: S_q and S_k of each mask that is drawn.
+
+    Raises:
+        TypeError, ValueError: when ids are no integers `[B, S]` or `[S]`, or there are more or fewer than positions.
+    """
+    keys = Side.of("", "S_k", [kv_len for _, kv_len in sizes], tokens, document_ids, branch_ids)
+    queries = Side.of(
+        "query_", "S_q", [q_len for q_len, _ in sizes], query_tokens, query_document_ids, query_branch_ids
+    )
+    if any(q_len != kv_len for q_len, kv_len in sizes):
+        return queries, keys
+    completed = Side(
+        queries.tokens or keys.tokens, queries.documents or keys.documents, queries.branches or keys.branches
+    )
+    return completed, keys
+
+
+def _pick(lists: list[list[_Entry]] | None, batch: int) -> list[_Entry] | None:
+    return None if lists is None else lists[batch if len(lists) > 1 else 0]
+
+
+def _texts(tokens: _Texts) -> list[list[str]] | None:
+    if tokens is None:
+        return None
+    if all(isinstance(token, str) for token in tokens):
+        return [[str(token) for token in tokens]]
+    return [list(row) for row in tokens]
+
+
+def _ids(name: str, ids: _Ids) -> list[list[int]] | None:
+    return None if ids is None else check_per_position(name, ids).tolist()
