@@ -28,6 +28,7 @@ import hf_flashmask
 from flashmask_kernels import configs, environment
 from flashmask_kernels.launch import launcher
 from flashmask_kernels.report import describe_kernels
+from hf_flashmask import bounds
 from hf_flashmask.command_line import bench
 from hf_flashmask.command_line.app import app
 from hf_flashmask.command_line.environment import report
@@ -243,6 +244,12 @@ def test_estimate_refuses_what_it_cannot_read(name: str, row: dict[str, object],
     assert message in " ".join(result.output.split())
 
 
+def test_estimate_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    result = call("estimate", str(tmp_path / "data.jsonl"), "--max-length", "8")
+    assert result.exit_code == 2
+    assert "there is no file" in " ".join(result.output.split())
+
+
 # explain
 
 
@@ -261,7 +268,17 @@ def test_explain_shows_the_mask_of_a_batch(batch: dict[str, torch.Tensor], tmp_p
     printed = call("explain", str(tmp_path / "batch.pt"), "--plot", str(tmp_path / "plot.png")).output
     assert "visible   9 of 25 pairs, 36.0%" in printed
     assert "██········\n████······\n██████····\n······██··\n······████" in printed
+    assert f"Picture: {tmp_path / 'plot.png'}" in printed
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_draws_each_mask_of_a_batch(tmp_path: Path) -> None:
+    masks = {"full_attention": bounds.causal(5), "sliding_attention": bounds.sliding_window(2, 5)}
+    torch.save({"attention_mask": masks}, tmp_path / "batch.pt")
+    printed = call("explain", str(tmp_path / "batch.pt"), "--plot", str(tmp_path / "plot.png")).output
+    for name in masks:
+        assert f"Picture: {tmp_path / f'plot_{name}.png'}" in printed
+        assert (tmp_path / f"plot_{name}.png").exists()
 
 
 def test_explain_says_what_hides_a_key(tmp_path: Path) -> None:
@@ -283,7 +300,9 @@ def test_explain_draws_and_writes_tokens_and_documents(tmp_path: Path) -> None:
         "--tokenizer",
         str(tmp_path),
     )
-    assert call("explain", str(tmp_path / "batch.pt"), *options).exit_code == 0
+    result = call("explain", str(tmp_path / "batch.pt"), *options)
+    assert result.exit_code == 0
+    assert f"Page: {tmp_path / 'mask.html'}" in result.output
     page = (tmp_path / "mask.html").read_text(encoding="utf-8")
     packed = re.search(r'id="data">([^<]*)<', page)
     assert packed is not None

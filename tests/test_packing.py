@@ -408,7 +408,7 @@ GOOD = {"input_ids": [1, 2, 3], "labels": None, "attention_mask": [1, 1, 1], "te
     ("example", "error", "message"),
     [
         ({"input_ids": list(range(9))}, ValueError, r"example 1 of the batch has 9 tokens.*`max_length` \(8\).*split"),
-        ({"text": "..."}, ValueError, r"example 1 of the batch has no `input_ids`, got \['text'\]"),
+        ({"text": "..."}, ValueError, r"example 1 of the batch has no `input_ids`, got \['text'\]: tokenize"),
         ([1, 2, 3], ValueError, "example 1 of the batch has no `input_ids`, got list"),
         ({"input_ids": [[1, 2]]}, TypeError, r"`input_ids` of example 1 .* \[length\], got torch.int64 \[1, 2\]"),
         ({"input_ids": [1.0]}, TypeError, r"`input_ids` of example 1 .* got torch.float32 \[1\]"),

@@ -113,7 +113,7 @@ def explain(
     pair: Annotated[
         tuple[int, int] | None, typer.Option(help="a query and a key: what hides the key, if it is")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="a picture of the mask, if wanted")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a picture of each mask, if wanted")] = None,
     html: Annotated[
         Path | None, typer.Option(help="a page to look into with a browser, if wanted: all rows, heads and masks")
     ] = None,
@@ -134,9 +134,12 @@ def explain(
             if pair is not None:
                 typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
-                explanation.draw(name, bounds, q_len, labels, row, plot)
+                picture = plot if len(masks) == 1 else plot.with_stem(f"{plot.stem}_{name}")
+                explanation.draw(name, bounds, q_len, labels, row, picture)
+                typer.echo(f"Picture: {picture}")
         if html is not None:
             explanation.write_page(masks, q_len, labels, html)
+            typer.echo(f"Page: {html}")
 
 
 @app.command()

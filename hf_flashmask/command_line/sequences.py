@@ -47,7 +47,7 @@ def read_sequences(
         max_length: longer sequences are cut to so many tokens.
 
     Raises:
-        ValueError: for a file of another kind, or columns that no trainer makes sequences of.
+        ValueError: for a file that does not exist or is of another kind, or columns that no trainer makes sequences of.
     """
     dataset = _load(data, split)
     dataset = dataset.select(range(min(most_examples, len(dataset))))
@@ -69,6 +69,8 @@ def _load(data: str, split: str) -> Any:
     except ImportError as error:
         raise ValueError("reading data needs datasets: pip install 'hf-flashmask[train]'") from error
     path = Path(data)
+    if path.suffix in _FORMATS and not path.exists():
+        raise ValueError(f"there is no file {data}")
     if not path.is_file():
         return datasets.load_dataset(data, split=split)
     if path.suffix not in _FORMATS:

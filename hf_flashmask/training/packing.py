@@ -226,7 +226,7 @@ def _read_example(index: int, example: Any) -> _Document:
     name = f"example {index} of the batch"
     if not isinstance(example, Mapping) or "input_ids" not in example:
         keys = list(example) if isinstance(example, Mapping) else type(example).__name__
-        raise ValueError(f"{name} has no `input_ids`, got {keys}")
+        raise ValueError(f"{name} has no `input_ids`, got {keys}: tokenize the dataset before it is collated")
     for key, advice in _REFUSED_KEYS.items():
         if example.get(key) is not None:
             raise ValueError(f"{name} has `{key}`, which PackedDataCollator cannot use: {advice}")
