@@ -10,11 +10,13 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.masking_utils", "transformers.modeling_utils"])
+_MOST_SECONDS = 240
 
 
 def run_python(code: str, *arguments: object, cwd: Path | None = None) -> str:
@@ -37,10 +39,15 @@ def run_at_once(
         ]
         for process in processes:
             process.start()
+        last = time.monotonic() + _MOST_SECONDS
         for process in processes:
+            process.join(max(0.0, last - time.monotonic()))
+        for process in processes:
+            process.kill()  # one that waits for another, which has failed
             process.join()
-        for process, output in zip(processes, outputs):
-            assert process.exitcode == 0, output.with_suffix(".err").read_text()
+        codes = [process.exitcode for process in processes]
+        errors = [output.with_suffix(".err") for output in outputs]
+        assert not any(codes), f"{codes}\n" + "\n".join(path.read_text() for path in errors if path.exists())
         return [output.read_text() for output in outputs]
 
 

@@ -11,6 +11,7 @@ import torch
 from attention_checks import NOT_FINITE, assert_near, masks, random_intervals
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from flashmask_kernels import configs, dispatch, flashmask_attention, reference_attention
@@ -137,6 +138,13 @@ def assert_hides_what_is_not_finite(q_len: int, bad: float, dtype: torch.dtype, 
     out = flashmask_attention(query, key, value, bounds)
     torch.testing.assert_close(out[:, :, :-1], clean[:, :, :-1])
     assert not out[:, :, -1].isfinite().any()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_tangents_are_refused() -> None:
+    query, key, value = (torch.randn(1, 2, length, 16) for length in (1, 40, 40))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        flashmask_attention(forward_ad.make_dual(query, torch.ones_like(query)), key, value)
 
 
 @pytest.mark.usefixtures("interpreted")

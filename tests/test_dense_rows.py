@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_checks import NOT_FINITE, masks, random_intervals
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashmask_kernels import reference_attention
 from hf_flashmask import bounds as bounds_of
@@ -112,3 +113,34 @@ def test_sinks_softcap_and_dropout_are_for_the_kernels(sdpa_calls: list[LayerMas
     for options in ({"s_aux": torch.zeros(4)}, {"softcap": 5.0}, {"dropout": 0.1}):
         flashmask_attention_forward(layer(), *inputs, None, **options)
     assert not sdpa_calls
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("has_bounds", [False, True])
+def test_transforms_see_the_operator(has_bounds: bool) -> None:
+    """`torch.vmap`, under which no value can be read, and the count of FLOPs."""
+    mask = bounds_of.causal(9)
+    inputs = [torch.randn(3, 1, heads, 9, 8) for heads in (4, 2, 2)]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return flashmask_attention_forward(layer(), *tensors, mask if has_bounds else None)[0].transpose(1, 2)
+
+    outputs = torch.vmap(attend)(*inputs)
+    for output, *tensors in zip(outputs, *inputs):
+        torch.testing.assert_close(output, reference_attention(*tensors, mask)[0])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attend(*(tensor[0] for tensor in inputs))
+    assert counter.get_total_flops() == 4 * 9 * 9 * 2 * (8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((3, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8)), "`key` must be"),
+        (((1, 3, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8)), "multiple of the key's 2 heads"),
+        (((1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 7, 8)), "`value` must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flashmask_attention_forward(layer(), *(torch.randn(shape) for shape in shapes), bounds_of.causal(9))

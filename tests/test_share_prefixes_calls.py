@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import io
 import logging
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_flashmask import share_prefixes
+from hf_flashmask.sharing.backbone import source_of
 from hf_flashmask.sharing.shared_prefix import _to_batch
 
 
@@ -379,6 +382,14 @@ def test_random_layers_of_the_users_own_are_named() -> None:
     model = build("llama").train()
     model.model.layers[1].mlp.my_noise = 0.25
     refused(model, NotImplementedError, r"set `layers\.1\.mlp\.my_noise` = 0 in the model \(LlamaMLP\)")
+
+
+def test_a_form_feed_does_not_shift_the_source_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends a line for `str.splitlines`, not for Python."""
+    (tmp_path / "with_form_feed.py").write_text("from torch import nn\n\f\nclass Model(nn.Module):\n    layers = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("with_form_feed").Model()
+    assert source_of(model).strip() == "class Model(nn.Module):\n    layers = 1"
 
 
 def test_a_call_with_a_cache_is_passed_on() -> None:

@@ -8,6 +8,7 @@ from time import sleep
 from typing import Any
 
 import pytest
+import torch
 from test_packing import Corpus, pad_right
 from test_preference import answers_of, random_groups, random_pairs
 from tiny_models import build
@@ -21,6 +22,7 @@ from hf_flashmask import (
     set_loss,
     share_prefixes,
 )
+from hf_flashmask.training.step_profile import StepProfile
 
 
 def num_input_tokens_seen(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path) -> int:
@@ -173,6 +175,25 @@ def test_the_callback_logs_no_part_of_attention_that_flashmask_does_not_compute(
     model, examples = build("llama", "sdpa"), [{"input_ids": [1, 2, 3]}] * 8
     for log in logged(model, examples, pad_right, tmp_path, FlashMaskCallback(attention_every=1)):
         assert "flashmask/attention" not in log
+
+
+def test_a_step_that_failed_is_not_profiled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiles: list[StepProfile] = []
+
+    class Noted(StepProfile):
+        def __init__(self, device: torch.device) -> None:
+            profiles.append(self)
+            super().__init__(device)
+
+    monkeypatch.setattr("hf_flashmask.training.callback.StepProfile", Noted)
+    model, examples = build("llama"), Corpus([9, 2, 17, 5] * 2).examples("list")
+    callback = FlashMaskCallback(attention_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logged(model, examples, PackedDataCollator(48), tmp_path, callback)
+    logged(model, examples, PackedDataCollator(48), tmp_path, callback)
+    assert len(profiles) == 1 + 2
 
 
 def test_the_callback_refuses_a_number_of_steps_below_one() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .. import bounds as _bounds
 from .layer_mask import LayerMask
@@ -25,7 +26,7 @@ _TIMES_A_PAIR, _KEYS_A_ROW = 1.6, 256
 
 def sees_most_keys(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -> bool:
     """Whether `attend_dense_rows` computes this call in less time, unless it has what SDPA has not."""
-    if query.device.type != "cpu" or not may_be_read(query) or query.shape[-1] != value.shape[-1]:
+    if query.device.type != "cpu" or not may_be_read(query) or _is_for_an_operator() or not _fit(query, key, value):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return False
@@ -41,6 +42,21 @@ def sees_most_keys(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -
         return float((_bounds.tile_occupancy(bounds, q_len, tile_size=_TILE) > 0).float().mean())
 
     return _TIMES_A_PAIR * mask.once(("visited",), visited) * kv_len + _KEYS_A_ROW >= kv_len
+
+
+def _is_for_an_operator() -> bool:
+    """Whether `torch.func` transforms the call, so that no value can be read, or a mode, such as one that counts FLOPs,
+    is to see attention.
+    """
+    return torch._C._are_functorch_transforms_active() or _get_current_dispatch_mode() is not None
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether SDPA takes them as they are. The kernels take values of another size too, and say what is wrong."""
+    batch, heads, _, dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    is_alike = query.dtype == key.dtype == value.dtype
+    return is_alike and key.shape == value.shape == (batch, kv_heads, kv_len, dim) and heads % kv_heads == 0
 
 
 def attend_dense_rows(

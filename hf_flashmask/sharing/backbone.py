@@ -204,10 +204,10 @@ def _source_of_class(layer_class: type) -> str:
 def _sources_of_classes(module: ModuleType) -> dict[str, str]:
     """Of the classes that a module defines at its top. Before Python 3.13, `inspect` parses it again for each class."""
     text = inspect.getsource(module)
-    lines = text.splitlines(keepends=True)
+    lines = text.split("\n")  # as `ast` counts them: `splitlines` also ends them at form feeds
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in classes]
-    return {node.name: "".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}
+    return {node.name: "\n".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}
 
 
 def _arguments_of(backbone: PreTrainedModel) -> tuple[str, ...]:

@@ -62,12 +62,12 @@ class FlashMaskCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         assert model is not None, "Trainer gives its model to every callback"
-        self._remove_hook()
+        self._clear()
         self._forget()
         self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remove_hook()
+        self._clear()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._sharing is not None:
@@ -119,7 +119,11 @@ class FlashMaskCallback(TrainerCallback):
         self._given_to_sharing = self._computed_by_sharing = 0
         self._shares_of_attention: list[float] = []
 
-    def _remove_hook(self) -> None:
+    def _clear(self) -> None:
+        """An error may have ended the last training within a step."""
+        if self._profile is not None:
+            self._profile.end()
+            self._profile = None
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

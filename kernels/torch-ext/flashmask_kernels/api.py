@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .dispatch import DECODING, Plan, family_of, kind_of, plans, remember, tiles_of
@@ -211,6 +212,8 @@ def _runs_as_operator(query: Tensor) -> bool:
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True  # tangents, which the autograd functions refuse and kernels would lose
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
