@@ -7,7 +7,7 @@ import html
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,7 @@ def to_html(
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds, or there is nothing to draw.
+        TypeError: when `tokens` or `query_tokens` are not texts.
         ValueError: when there are more or fewer texts or ids than keys, queries or batch rows, or masks differ in
             their numbers of heads.
 
@@ -89,8 +90,8 @@ def to_html(
     if not masks:
         raise ValueError("`bounds` holds no mask")
     drawn = [_mask(name, mask, q_len) for name, mask in masks.items()]
-    keys = _Side(_texts(tokens), _ids("document_ids", document_ids))
-    queries = _Side(_texts(query_tokens), _ids("query_document_ids", query_document_ids))
+    keys = _Side(_texts("tokens", tokens), _ids("document_ids", document_ids))
+    queries = _Side(_texts("query_tokens", query_tokens), _ids("query_document_ids", query_document_ids))
     for mask in drawn:
         keys.check("S_k", mask["keys"], "tokens", "document_ids")
         queries.check("S_q", mask["queries"], "query_tokens", "query_document_ids")
@@ -142,12 +143,22 @@ class _Side(NamedTuple):
                     )
 
 
-def _texts(tokens: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]] | None:
+def _texts(name: str, tokens: Sequence[str] | Sequence[Sequence[str]] | None) -> list[list[str]] | None:
     if tokens is None:
         return None
-    if all(isinstance(token, str) for token in tokens):
-        return [[str(token) for token in tokens]]
-    return [list(row) for row in tokens]
+    rows = [tokens] if _are_texts(tokens) else tokens
+    for row in rows:
+        if not _are_texts(row):
+            raise TypeError(
+                f"`{name}` must be texts, or a list of texts for each batch row, got {type(row).__name__} among them; "
+                "of ids, tokenizer.decode(token) makes texts"
+            )
+    return [[str(token) for token in row] for row in rows]
+
+
+def _are_texts(tokens: Any) -> bool:
+    is_list = isinstance(tokens, Iterable) and not isinstance(tokens, (str, Tensor))
+    return is_list and all(isinstance(token, str) for token in tokens)
 
 
 def _ids(name: str, ids: Tensor | None) -> list[list[int]] | None:
