@@ -32,7 +32,7 @@ def sdpa_calls(monkeypatch: pytest.MonkeyPatch) -> list[LayerMask]:
 def layer() -> nn.Module:
     module = nn.Module()
     module.is_causal = True
-    return module
+    return module.eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,6 +58,16 @@ def test_what_is_not_finite_stays_in_its_document(name: str, bad: float) -> None
     inputs[name][:, :, 33] = bad
     output, _ = flashmask_attention_forward(layer(), *inputs.values(), bounds)
     torch.testing.assert_close(output.transpose(1, 2)[:, :, :30], expected[:, :, :30])
+
+
+def test_training_is_for_the_kernels(sdpa_calls: list[LayerMask]) -> None:
+    """Without gradients too: so reentrant checkpointing computes a layer before it computes it with them."""
+    with torch.no_grad():
+        inputs = [torch.randn(1, heads, 9, 8) for heads in (4, 2, 2)]
+        flashmask_attention_forward(layer().train(), *inputs, None)
+        assert not sdpa_calls
+        flashmask_attention_forward(layer(), *inputs, None)
+        assert sdpa_calls
 
 
 def test_gradients_are_for_the_kernels(sdpa_calls: list[LayerMask]) -> None:

@@ -70,6 +70,9 @@ def test_what_are_no_masks_of_one_call_is_refused() -> None:
         to_html(bounds.causal(3).long())
     with pytest.raises(TypeError, match="`document_ids` must be an integer tensor"):
         to_html(bounds.causal(3), document_ids=torch.zeros(3))
+    for ids in ([1, 2, 3], [[1, 2, 3]], torch.ones(3), torch.ones(1, 3)):
+        with pytest.raises(TypeError, match=r"`query_tokens` must be texts.*tokenizer.decode"):
+            to_html(bounds.causal(3), query_tokens=ids)
     with pytest.raises(ValueError, match=r"different numbers of heads: \[2, 3\]"):
         to_html({"a": bounds.causal(3).repeat(1, 2, 1, 1), "b": bounds.causal(3).repeat(1, 3, 1, 1)})
     with pytest.raises(ValueError, match="`bounds` holds no mask"):

@@ -134,7 +134,7 @@ def flashmask_attention_forward(
     may_be_sdpa = softcap is None and s_aux is None and dropout == 0
     if may_be_sdpa and are_few_rows(query, key, value, mask):
         output = attend_few_rows(query, key, value, mask, scaling)
-    elif may_be_sdpa and sees_most_keys(query, key, value, mask):
+    elif may_be_sdpa and not module.training and sees_most_keys(query, key, value, mask):
         output = attend_dense_rows(query, key, value, mask, scaling)
     if output is None:
         output = flashmask_attention(

@@ -1,5 +1,6 @@
 """Attention on the CPU by SDPA, where it is faster than the kernels in plain torch: rows that are short, and rows that
-see most of their keys. Not where gradients are needed: there SDPA would carry NaN of one document into others.
+see most of their keys. Not where gradients are needed: there SDPA would carry NaN of one document into others. Nor in
+training: reentrant checkpointing computes a layer without gradients first and then with them, which must be the same.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ def to_html(
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds, or there is nothing to draw.
+        TypeError: when `tokens` or `query_tokens` are not texts.
         ValueError: when there are more or fewer texts or ids than keys, queries or batch rows, or masks differ in
             their numbers of heads.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Side(NamedTuple):
     ) -> Side:
         """Checked against the lengths of all masks that are drawn. The options begin with `prefix` in messages."""
         side = cls(
-            _texts(tokens),
+            _texts(f"{prefix}tokens", tokens),
             _ids(f"{prefix}document_ids", documents),
             _ids(f"{prefix}branch_ids", branches),
         )
@@ -75,7 +75,8 @@ def both_sides(
         sizes: S_q and S_k of each mask that is drawn.
 
     Raises:
-        TypeError, ValueError: when ids are no integers `[B, S]` or `[S]`, or there are more or fewer than positions.
+        TypeError, ValueError: when tokens are no texts, ids are no integers `[B, S]` or `[S]`, or there are more or
+            fewer than positions.
     """
     keys = Side.of("", "S_k", [kv_len for _, kv_len in sizes], tokens, document_ids, branch_ids)
     queries = Side.of(
@@ -93,12 +94,22 @@ def _pick(lists: list[list[_Entry]] | None, batch: int) -> list[_Entry] | None:
     return None if lists is None else lists[batch if len(lists) > 1 else 0]
 
 
-def _texts(tokens: _Texts) -> list[list[str]] | None:
+def _texts(name: str, tokens: _Texts) -> list[list[str]] | None:
     if tokens is None:
         return None
-    if all(isinstance(token, str) for token in tokens):
-        return [[str(token) for token in tokens]]
-    return [list(row) for row in tokens]
+    rows = [tokens] if _are_texts(tokens) else tokens
+    for row in rows:
+        if not _are_texts(row):
+            raise TypeError(
+                f"`{name}` must be texts, or a list of texts for each batch row, got {type(row).__name__} among them; "
+                "of ids, tokenizer.decode(token) makes texts"
+            )
+    return [[str(token) for token in row] for row in rows]
+
+
+def _are_texts(tokens: Any) -> bool:
+    is_list = isinstance(tokens, Iterable) and not isinstance(tokens, (str, Tensor))
+    return is_list and all(isinstance(token, str) for token in tokens)
 
 
 def _ids(name: str, ids: _Ids) -> list[list[int]] | None:
