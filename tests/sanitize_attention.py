@@ -29,10 +29,11 @@ def give_all_warps_registers() -> None:
     """
     from triton.experimental.gluon import language as gl
 
-    from flashmask_kernels.hopper import backward, forward, fused_backward
+    from flashmask_kernels.hopper import forward, fused_backward, key_value_gradient, query_gradient
 
     # As many as each warp starts with.
-    for module, registers in ((forward, 168), (backward, 168), (fused_backward, 128)):
+    two_passes = (forward, 168), (key_value_gradient, 168), (query_gradient, 168)
+    for module, registers in (*two_passes, (fused_backward, 128)):
         for name in {"REGISTERS", "REGISTERS_WITH_MASKS"} & set(vars(module)):
             setattr(module, name, gl.constexpr([registers] * len(getattr(module, name).value)))
 
