@@ -55,11 +55,11 @@ some; of graphs, where dK/dV alone is another, of the usual one."""
 DECODING_CASES = {
     "decoding": [(64, 1), (128, 4), (192, 4), (512, 1)],
     "decoding 16 rows": [(128, 4)],
-    "decoding narrow keys": [(128, 1)],
-    "decoding narrow values": [(128, 1)],
+    "decoding unaligned keys": [(128, 1)],
+    "decoding unaligned values": [(128, 1)],
 }
-"""The same of the kernels for few rows, of four heads that share a key. Keys or values alone of less than 128 dims once
-read descriptors that nothing had written."""
+"""The same of the kernels for few rows, of four heads that share a key. With keys alone that are not aligned to 16
+elements, they once read descriptors that nothing had written."""
 FORMS = ("", *SHORT_CASES, *DECODING_CASES, "hopper", "fused hopper")
 """The portable kernels, these for short rows and for few, and those for sm_90, with the backward in two passes and in
 one."""
@@ -98,10 +98,9 @@ def compiled_kernels(dtype: torch.dtype, head_dim: int, planes: int, form: str) 
         if (head_dim, planes) not in DECODING_CASES[form]:
             return []
         few, key, value = query[:, :, : 16 if "16 rows" in form else 1], key[:, :1], value[:, :1]
-        if form == "decoding narrow keys":
-            few, key = few[..., :104], key[..., :104]
-        if form == "decoding narrow values":
-            value = value[..., :104]
+        part = torch.empty(1, 1, length, head_dim + 8, dtype=dtype)[..., :head_dim]
+        key = part if form == "decoding unaligned keys" else key
+        value = part if form == "decoding unaligned values" else value
         config = configs.select_decoding_config(torch.device("cuda"), dtype, head_dim)
         if config is not None:
             with mock.patch.object(triton.JITFunction, "run", compile_only):

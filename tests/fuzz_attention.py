@@ -24,7 +24,7 @@ import torch
 from attention_checks import assert_matches_reference, assert_near, random_intervals
 from torch import Tensor
 
-from flashmask_kernels import dispatch, flashmask_attention, reference_attention
+from flashmask_kernels import api, dispatch, flashmask_attention, reference_attention
 from flashmask_kernels.dropout import draw_seed, kept_elements
 
 SIGNATURES = 60
@@ -161,7 +161,7 @@ def failures(arguments: tuple[range, str]) -> list[str]:
     torch.set_num_threads(1)
     dispatch.FEWEST_SPECIALIZED_ELEMENTS = 0
     # Only deterministic algorithms fill new memory; the kernels are not told, so that the fused one is among them.
-    torch.are_deterministic_algorithms_enabled = lambda: False
+    api._torch_is_deterministic = lambda: False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     found = []

@@ -22,7 +22,7 @@ from attention_checks import (
 )
 from torch import Tensor
 
-from flashmask_kernels import dispatch, flashmask_attention
+from flashmask_kernels import api, dispatch, flashmask_attention
 from flashmask_kernels.configs import select_specialized_configs
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch):
         pytest.fail("needs an sm_90 GPU and Triton 3.6 or 3.7: leave out tests/test_hopper.py on others", pytrace=False)
     monkeypatch.setattr(dispatch, "FEWEST_SPECIALIZED_ELEMENTS", 0)
     # Only deterministic algorithms fill new memory; the kernels are not told, so that the fused one is among them.
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(api, "_torch_is_deterministic", lambda: False)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

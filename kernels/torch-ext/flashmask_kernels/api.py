@@ -106,7 +106,7 @@ def flashmask_attention(
                 query, key, value, bounds, is_causal=is_causal, scale=scale, softcap=softcap, sinks=sinks,
                 dropout_p=dropout_p, deterministic=deterministic, return_lse=return_lse, schedules=schedules,
             )  # type: ignore[call-overload, misc]  # fmt: skip
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic or _torch_is_deterministic()
     arguments = is_causal, scale, softcap, float(dropout_p), deterministic
     if schedules is not None:
         schedules.check(bounds, query.shape[-2])
@@ -198,6 +198,10 @@ def _attend_eagerly(
         schedules = Schedules(bounds, query.shape[2])
     seed = draw_seed(query.device) if dropout_p else None
     return FlashMaskAttention.apply(query, key, value, bounds, sinks, seed, schedules, plan, return_lse)
+
+
+def _torch_is_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _runs_as_operator(query: Tensor) -> bool:

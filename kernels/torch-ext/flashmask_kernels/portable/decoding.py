@@ -258,6 +258,11 @@ def parts_of(kv_len: int, programs_of_part: int, block_n: int, processors: int) 
     return max(1, min(most, PROGRAMS_PER_PROCESSOR * processors // programs_of_part))
 
 
+def _can_be_copied_ahead(tensor: Tensor) -> bool:
+    """Whether Triton copies tiles while others are computed with. What it compiles for tells it of multiples of 16."""
+    return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:3])
+
+
 class DecodingForward:
     """The forward kernels of few rows for inputs of one kind, that of the inputs it is made from (see `Launcher`).
 
@@ -286,9 +291,8 @@ class DecodingForward:
         programs_of_part = batch_size * kv_heads * tiles_in(q_len * group, block_m)
         num_parts = parts_of(kv_len, programs_of_part, config.block_n, num_processors(query.device))
         block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
-        # Triton copies tiles of whole heads ahead, and no others. Where it did so for the keys or the values alone, of
-        # 128 dims, ptxas left descriptors of products without a value.
-        are_alike = (dim < block_dim) == (dim_v < block_dim_v)
+        # Where Triton copied the values alone ahead, of 128 dims, ptxas left descriptors of products without a value.
+        are_copied_ahead = _can_be_copied_ahead(key) and _can_be_copied_ahead(value)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
         self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
@@ -308,7 +312,7 @@ class DecodingForward:
                 "BLOCK_DIM": block_dim, "BLOCK_DIM_V": block_dim_v, "CHUNK": max(1, 2048 // config.block_n),
                 "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
             },
-            **config.options | ({} if are_alike else {"num_stages": 1}),
+            **config.options | ({} if are_copied_ahead else {"num_stages": 1}),
         )  # fmt: skip
         num_rows = batch_size * num_heads * q_len
         merged_dims = min(block_dim_v, _MERGED_DIMS)
