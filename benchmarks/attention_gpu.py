@@ -85,7 +85,7 @@ SPARSITY_DOCUMENTS = (1, 2, 3, 5, 8, 12, 20)
 TOKENS, HIDDEN_SIZE = 131072, 4096  # of the paper
 SHORT = 4096  # tokens; up to this length the host's launches are timed too
 LAYERS = 8  # in the stack that times them
-SECONDS = 0.5  # of measured time per figure, unless `FEWEST_REPEATS` take longer
+SECONDS = 0.5  # of measured time per figure, unless `FEWEST_REPEATS` take longer, see --seconds
 KEY = ("protocol", "mask", "sample", "length", "batch", "heads", "kv_heads", "head_dim", "implementation")
 
 
@@ -132,7 +132,9 @@ def random_inputs(shape: Shape) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     return (query, key, value), tensor(shape.heads, shape.length)
 
 
-def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: Tensor, truth: Truth) -> dict[str, Any]:
+def measure(
+    attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: Tensor, truth: Truth, seconds: float = SECONDS
+) -> dict[str, Any]:
     """Times, memory and errors. Raises what the implementation raises, and a ValueError where it is wrong."""
 
     def build() -> Any:
@@ -145,11 +147,11 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
     attended = attention.attend(*inputs, mask)
     errors = truth.check(Attended(attended.detach(), *gradients()))
     times = {
-        "forward": time_on_gpu(lambda: attention.attend(*inputs, mask), max_seconds=SECONDS),
-        "backward": time_on_gpu(gradients, max_seconds=SECONDS),
+        "forward": time_on_gpu(lambda: attention.attend(*inputs, mask), max_seconds=seconds),
+        "backward": time_on_gpu(gradients, max_seconds=seconds),
     }
     if attention.build:
-        times["mask"] = time_on_gpu(build, max_seconds=SECONDS)
+        times["mask"] = time_on_gpu(build, max_seconds=seconds)
         times["mask_host"] = time_on_cpu(build, repeats=15)
     milliseconds = {part: summary["milliseconds"] for part, summary in times.items()}
     return {
@@ -160,7 +162,9 @@ def measure(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor], d_out: 
     }
 
 
-def measure_mask(what: dict[str, Any], mask: Mask, shape: Shape, peers: list[str]) -> Iterator[dict[str, Any]]:
+def measure_mask(
+    what: dict[str, Any], mask: Mask, shape: Shape, peers: list[str], seconds: float = SECONDS
+) -> Iterator[dict[str, Any]]:
     """Rows of all peers for one mask on one shape. ``what`` goes into each."""
     # Otherwise FlexAttention would compile kernels for any length at the second length. These are slower.
     torch._dynamo.reset()
@@ -183,7 +187,7 @@ def measure_mask(what: dict[str, Any], mask: Mask, shape: Shape, peers: list[str
             row = {**what, "implementation": peer, "visible": round(pairs / all_pairs, 4)}
             row["tile_sparsity"] = round(sparsity, 4)
             try:
-                row |= measure(attention, inputs, d_out, truth)
+                row |= measure(attention, inputs, d_out, truth, seconds)
             except Exception as error:  # whatever a peer raises is its result
                 row["error"] = f"{type(error).__name__}: {error}"[:500]
             else:
@@ -252,6 +256,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), help="default: all that are installed")
     parser.add_argument("--samples", type=int, default=1, help="document lists of each length (default: %(default)s)")
     parser.add_argument("--documents", type=Path, help="folder with document lists; default: draw them")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of measured time per figure (default: %(default)s)"
+    )
     parser.add_argument("--missing", action="store_true", help="only what the file of this run lacks")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so long")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
@@ -308,6 +315,7 @@ def main() -> None:
         "dtype": "bfloat16",
         "documents": "given" if arguments.documents else "drawn",
         "not_installed": missing_peers(),
+        **({} if arguments.seconds == SECONDS else {"seconds": arguments.seconds}),
     }
     name = "attention_families_gpu" if arguments.protocol == "families" else "attention_gpu"
     run = Run(name, settings, KEY, arguments.output)
@@ -322,7 +330,7 @@ def main() -> None:
         ]
         if not peers:
             continue
-        for row in measure_mask(what, draw(), shape, peers):
+        for row in measure_mask(what, draw(), shape, peers, arguments.seconds):
             run.add(row)
             print(line(row), flush=True)
             failed += row["implementation"] == "flashmask" and "error" in row

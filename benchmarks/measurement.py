@@ -130,7 +130,7 @@ def environment(device: str) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "date": str(datetime.date.today()),
         "python": platform.python_version(),
-        **_versions("torch", "triton", "transformers", "flash-attn-4"),
+        **_versions("torch", "triton", "transformers", "flash-attn-4", "nvidia-cudnn-frontend"),
     }
 
 
