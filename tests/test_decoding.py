@@ -286,13 +286,13 @@ def test_a_graph_replays_with_new_contents(calls) -> None:
 
 
 @pytest.mark.gpu
-def test_compiled_as_eager(calls) -> None:
+def test_compiled(calls) -> None:
     query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
     key, value = (cached(2, 2, 1000, 64, torch.bfloat16, "cuda") for _ in range(2))
     sinks = torch.randn(8, device="cuda", requires_grad=True)
     bounds = masks(1, 1000)["sliding_window"].cuda()
     with torch.inference_mode():
-        expected = flashmask_attention(query, key, value, bounds, sinks=sinks)
-        compiled = torch.compile(flashmask_attention, fullgraph=True)
-        assert torch.equal(compiled(query, key, value, bounds, sinks=sinks), expected)
-    assert len(calls) == 2
+        out = torch.compile(flashmask_attention, fullgraph=True)(query, key, value, bounds, sinks=sinks)
+    assert len(calls) == 1
+    wide = [tensor.double() for tensor in (query, key, value)]
+    assert_near(out, reference_attention(*wide, bounds, sinks=sinks, dtype=torch.float64)[0])
