@@ -112,10 +112,12 @@ def peak_memory(function: Callable[[], Any]) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
-def build_schedules(bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor) -> Schedules:
+def build_schedules(
+    bounds: torch.Tensor, query: torch.Tensor, value: torch.Tensor, *, deterministic: bool = False
+) -> Schedules:
     """The schedules that the kernels build from bounds once for all layers, forward and backward."""
     schedules = Schedules(bounds, query.shape[2])
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     family = dispatch.family_of(query, value, bounds, 1.0, None, 0.0, deterministic, True)
     for kernel in ("forward", "key_value_gradient", "query_gradient"):
         if tiles := dispatch.tiles_of(kernel, query, value, family):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from masks import Mask, Varlen
 from measurement import build_schedules
+from row_intervals import visible_key_intervals
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -51,19 +52,18 @@ class Attention(NamedTuple):
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
-def flashmask(case: Case, deterministic: bool = False) -> Attention:
+def flashmask(case: Case, *, deterministic: bool = False) -> Attention:
     element = torch.empty(1, dtype=case.dtype, device=case.device)
     query = element.expand(case.batch, case.heads, case.length, case.head_dim)
     value = element.expand(case.batch, case.kv_heads, case.keys, case.head_dim)
 
     def build() -> Schedules:
         """Bounds, and the schedules that the kernels make of them: all of it once a step."""
-        return build_schedules(case.mask.bounds(), query, value)
+        return build_schedules(case.mask.bounds(), query, value, deterministic=deterministic)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, schedules: Schedules) -> Tensor:
-        return flashmask_attention(
-            query, key, value, schedules.bounds, schedules=schedules, deterministic=deterministic
-        )
+        bounds = schedules.bounds
+        return flashmask_attention(query, key, value, bounds, deterministic=deterministic, schedules=schedules)
 
     return Attention(build, attend)
 
@@ -116,6 +116,28 @@ def cudnn(case: Case) -> Attention | None:
             return scaled_dot_product_attention(query, key, value, is_causal=varlen.is_causal, enable_gqa=grouped)
 
     return Attention(None, attend)
+
+
+def cudnn_flex(case: Case, *, deterministic: bool = False) -> Attention | None:
+    """cuDNN Frontend's `flex_attention`, in CuTe DSL. The table of visible keys is given, its plan is built."""
+    table = visible_key_intervals(case.mask.bounds(), case.length)
+    if table is None or table.shape[1] not in (1, case.heads):
+        return None
+    table = table.expand(case.batch, -1, -1, -1).permute(1, 2, 0, 3).flatten(2).contiguous()  # [H or 1, n, B * S_q]
+    row = torch.empty(case.head_dim, dtype=case.dtype, device=case.device)
+    query = row.expand(case.batch, case.length, case.heads, case.head_dim)
+    key = row.expand(case.batch, case.keys, case.kv_heads, case.head_dim)
+
+    def build() -> Any:
+        create_mask_plan = import_module("cudnn.flex_attention").create_mask_plan
+        return create_mask_plan(table, query, key, key, build_backward=True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, plan: Any) -> Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        flex_attn_func = import_module("cudnn.flex_attention").flex_attn_func
+        return flex_attn_func(q, k, v, mask_plan=plan, deterministic=deterministic).transpose(1, 2)
+
+    return Attention(build, attend)
 
 
 def varlen(case: Case, function: Callable[[Tensor, Tensor, Tensor, Tensor, Varlen], Tensor]) -> Attention | None:
@@ -207,27 +229,32 @@ def _packed(tensor: Tensor) -> Tensor:
 # A peer that cannot express a mask returns None and gets no entry.
 PEERS: dict[str, Callable[[Case], Attention | None]] = {
     "flashmask": flashmask,
-    "flashmask, deterministic": deterministic_flashmask,
+    "flashmask, deterministic": lambda case: flashmask(case, deterministic=True),
     "flex_attention": flex,
     "flex_attention, 64 x 64": flex_small_tiles,
     "flex_attention on FA4": lambda case: flex(case, {"BACKEND": "FLASH"}),
     "FA2 varlen": lambda case: varlen(case, flash_attention_2),
     "FA4 varlen": lambda case: varlen(case, flash_attention_4),
     "cuDNN": cudnn,
-    "cuDNN Frontend": cudnn_frontend,
-    "cuDNN Frontend, deterministic": lambda case: cudnn_frontend(case, deterministic=True),
+    "cuDNN flex_attention": cudnn_flex,
+    "cuDNN flex_attention, deterministic": lambda case: cudnn_flex(case, deterministic=True),
     "sdpa, dense mask": sdpa_dense,
+}
+
+
+# The modules that peers import beside torch, with the packages that have them.
+NEEDED = {
+    "flex_attention on FA4": ("flash_attn.cute", "flash-attn-4"),
+    "FA4 varlen": ("flash_attn.cute", "flash-attn-4"),
+    "cuDNN flex_attention": ("cudnn.flex_attention", "nvidia-cudnn-frontend"),
+    "cuDNN flex_attention, deterministic": ("cudnn.flex_attention", "nvidia-cudnn-frontend"),
 }
 
 
 def missing_peers() -> dict[str, str]:
     """Peers that are not installed, and what is missing."""
-    modules = {
-        "flash_attn.cute": ("flash-attn-4", ("flex_attention on FA4", "FA4 varlen")),
-        "cudnn.flex_attention": ("nvidia-cudnn-frontend", ("cuDNN Frontend", "cuDNN Frontend, deterministic")),
+    return {
+        peer: f"{module} ({package}) is not installed"
+        for peer, (module, package) in NEEDED.items()
+        if find_spec(module.partition(".")[0]) is None or find_spec(module) is None
     }
-    missing: dict[str, str] = {}
-    for module, (package, names) in modules.items():
-        if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
-            missing |= dict.fromkeys(names, f"{module} ({package}) is not installed")
-    return missing

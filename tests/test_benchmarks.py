@@ -12,6 +12,7 @@ import sys
 from itertools import accumulate
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -39,6 +40,7 @@ import parallel_gpu  # noqa: E402
 import parallel_scaling  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import row_intervals  # noqa: E402
 import training_gpu  # noqa: E402
 import truth  # noqa: E402
 import tune  # noqa: E402
@@ -229,8 +231,8 @@ def test_peers_have_the_masks_that_they_can_express() -> None:
         "FA2 varlen": packed,
         "FA4 varlen": packed,
         "cuDNN": {"full", "causal"},
-        "cuDNN Frontend": everything,
-        "cuDNN Frontend, deterministic": everything,
+        "cuDNN flex_attention": everything,
+        "cuDNN flex_attention, deterministic": everything,
     }
     long = peers.Case(masks.mask_forms(row)["causal"](), 1, 65536, 4, 2, 16)
     assert peers.sdpa_dense(long) is None
@@ -254,6 +256,114 @@ def test_keys_that_a_query_sees_as_intervals(kv_len: int) -> None:
         for start, end in zip(ends[1::2], ends[2::2]):
             dense |= (keys >= start[:, None]) & (keys < end[:, None])
         assert torch.equal(dense, to_dense(bounds, q_len)[0, 0])
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_masks_in_the_form_of_cudnn_are_the_same_masks(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_intervals, "PAIRS", 203 * 40 * heads)  # pieces of 40 rows, the last of 3
+    length = 203
+    row = masks.random_row(length, 5, seed=2)
+    few = set()
+    for name, form in masks.mask_forms(row, heads=heads, seed=2).items():
+        bounds = form().bounds()
+        table = row_intervals.visible_key_intervals(bounds, length, most=length)
+        assert_shows(table, bounds, length)
+        if table.shape[2] <= 7:
+            few.add(name)
+    assert few >= set(attention_gpu.PAPER_MASKS) - {"random_eviction"}
+
+
+@pytest.mark.parametrize(
+    ("planes", "q_len", "kv_len"), [(1, 61, 61), (1, 30, 61), (2, 61, 40), (4, 1, 61), (10, 77, 33)]
+)
+def test_any_bounds_have_the_form_of_cudnn(planes: int, q_len: int, kv_len: int) -> None:
+    generator = torch.Generator().manual_seed(planes)
+    bounds = torch.randint(-5, q_len + 5, (2, 3, planes, kv_len), generator=generator, dtype=torch.int32)
+    assert_shows(row_intervals.visible_key_intervals(bounds, q_len), bounds, q_len)
+
+
+def assert_shows(table: Tensor | None, bounds: Tensor, q_len: int) -> None:
+    """The keys of `[0, F0)`, `[F1, F2)`, ... are those that rows see, and cuDNN's checks of these pass."""
+    assert table is not None
+    kv_len = bounds.shape[3]
+    assert table.dtype == torch.int32
+    assert table.is_contiguous()
+    assert table.shape == (*bounds.shape[:2], table.shape[2], q_len)
+    assert table.shape[2] % 2 == 1
+    edges = torch.cat([torch.zeros_like(table[:, :, :1]), table], dim=2)
+    assert (edges.diff(dim=2) >= 0).all()
+    assert (edges <= kv_len).all()
+    starts, ends = edges[:, :, 0::2, :, None], edges[:, :, 1::2, :, None]
+    key = torch.arange(kv_len)
+    shown = ((key >= starts) & (key < ends)).any(2)
+    assert torch.equal(shown, to_dense(bounds, q_len))
+
+
+def test_masks_of_many_intervals_have_no_form_of_cudnn() -> None:
+    row = masks.random_row(1024, 3)
+    evicted = masks.mask_forms(row)["random_eviction"]()
+    assert row_intervals.visible_key_intervals(evicted.bounds(), 1024) is None
+    assert peers.cudnn_flex(peers.Case(evicted, 1, 1024, 4, 2, 16, torch.float32, "cpu")) is None
+    alternating = torch.arange(9, dtype=torch.int32).remainder(2)[None, None, None] * 9  # odd keys are visible
+    assert row_intervals.visible_key_intervals(torch.cat([alternating, 0 * alternating], 2), 9, most=5) is not None
+    assert row_intervals.visible_key_intervals(torch.cat([alternating, 0 * alternating], 2), 9, most=4) is None
+
+
+def test_the_plan_of_cudnn_gets_a_table_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+
+    def create_mask_plan(table: Tensor, query: Tensor, key: Tensor, value: Tensor, *, build_backward: bool) -> Tensor:
+        assert build_backward
+        made.update(table=table, shapes=[tuple(tensor.shape) for tensor in (query, key, value)])
+        return table
+
+    def flex_attn_func(query: Tensor, key: Tensor, value: Tensor, *, mask_plan: Tensor, deterministic: bool) -> Tensor:
+        made.update(deterministic=deterministic)
+        key, value = (tensor.repeat_interleave(query.shape[2] // key.shape[2], 2) for tensor in (key, value))
+        ends = torch.cat([torch.zeros_like(mask_plan[:, :1]), mask_plan], 1).unflatten(2, (query.shape[0], -1))
+        column = torch.arange(key.shape[1])
+        visible = ((column >= ends[:, 0::2, ..., None]) & (column < ends[:, 1::2, ..., None])).any(1).transpose(0, 1)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
+
+    module = SimpleNamespace(create_mask_plan=create_mask_plan, flex_attn_func=flex_attn_func)
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(flex_attention=module))
+    monkeypatch.setitem(sys.modules, "cudnn.flex_attention", module)
+    mask = masks.mask_forms(masks.random_row(80, 3))["qk_sparse"]()
+    query, key, value, d_out = random_inputs(2, 4, 2, 80, 16)
+    expected = truth.attend_in_float32(query, key, value, d_out, mask.bounds()).out
+    seen = to_dense(mask.bounds())[0, 0].any(1)
+    case = peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu")
+    for peer, deterministic in (("cuDNN flex_attention", False), ("cuDNN flex_attention, deterministic", True)):
+        attention = peers.PEERS[peer](case)
+        out = attention.attend(query, key, value, attention.build())
+        torch.testing.assert_close(out[:, :, seen], expected[:, :, seen], rtol=1e-4, atol=1e-5)
+        assert made["shapes"] == [(2, 80, 4, 16), (2, 80, 2, 16), (2, 80, 2, 16)]
+        assert made["table"].shape == (1, made["table"].shape[1], 2 * 80)
+        assert made["deterministic"] is deterministic
+
+
+def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda module: None if module.startswith("cudnn") else object())
+    assert peers.missing_peers() == dict.fromkeys(
+        ("cuDNN flex_attention", "cuDNN flex_attention, deterministic"),
+        "cudnn.flex_attention (nvidia-cudnn-frontend) is not installed",
+    )
+
+
+@pytest.mark.parametrize("peer", ["flashmask", "flashmask, deterministic"])
+def test_only_the_deterministic_peer_asks_for_it(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def attend(*tensors: Tensor, deterministic: bool, schedules: Any) -> Tensor:
+        asked.append((deterministic, schedules.bounds is tensors[3]))
+        return tensors[0]
+
+    monkeypatch.setattr(peers, "flashmask_attention", attend)
+    mask = masks.mask_forms(masks.random_row(80, 3))["causal"]()
+    attention = peers.PEERS[peer](peers.Case(mask, 2, 80, 4, 2, 16, torch.float32, "cpu"))
+    attention.attend(*random_inputs(2, 4, 2, 80, 16)[:3], attention.build())
+    assert asked == [(peer == "flashmask, deterministic", True)]
 
 
 def test_one_row_of_the_pipeline_but_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
