@@ -21,7 +21,6 @@ from flashmask_kernels import Schedules, flashmask_attention
 from hf_flashmask.bounds import to_dense
 
 LONGEST_DENSE_MASK = 32768
-MOST_INTERVALS = 65  # ends of intervals of one query that cuDNN Frontend is given
 
 
 class Case(NamedTuple):
@@ -66,11 +65,6 @@ def flashmask(case: Case, *, deterministic: bool = False) -> Attention:
         return flashmask_attention(query, key, value, bounds, deterministic=deterministic, schedules=schedules)
 
     return Attention(build, attend)
-
-
-def deterministic_flashmask(case: Case) -> Attention | None:
-    """For heads that a kernel with atomic additions computes by default."""
-    return flashmask(case, deterministic=True) if case.head_dim <= 64 else None
 
 
 def flex(case: Case, kernel_options: Any = None) -> Attention:
@@ -174,51 +168,6 @@ def flash_attention_4(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, m
     )
     out = out[0] if isinstance(out, tuple) else out
     return out.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
-
-
-def cudnn_frontend(case: Case, deterministic: bool = False) -> Attention | None:
-    """cuDNN Frontend's kernels in CuTe DSL. They take intervals of keys for each query, which are given, not built:
-    what is built is the plan that they make of them.
-    """
-    if max(case.length, case.keys) > LONGEST_DENSE_MASK:
-        return None  # the intervals are read off the dense mask
-    intervals = visible_keys(case.mask.bounds(), case.length)
-    if intervals.shape[0] > MOST_INTERVALS:
-        return None
-    ends = intervals.repeat(1, case.batch)[None].contiguous()
-    query, key, value = (
-        torch.empty(case.batch, length, heads, case.head_dim, dtype=case.dtype, device=case.device)
-        for length, heads in ((case.length, case.heads), (case.keys, case.kv_heads), (case.keys, case.kv_heads))
-    )
-
-    def build() -> Any:
-        module = import_module("cudnn.flex_attention")
-        return module.create_mask_plan(ends, query, key, value, build_backward=True)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, plan: Any) -> Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        out = import_module("cudnn.flex_attention").flex_attn_func(q, k, v, mask_plan=plan, deterministic=deterministic)
-        return out.transpose(1, 2)
-
-    return Attention(build, attend)
-
-
-def visible_keys(bounds: Tensor, q_len: int) -> Tensor:
-    """The visible keys of each query as cuDNN Frontend takes them: int32 ``[n, S_q]``, n odd. Query i sees the keys
-    ``[0, f[0, i])``, ``[f[1, i], f[2, i])`` and so on. ``bounds`` are those of all heads, ``[1, 1, C, S_k]``.
-    """
-    visible = to_dense(bounds, q_len)[0, 0].to(torch.int8)
-    # Where the keys that a query sees begin and end.
-    changes = torch.nn.functional.pad(visible, (0, 1)) - torch.nn.functional.pad(visible, (1, 0))
-    query, end = changes.nonzero().unbind(1)
-    count = changes.count_nonzero(1)
-    place = torch.arange(len(query), device=query.device) - (count.cumsum(0) - count)[query]
-    # The first interval begins with the first key: it is empty where that is hidden.
-    shift = 1 - 2 * visible[:, 0].long()
-    place += shift[query]
-    ends = torch.zeros(int((count + shift).max()), q_len, dtype=torch.int32, device=query.device)
-    ends[place[place >= 0], query[place >= 0]] = end[place >= 0].int()
-    return ends
 
 
 def _packed(tensor: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any
 import processes
 import pytest
 import torch
-from attention_checks import random_intervals
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
@@ -236,26 +235,6 @@ def test_peers_have_the_masks_that_they_can_express() -> None:
     }
     long = peers.Case(masks.mask_forms(row)["causal"](), 1, 65536, 4, 2, 16)
     assert peers.sdpa_dense(long) is None
-    scattered = masks.mask_forms(masks.random_row(700, 3))["random_eviction"]()
-    assert peers.cudnn_frontend(peers.Case(scattered, 1, 700, 4, 2, 16, torch.float32, "cpu")) is None
-
-
-@pytest.mark.parametrize("kv_len", [97, 130])
-def test_keys_that_a_query_sees_as_intervals(kv_len: int) -> None:
-    keys = torch.arange(kv_len)
-    cases = [(random_intervals(1, 1, planes, 97, kv_len), 97) for planes in (1, 2, 4, 10)]
-    if kv_len == 97:
-        forms = masks.mask_forms(masks.random_row(97, 4))
-        cases += [(form().bounds(), 97) for form in forms.values()]
-        assert peers.visible_keys(forms["causal_document"]().bounds(), 97).shape == (3, 97)
-        assert peers.visible_keys(forms["causal"]().bounds(), 97).tolist() == [list(range(1, 98))]
-    for bounds, q_len in cases:
-        ends = peers.visible_keys(bounds, q_len).long()
-        assert ends.shape[0] % 2 == 1
-        dense = keys < ends[0][:, None]
-        for start, end in zip(ends[1::2], ends[2::2]):
-            dense |= (keys >= start[:, None]) & (keys < end[:, None])
-        assert torch.equal(dense, to_dense(bounds, q_len)[0, 0])
 
 
 @pytest.mark.parametrize("heads", [1, 4])
