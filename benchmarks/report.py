@@ -67,6 +67,10 @@ ROW_NAMES = {"steps": "{}", "whole documents": "up to {}, whole documents"}
 """Of the workloads of training, with their length."""
 OURS, FLEX = "flashmask", "flex_attention"
 FLEX_FORMS = (FLEX, "flex_attention, 64 x 64")
+CUDNN_FLEX = "cuDNN flex_attention"
+RIVALS = (OURS, f"{OURS}, deterministic", CUDNN_FLEX, f"{CUDNN_FLEX}, deterministic", "FA4 varlen", FLEX)
+LAYERS_OF_A_MASK = 16
+"""That attend under a mask that is made once, where the time to make it is counted."""
 HEADLINE: dict[str, Any] = {"length": 32768, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 Json = dict[str, Any]
@@ -135,6 +139,88 @@ def attention_section(run: Json) -> list[str]:
             against += "; with a forward tile of 64 x 64 where its default for heads of 64 spills registers"
         lines += ["", f"{against}:", "", *shapes_table(rows)]
     return lines
+
+
+def rivals_section(run: Json) -> list[str]:
+    """Beside the fastest CUDA kernels: every mask, length and head size that one run measured with all of them."""
+    rows, environment = rivals_rows(run), run["environment"]
+    names = [name for name in RIVALS if any(row["implementation"] == name for row in rows)]
+    lines = [
+        f"**Beside the fastest CUDA kernels, {environment['device']}**, {run['settings']['dtype']}: forward / backward "
+        "/ both, TFLOP/s over the visible pairs; the fastest of each row is bold. cuDNN Frontend's `flex_attention` "
+        "takes the visible intervals of each query, FlashAttention-4 documents and windows. A dash: the implementation "
+        f"cannot express the mask, or was not measured. {rivals_versions(environment)}",
+    ]
+    with_masks = []
+    for shape in sorted({shape_of(row) for row in rows}, key=lambda shape: (-shape[0], shape)):
+        length, size, count, kv_heads = shape
+        masks = by_mask(row for row in rows if shape_of(row) == shape)
+        title = f"{length:,} tokens, {count} query and {kv_heads} key heads of size {size}:"
+        body = [[MASK_NAMES[mask], *speeds_of(found, names)] for mask, found in masks.items()]
+        lines += ["", title, "", *table(["mask", *names], body)]
+        for mask, found in masks.items():
+            speeds = [f"{speed_with_mask(found[name]):.0f}" if name in found else "-" for name in names]
+            with_masks.append([MASK_NAMES[mask], f"{length:,}", f"{count}/{kv_heads}", str(size), *speeds])
+    title = (
+        f"Both passes with the mask, made once for {LAYERS_OF_A_MASK} layers: flashmask's bounds and schedules, "
+        "cuDNN's plan (of intervals that are given), FlexAttention's block mask; FlashAttention-4 makes nothing. "
+        "TFLOP/s:"
+    )
+    header = ["mask", "tokens", "heads", "size", *names]
+    return [*lines, "", wins(rows, names), "", title, "", *table(header, with_masks)]
+
+
+def rivals_rows(run: Json) -> list[Json]:
+    return [row for row in measured(run, protocol="bar", sample=0) if row["implementation"] in RIVALS]
+
+
+def by_mask(rows: Iterable[Json]) -> dict[str, dict[str, Json]]:
+    """Rows of one shape by mask and implementation."""
+    found: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        found.setdefault(row["mask"], {})[row["implementation"]] = row
+    return found
+
+
+def speeds_of(found: dict[str, Json], names: list[str]) -> list[str]:
+    fastest = max(found, key=lambda name: found[name]["tflops"]["total"])
+    cells = []
+    for name in names:
+        if name in found:
+            parts = (found[name]["tflops"][part] for part in ("forward", "backward", "total"))
+            cell = " / ".join(f"{speed:.0f}" for speed in parts)
+            cells.append(f"**{cell}**" if name == fastest else cell)
+        else:
+            cells.append("-")
+    return cells
+
+
+def speed_with_mask(row: Json) -> float:
+    """TFLOP/s of both passes of a layer, with its share of making the mask."""
+    times = row["milliseconds"]
+    return row["tflops"]["total"] * times["total"] / (times["total"] + times.get("mask", 0) / LAYERS_OF_A_MASK)
+
+
+def wins(rows: list[Json], names: list[str]) -> str:
+    """Who is fastest how often, and which of the two deterministic ones is."""
+    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault((shape_of(row), row["mask"]), {})[row["implementation"]] = row["tflops"]["total"]
+    fastest = [max(speeds, key=speeds.__getitem__) for speeds in cells.values()]
+    counts = ", ".join(f"{name} in {fastest.count(name)}" for name in names if name in fastest)
+    text = f"The fastest over both passes, of {len(cells)} rows: {counts}."
+    ours, theirs = RIVALS[1], RIVALS[3]
+    both = [speeds for speeds in cells.values() if {ours, theirs} <= speeds.keys()]
+    if both:
+        ahead = sum(speeds[ours] > speeds[theirs] for speeds in both)
+        text += f" Of the deterministic ones, flashmask is faster in {ahead} of {len(both)}."
+    return text
+
+
+def rivals_versions(environment: dict[str, str]) -> str:
+    packages = {"nvidia-cudnn-frontend": "cuDNN Frontend", "flash-attn-4": "flash-attn-4"}
+    found = [f"{name} {environment[package]}" for package, name in packages.items() if package in environment]
+    return ", ".join([*found, versions(environment)])
 
 
 def families_section() -> list[str]:
@@ -873,11 +959,13 @@ def results(name: str) -> dict[str, Any]:
 
 
 def readme_section() -> str:
-    """The two tables of the front page; all others are in docs/performance.md."""
+    """The tables of the front page; all others are in docs/performance.md."""
     attention, training, shared = headline_run(), training_run(), results("shared_prompts_gpu")
+    rivals = rivals_run()
     sections = (
         steps_section(training, shared) if training else [],
         masks_section(attention) if attention else [],
+        rivals_headline(rivals) if rivals else [],
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -930,6 +1018,38 @@ def masks_section(run: Json) -> list[str]:
     ]
 
 
+def rivals_headline(run: Json) -> list[str]:
+    """The longest rows beside the fastest CUDA kernels, over all masks that both have."""
+    rows = rivals_rows(run)
+    length = max(row["length"] for row in rows)
+    rows = [row for row in rows if row["length"] == length]
+    pairs = {name: (OURS, name) for name in (CUDNN_FLEX, "FA4 varlen", FLEX)}
+    pairs["deterministic: " + CUDNN_FLEX] = RIVALS[1], RIVALS[3]
+    body = []
+    for shape in sorted({shape_of(row) for row in rows}):
+        found = by_mask(row for row in rows if shape_of(row) == shape)
+        ratios = [ratio_over_masks(found.values(), *pair) for pair in pairs.values()]
+        body.append([f"{shape[1]}, {shape[2]}/{shape[3]} heads", *ratios])
+    return [
+        f"**Beside the fastest CUDA kernels**: how many times as fast flashmask is, forward and backward, on an "
+        f"{run['environment']['device']}, {run['settings']['dtype']}, {length:,} tokens. The geometric mean over the "
+        "masks that both can express, and the range; below 1 the other is faster. Each mask: "
+        f"[performance](docs/performance.md). {rivals_versions(run['environment'])}",
+        "",
+        *table(["size of a head", *pairs], body),
+    ]
+
+
+def ratio_over_masks(masks: Iterable[dict[str, Json]], ours: str, theirs: str) -> str:
+    """Of the times of both passes, theirs over ours."""
+    ratios = [
+        found[theirs]["milliseconds"]["total"] / found[ours]["milliseconds"]["total"]
+        for found in masks
+        if {ours, theirs} <= found.keys()
+    ]
+    return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+
+
 def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[str]:
     return [f"{ours / speeds[peer]:.2f}" if peer in speeds else "-" for peer in peers]
 
@@ -937,9 +1057,10 @@ def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[s
 def speed_sections() -> list[str]:
     """Every table of speed that is not of the paper's protocol."""
     attention, training = headline_run(), training_run()
-    masking = RESULTS / "masking_gpu.json"
+    masking, rivals = RESULTS / "masking_gpu.json", rivals_run()
     sections = (
         attention_section(attention) if attention else [],
+        [*rivals_section(rivals), *(failures(rivals, "bar") if rivals != attention else [])] if rivals else [],
         families_section(),
         decoding_section(results("decoding_gpu")),
         masking_section(results(masking.stem)) if masking.exists() else [],
@@ -951,8 +1072,20 @@ def speed_sections() -> list[str]:
 
 
 def headline_run() -> Json | None:
-    """The newest run with the whole table of masks."""
-    return latest_run("attention_gpu", protocol="bar", mask="full", sample=0, **HEADLINE)
+    """The newest run with the whole table of masks and the implementations that torch brings."""
+    return latest_run(
+        "attention_gpu", protocol="bar", mask="full", sample=0, implementation="sdpa, dense mask", **HEADLINE
+    )
+
+
+def rivals_run(folder: Path = RESULTS) -> Json | None:
+    """The newest run that has measured cuDNN Frontend's kernels and ours."""
+    runs = [
+        run
+        for run in runs_of("attention_gpu", folder)
+        if {OURS, CUDNN_FLEX} <= {row["implementation"] for row in measured(run, protocol="bar", sample=0)}
+    ]
+    return runs[-1] if runs else None
 
 
 def training_run() -> Json | None:

@@ -883,6 +883,65 @@ def test_the_table_of_masks(speed: dict[str, Any]) -> None:
     assert "| 32,768 | 32/8 | 128 | 2 | 1.48 | 1.10 (causal) |" in text
 
 
+@pytest.fixture
+def rivals(speed: dict[str, Any]) -> dict[str, Any]:
+    """Two masks beside the CUDA kernels; the second one is not a mask of FlashAttention-4."""
+    names = list(report.RIVALS)
+    speed["rows"] = [row("causal", name, ms) for name, ms in zip(names, (10, 12.5, 8, 16, 7, 20))]
+    speed["rows"] += [row("share_question", name, ms) for name, ms in zip(names[:4], (4, 5, 5, 20))]
+    speed["rows"] += [row("causal", names[0], 3, length=8192), row("causal", names[2], 2, length=8192)]
+    speed["rows"] += [{**row("full", "FA4 varlen", 1), "error": "RuntimeError: no such kernel"}]
+    for found in speed["rows"]:
+        if found["implementation"] == "FA4 varlen":
+            found["milliseconds"].pop("mask")
+        elif found["implementation"].startswith("cuDNN"):
+            found["milliseconds"]["mask"] = 16.0  # a millisecond of each layer
+    speed["environment"] |= {"nvidia-cudnn-frontend": "1.32", "flash-attn-4": "4.0", "updated": "2026-01-01"}
+    return speed
+
+
+def test_the_tables_beside_the_fastest_cuda_kernels(rivals: dict[str, Any]) -> None:
+    lines = report.rivals_section(rivals)
+    text = "\n".join(lines)
+    assert "cuDNN Frontend 1.32, flash-attn-4 4.0, torch 2.11, Triton 3.6, 2026-01-01." in text
+    assert text.index("32,768 tokens, 32 query and 8 key heads of size 128:") < text.index("8,192 tokens, 32 query")
+    causal, *_ = [line for line in lines if line.startswith("| causal | ")]
+    assert [cell.split(" / ")[2] for cell in causal.split(" | ")[1:]] == [
+        "350", "280", "438", "219", "500**", "175 |",
+    ]  # fmt: skip
+    (shared,) = [line for line in lines if line.startswith("| shared questions | ") and " / " in line]
+    assert shared.count("**") == 2
+    assert shared.startswith("| shared questions | **")
+    assert shared.endswith("| - | - |")
+    assert (
+        "The fastest over both passes, of 3 rows: flashmask in 1, cuDNN flex_attention in 1, FA4 varlen in 1. Of the "
+        "deterministic ones, flashmask is faster in 2 of 2." in text
+    )
+    # 3.5 TFLOP in 10 ms and a part of making the mask of 0.1 ms, in 8 + 1 ms, and in 7 ms.
+    with_mask = [line for line in lines if line.startswith("| causal | 32,768 | 32/8 | 128 |")]
+    assert with_mask == ["| causal | 32,768 | 32/8 | 128 | 350 | 280 | 389 | 206 | 500 | 175 |"]
+
+
+def test_the_front_page_beside_the_fastest_cuda_kernels(rivals: dict[str, Any]) -> None:
+    lines = report.rivals_headline(rivals)
+    assert "A GPU, bfloat16, 32,768 tokens" in lines[0]
+    # 8 / 10 and 5 / 4; 7 / 10; 20 / 10; 16 / 12.5 and 20 / 5.
+    ratios = "1.00 (0.80 to 1.25) | 0.70 (0.70 to 0.70) | 2.00 (2.00 to 2.00) | 2.26 (1.28 to 4.00)"
+    assert lines[-1] == f"| 128, 32/8 heads | {ratios} |"
+
+
+def test_only_a_run_that_measured_them_is_beside_the_fastest_cuda_kernels(
+    rivals: dict[str, Any], tmp_path: Path
+) -> None:
+    assert report.rivals_run(tmp_path) is None
+    failed = [{**found, "error": "no"} if "cuDNN" in found["implementation"] else found for found in rivals["rows"]]
+    newer = {**rivals["environment"], "updated": "2026-02-01"}
+    (tmp_path / "attention_gpu-1.json").write_text(json.dumps({**rivals, "environment": newer, "rows": failed}))
+    assert report.rivals_run(tmp_path) is None
+    (tmp_path / "attention_gpu-2.json").write_text(json.dumps(rivals))
+    assert report.rivals_run(tmp_path) == rivals
+
+
 def test_tables_do_not_depend_on_the_order_of_measuring(speed: dict[str, Any]) -> None:
     published = json.loads(report.PUBLISHED.read_text())
     backwards = {**speed, "rows": speed["rows"][::-1]}
