@@ -10,17 +10,20 @@ target.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+import uniform_registers
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -159,8 +162,7 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
         if "wgmma" in kernel.asm["ptx"]:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(kernel.asm["cubin"])
-            command = [Path(program).with_name("nvdisasm"), "-c", binary]
-            unwritten = unwritten_reads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            unwritten = remembered_reads([str(Path(program).with_name("nvdisasm")), "-c", str(binary)], binary)
     return {
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
@@ -171,12 +173,29 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
 
 
 def remembered_report(command: list[Any], of_what: str) -> str:
-    """What ptxas says, in Triton's cache, which has what it made: ptxas takes most of the time of a second run."""
+    """What ptxas says."""
     options = " ".join(map(str, command[1:3]))
-    cache = get_cache_manager(hashlib.sha256(f"{options} {of_what}".encode()).hexdigest())
-    if (path := cache.get_file("ptxas.log")) is None:
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        path = cache.put(said, "ptxas.log", binary=False)
+    return remembered(
+        f"{options} {of_what}",
+        "ptxas.log",
+        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stderr,
+    )
+
+
+def remembered_reads(command: list[str], binary: Path) -> list[str]:
+    """What `unwritten_reads` finds in what nvdisasm prints."""
+    rules, code = inspect.getsource(uniform_registers), hashlib.sha256(binary.read_bytes()).hexdigest()
+
+    def find() -> str:
+        return json.dumps(unwritten_reads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+    return json.loads(remembered(f"{command[0]} {rules} {code}", "unwritten_reads.json", find))
+
+
+def remembered(of_what: str, name: str, make: Callable[[], str]) -> str:
+    """In Triton's cache, which has what Triton made: NVIDIA's programs take most of the time of a second run."""
+    cache = get_cache_manager(hashlib.sha256(of_what.encode()).hexdigest())
+    path = cache.get_file(name) or cache.put(make(), name, binary=False)
     return Path(path).read_text()
 
 

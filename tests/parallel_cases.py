@@ -418,8 +418,10 @@ def device_of_rank() -> torch.device:
 
 
 def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
-    if engine == "compiler":
-        return torch.compile(model, backend="eager")
+    import torch.distributed as dist
+
+    if engine == "compiler":  # all ranks trace the same code, for seconds: the first and the last one are enough
+        return torch.compile(model, backend="eager") if dist.get_rank() in (0, world_size() - 1) else model
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":
@@ -700,8 +702,11 @@ def main(folder: Path, names: list[str], gpus: int) -> None:
     """All cases, or those named, on the CPU or on as many GPUs. The first process that fails ends the others."""
     import tiny_models
 
+    import hf_flashmask.training  # noqa: F401
+
     for model in {case.model for case in (*CASES, *ANSWER_CASES)}:
         tiny_models.build(model)  # forked processes have what is imported before; CUDA does not survive a fork
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler
     start_method = "spawn" if gpus else "fork"
     multiprocessing.start_processes(run_rank, (folder, names, gpus), nprocs=gpus or WORLD, start_method=start_method)
 

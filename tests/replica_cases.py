@@ -172,9 +172,9 @@ def layers_of(model: transformers.PreTrainedModel) -> nn.ModuleList:
 
 
 @functools.cache
-def mesh_of(ranks: int) -> DeviceMesh:
+def mesh_of(*shape: int) -> DeviceMesh:
     """Cases share it: the groups of a mesh take longer to connect than a case takes to train."""
-    return init_device_mesh("cpu", (ranks,))
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def shard(model: transformers.PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> nn.Module:
@@ -192,8 +192,7 @@ def replicate_or_shard(engine: str, model: transformers.PreTrainedModel, ranks: 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         return shard(model, mesh_of(ranks), policy)
     if engine == "hsdp":
-        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard"))
-        return shard(model, mesh, MixedPrecisionPolicy())
+        return shard(model, mesh_of(2, ranks // 2), MixedPrecisionPolicy())
     if engine == "fsdp1":
         policy = ModuleWrapPolicy({type(layers_of(model)[0])})
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id="cpu")

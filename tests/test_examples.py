@@ -378,7 +378,7 @@ def test_block_diffusion_fails_when_documents_see_each_other(
 
     monkeypatch.setattr("hf_flashmask.bounds.block_diffusion", leaking)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
-        run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "3")
+        run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "3", "--next-token-steps", "2")
 
 
 DRAFT = [*PACKED_TEXT, "--target-steps", "20", "--anchors", "8", "--prompts", "32", "--learning-rate", "0.01"]
@@ -403,7 +403,7 @@ def test_draft_model_fails_when_blocks_see_their_anchors_later_context(
 
     monkeypatch.setattr("hf_flashmask.bounds.anchored_blocks", leaking)
     with pytest.raises(SystemExit, match="DO NOT AGREE"):
-        run_script("draft_model.py", *DRAFT, "--steps", "3")
+        run_script("draft_model.py", *DRAFT, "--steps", "3", *("--target-steps", "2", "--prompts", "2"))
 
 
 # TRL

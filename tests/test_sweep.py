@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from sweep_models import DOCS, SCENARIOS, ImagePair, Outcome, Pair, TextPair, families, judge, pair_of, render
+from sweep_models import DOCS, SCENARIOS, Family, ImagePair, Outcome, Pair, TextPair, families, judge, pair_of, render
 from tiny_families import IMAGE_TOKEN, TEXT_TOKENS, tiny_config
 from tiny_models import packed
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -46,7 +47,12 @@ EYES_AND_EARS = [
     "image encoder/siglip_vision_model",
     "sound encoder/whisper",
 ]
-ALL = {f"{family.kind}/{family.name}": family for family in families()}
+
+
+@functools.cache
+def all_families() -> dict[str, Family]:
+    """Not when tests are collected: finding them imports every model of Transformers."""
+    return {f"{family.kind}/{family.name}": family for family in families()}
 
 
 def outcomes_of(pair: Pair) -> dict[str, Outcome]:
@@ -60,7 +66,7 @@ def outcomes_of(pair: Pair) -> dict[str, Outcome]:
 
 @pytest.mark.parametrize("name", RIGHT_IN_ALL)
 def test_family_is_right(name: str) -> None:
-    pair = pair_of(ALL[name])
+    pair = pair_of(all_families()[name])
     assert isinstance(pair, TextPair)
     outcomes = outcomes_of(pair)
     assert all(outcome.status == "exact" for outcome in outcomes.values()), outcomes
@@ -72,7 +78,7 @@ def test_family_is_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGES_IN_TEXT)
 def test_images_in_text_are_right(name: str) -> None:
-    pair = pair_of(ALL[name])
+    pair = pair_of(all_families()[name])
     outcomes = outcomes_of(pair)
     assert outcomes.keys() == set(SCENARIOS["images"])
     assert all(outcome.status == "exact" for outcome in outcomes.values()), outcomes
@@ -80,7 +86,7 @@ def test_images_in_text_are_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["images/gemma3", "images/molmo2", "images/paligemma"])
 def test_images_see_more_than_what_came_before_and_nothing_of_other_documents(name: str) -> None:
-    pair = pair_of(ALL[name])
+    pair = pair_of(all_families()[name])
     assert isinstance(pair, ImagePair)
     document = pair.documents[0]
     changed = {**document, "input_ids": document["input_ids"].clone()}
@@ -99,7 +105,7 @@ def test_images_see_more_than_what_came_before_and_nothing_of_other_documents(na
 
 @pytest.mark.parametrize("name", EYES_AND_EARS)
 def test_encoder_of_images_or_sound_is_right(name: str) -> None:
-    outcomes = outcomes_of(pair_of(ALL[name]))
+    outcomes = outcomes_of(pair_of(all_families()[name]))
     assert outcomes.keys() >= {"plain", "gradients"}
     assert all(outcome.status == "exact" for outcome in outcomes.values()), outcomes
 
@@ -154,7 +160,7 @@ def test_parts_that_flashmask_would_compute_wrongly_keep_eager_attention() -> No
 
 
 def test_recurrent_layers_mix_documents_and_attention_does_not() -> None:
-    outcomes = outcomes_of(pair_of(ALL["decoder/qwen3_next"]))
+    outcomes = outcomes_of(pair_of(all_families()["decoder/qwen3_next"]))
     assert {name for name, outcome in outcomes.items() if outcome.status != "exact"} == {"packed", "packed, cache"}
 
 
