@@ -19,6 +19,7 @@ from hf_flashmask import (
     FlashMaskCallback,
     PackedDataCollator,
     SharedPromptDataCollator,
+    integration,
     set_loss,
     share_prefixes,
 )
@@ -175,6 +176,34 @@ def test_the_callback_logs_no_part_of_attention_that_flashmask_does_not_compute(
     model, examples = build("llama", "sdpa"), [{"input_ids": [1, 2, 3]}] * 8
     for log in logged(model, examples, pad_right, tmp_path, FlashMaskCallback(attention_every=1)):
         assert "flashmask/attention" not in log
+
+
+@pytest.mark.parametrize("computed", ["decoding", "dense rows"])
+def test_the_part_of_attention_has_what_sdpa_computes(
+    computed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference model that attends within the step, without gradients, takes almost all of it."""
+    model, reference = build("llama"), build("llama").eval()
+    name = "attend_few_rows" if computed == "decoding" else "attend_dense_rows"
+    attend = getattr(integration.attention, name)
+
+    def slowed(*args: Any) -> Any:
+        sleep(0.2)
+        return attend(*args)
+
+    def forward(*args: Any) -> Any:
+        with torch.no_grad():
+            cache = reference(tokens, use_cache=computed == "decoding").past_key_values
+            if computed == "decoding":
+                reference(tokens[:, -1:], past_key_values=cache)
+        return forward_of_head(*args)
+
+    monkeypatch.setattr(integration.attention, name, slowed)
+    tokens, forward_of_head = torch.randint(1, 30, (1, 9)), model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", forward)
+    examples, callback = Corpus([9, 2, 17, 5] * 2).examples("list"), FlashMaskCallback(attention_every=2)
+    _, second = logged(model, examples, PackedDataCollator(48), tmp_path, callback)
+    assert 0.5 < second["flashmask/attention"] < 1
 
 
 def test_a_step_that_failed_is_not_profiled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashmask_kernels import flashmask_attention
@@ -21,7 +23,10 @@ from .mask import Mask
 from .name import NAME, logger
 from .whole_sequence import check_tokens, refuse_part_alone, stand_in_for
 
-__all__ = ["flashmask_attention_forward"]
+__all__ = ["RANGE_OF_SDPA", "flashmask_attention_forward"]
+
+RANGE_OF_SDPA = "flashmask_attention by SDPA"
+"""What SDPA computes of flashmask goes by this name in torch's profiler, beside the SDPA of other layers."""
 
 
 def flashmask_attention_forward(
@@ -133,9 +138,11 @@ def flashmask_attention_forward(
     output: Tensor | None = None
     may_be_sdpa = softcap is None and s_aux is None and dropout == 0
     if may_be_sdpa and are_few_rows(query, key, value, mask):
-        output = attend_few_rows(query, key, value, mask, scaling)
+        with _named_for_profilers():
+            output = attend_few_rows(query, key, value, mask, scaling)
     elif may_be_sdpa and not module.training and sees_most_keys(query, key, value, mask):
-        output = attend_dense_rows(query, key, value, mask, scaling)
+        with _named_for_profilers():
+            output = attend_dense_rows(query, key, value, mask, scaling)
     if output is None:
         output = flashmask_attention(
             query,
@@ -160,6 +167,12 @@ def asks_for_determinism(argument: bool | None = None) -> bool:
     call, or else by the environment.
     """
     return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
+
+
+def _named_for_profilers() -> contextlib.AbstractContextManager[Any]:
+    """A name costs microseconds, which only a profiler that runs is to pay. Compiled graphs have none."""
+    is_profiled = not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
+    return record_function(RANGE_OF_SDPA) if is_profiled else contextlib.nullcontext()
 
 
 _attend_outside_of_graphs = torch.compiler.disable(

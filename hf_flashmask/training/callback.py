@@ -33,7 +33,9 @@ class FlashMaskCallback(TrainerCallback):
     * `flashmask/shared`: with `sharing`, or rows of `SharedPromptDataCollator`, the fraction of tokens that needed no
       computation because another sequence shares them. Evaluation is not counted.
     * `flashmask/attention`: with `attention_every`, the fraction of a step's time that attention takes, forward and
-      backward, over the steps that were profiled. Without calls of flashmask there is none.
+      backward, over the steps that were profiled. It counts what flashmask computes, by its kernels or by SDPA, also in
+      a reference model or in generation within the step; not what SDPA computes in a compiled graph, and not other
+      implementations. Without calls of flashmask there is none.
 
     Batches are counted on their device and read once for each entry of the log. Trackers (wandb, TensorBoard) come
     before callbacks that are given to a Trainer and see its logs first. `trainer.callback_handler.callbacks.insert(0,

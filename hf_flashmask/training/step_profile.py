@@ -6,12 +6,15 @@ import time
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from ..integration.attention import RANGE_OF_SDPA
 
 __all__ = ["StepProfile"]
 
-# The autograd function of eager calls, and the operators under the compiler.
-_ATTENTION = ("FlashMaskAttention", "flashmask_kernels::")
+# The autograd function of eager calls, the operators under the compiler, and what SDPA computes.
+_ATTENTION = ("FlashMaskAttention", "flashmask_kernels::", RANGE_OF_SDPA)
 
 
 class StepProfile:
@@ -40,7 +43,8 @@ class StepProfile:
 
 
 def _is_attention(event: Any) -> bool:
-    return event.name.startswith(_ATTENTION)
+    # Named ranges come once more as those of the device.
+    return event.device_type == DeviceType.CPU and event.name.startswith(_ATTENTION)
 
 
 def _is_inside(event: Any) -> bool:
