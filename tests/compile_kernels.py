@@ -9,7 +9,9 @@ target.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -22,7 +24,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from uniform_registers import unwritten_reads
@@ -148,19 +150,13 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
             for name in ("vgpr_count", "vgpr_spill_count")
         }
         return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0, "unwritten": 0}
-    ptxas = get_ptxas(target.arch)
-    suffix = "a" if target.arch >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
-        program, architecture = getattr(ptxas, "path", ptxas), f"sm_{target.arch}{suffix}"
-        command = [program, "-v", f"--gpu-name={architecture}", source, "-o", "/dev/null"]
-        report = remembered_report(command, f"{program} {getattr(ptxas, 'version', '')} {kernel.asm['ptx']}")
-        unwritten = []
-        if "wgmma" in kernel.asm["ptx"]:
+    report = said_by_ptxas(kernel, target)
+    unwritten = []
+    if "wgmma" in kernel.asm["ptx"]:
+        with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(kernel.asm["cubin"])
-            command = [Path(program).with_name("nvdisasm"), "-c", binary]
+            command = [Path(get_ptxas(target.arch).path).with_name("nvdisasm"), "-c", binary]
             unwritten = unwritten_reads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
@@ -171,13 +167,18 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
     }
 
 
-def remembered_report(command: list[Any], of_what: str) -> str:
-    """What ptxas says, in Triton's cache, which has what it made: ptxas takes most of the time of a second run."""
-    options = " ".join(map(str, command[1:3]))
-    cache = get_cache_manager(hashlib.sha256(f"{options} {of_what}".encode()).hexdigest())
+def said_by_ptxas(kernel: Any, target: GPUTarget) -> str:
+    """What ptxas says with the options that the installed Triton passes. It is remembered in Triton's cache, which has
+    what ptxas made but not what it said: ptxas takes most of the time of a second run.
+    """
+    made_of = triton.__version__, get_ptxas(target.arch).version, target, kernel.metadata.ptx_options, kernel.asm["ptx"]
+    cache = get_cache_manager(hashlib.sha256(repr(made_of).encode()).hexdigest())
     if (path := cache.get_file("ptxas.log")) is None:
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        path = cache.put(said, "ptxas.log", binary=False)
+        said = io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            CUDABackend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
+        path = cache.put(said.getvalue(), "ptxas.log", binary=False)
     return Path(path).read_text()
 
 
