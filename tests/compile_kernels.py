@@ -9,8 +9,10 @@ target.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import io
 import json
 import re
 import subprocess
@@ -25,7 +27,7 @@ import torch
 import triton
 import uniform_registers
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from uniform_registers import unwritten_reads
@@ -150,19 +152,14 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
             for name in ("vgpr_count", "vgpr_spill_count")
         }
         return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0, "unwritten": 0}
-    ptxas = get_ptxas(target.arch)
-    suffix = "a" if target.arch >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
-        program, architecture = getattr(ptxas, "path", ptxas), f"sm_{target.arch}{suffix}"
-        command = [program, "-v", f"--gpu-name={architecture}", source, "-o", "/dev/null"]
-        report = remembered_report(command, f"{program} {getattr(ptxas, 'version', '')} {kernel.asm['ptx']}")
-        unwritten = []
-        if "wgmma" in kernel.asm["ptx"]:
+    report = said_by_ptxas(kernel, target)
+    unwritten = []
+    if "wgmma" in kernel.asm["ptx"]:
+        with tempfile.TemporaryDirectory() as folder:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(kernel.asm["cubin"])
-            unwritten = remembered_reads([str(Path(program).with_name("nvdisasm")), "-c", str(binary)], binary)
+            disassemble = [str(Path(get_ptxas(target.arch).path).with_name("nvdisasm")), "-c", str(binary)]
+            unwritten = remembered_reads(disassemble, binary)
     return {
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spills": int(re.search(r"(\d+) bytes spill stores", report)[1]),
@@ -172,14 +169,18 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
     }
 
 
-def remembered_report(command: list[Any], of_what: str) -> str:
-    """What ptxas says."""
-    options = " ".join(map(str, command[1:3]))
-    return remembered(
-        f"{options} {of_what}",
-        "ptxas.log",
-        lambda: subprocess.run(command, check=True, capture_output=True, text=True).stderr,
-    )
+def said_by_ptxas(kernel: Any, target: GPUTarget) -> str:
+    """What ptxas says with the options that the installed Triton passes."""
+    made_of = triton.__version__, get_ptxas(target.arch).version, target, kernel.metadata.ptx_options, kernel.asm["ptx"]
+
+    def ask() -> str:
+        said = io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            CUDABackend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
+        return said.getvalue()
+
+    return remembered(repr(made_of), "ptxas.log", ask)
 
 
 def remembered_reads(command: list[str], binary: Path) -> list[str]:

@@ -9,8 +9,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from compile_kernels import TARGETS, resources
+from triton.backends.nvidia.compiler import CUDABackend
 
 FOLDER = Path(__file__).parent
 # Bytes of shared memory per thread block (CUDA C++ programming guide, CDNA 3 ISA guide).
@@ -38,3 +42,33 @@ def test_kernels_compile_within_their_budgets(architecture: str) -> None:
         or used["unwritten"]
     }
     assert not too_much
+
+
+PTX = """
+.version 8.7
+.target sm_100a
+.address_size 64
+.visible .entry kernel() { ret; }
+"""
+
+
+def test_ptxas_reports_of_what_triton_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its registers and spills depend on its options, and releases of Triton pass others."""
+    commands: list[list[str]] = []
+    run = subprocess.run
+
+    def note(command: Any, **options: Any) -> Any:
+        if "-v" in command:
+            commands.append([str(part) for part in command if not str(part).startswith("/")])
+        return run(command, **options)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", note)
+    how = SimpleNamespace(enable_fp_fusion=False, ptx_options="--maxrregcount 40", instrumentation_mode="")
+    kernel, target = SimpleNamespace(asm={"ptx": PTX}, metadata=how), TARGETS["sm_100"]
+    CUDABackend(target).make_cubin(PTX, {}, how, target.arch)
+    resources(kernel, target)
+    of_triton, of_report = commands
+    assert of_triton == of_report
+    resources(kernel, target)
+    assert len(commands) == 2, "the report is remembered"

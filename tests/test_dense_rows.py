@@ -49,6 +49,25 @@ def test_equal_dense_attention(mask: str, dtype: torch.dtype, sdpa_calls: list[L
     assert len(sdpa_calls) == 1
 
 
+@pytest.mark.parametrize("mask", ["none", "documents"])
+@pytest.mark.parametrize("q_len", [1, 3, 61])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_negative_scale_is_that_of_dense_attention(q_len: int, mask: str, is_training: bool) -> None:
+    """By SDPA and by the kernels."""
+    query, key, value = (torch.randn(1, heads, length, 16) for heads, length in ((4, q_len), (2, 61), (2, 61)))
+    position = torch.arange(61)
+    visible = (position[:, None] >= position)[61 - q_len :]
+    bounds = None
+    if mask == "documents":
+        visible = visible & ((position >= 30)[:, None] == (position >= 30))[61 - q_len :]
+        bounds = bounds_of.select_rows(bounds_of.from_cu_seqlens(torch.tensor([0, 30, 61]), 61), 61 - q_len, q_len)
+    scores = -0.3 * query @ key.repeat_interleave(2, 1).mT
+    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 1)
+    with torch.set_grad_enabled(is_training):
+        output, _ = flashmask_attention_forward(layer().train(is_training), query, key, value, bounds, scaling=-0.3)
+    torch.testing.assert_close(output.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_what_is_not_finite_stays_in_its_document(name: str, bad: float) -> None:

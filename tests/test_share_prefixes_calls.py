@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import logging
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,18 @@ def test_a_form_feed_does_not_shift_the_source_of_a_model(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     model = importlib.import_module("with_form_feed").Model()
     assert source_of(model).strip() == "class Model(nn.Module):\n    layers = 1"
+
+
+def test_a_module_that_was_reloaded_gives_its_new_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook edits a model, and reloads it."""
+    path, source = tmp_path / "edited_model.py", "class Model(nn.Module):\n    noise = {}"
+    path.write_text("from torch import nn\n\n" + source.format("0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    module = importlib.import_module("edited_model")
+    assert source_of(module.Model()).strip() == source.format("0")
+    path.write_text("from torch import nn\n\n" + source.format("0.25"))
+    assert source_of(importlib.reload(module).Model()).strip() == source.format("0.25")
 
 
 def test_a_call_with_a_cache_is_passed_on() -> None:

@@ -12,7 +12,7 @@ import torch
 from test_packing import Corpus, pad_right
 from test_preference import answers_of, random_groups, random_pairs
 from tiny_models import build
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from flashmask_kernels import ops
 from hf_flashmask import (
@@ -23,7 +23,6 @@ from hf_flashmask import (
     set_loss,
     share_prefixes,
 )
-from hf_flashmask.training.step_profile import StepProfile
 
 
 def num_input_tokens_seen(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path) -> int:
@@ -191,42 +190,59 @@ def test_the_part_of_attention_has_what_sdpa_computes(
         sleep(0.2)
         return attend(*args)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any) -> Any:
         with torch.no_grad():
+            cache = reference(tokens, use_cache=computed == "decoding").past_key_values
             if computed == "decoding":
-                cache = reference(tokens[:, :-1], use_cache=True).past_key_values
-                monkeypatch.setattr(integration.attention, name, slowed)
                 reference(tokens[:, -1:], past_key_values=cache)
-            else:
-                monkeypatch.setattr(integration.attention, name, slowed)
-                reference(tokens, use_cache=False)
-        monkeypatch.setattr(integration.attention, name, attend)
-        return forward_of_head(*args, **kwargs)
+        return forward_of_head(*args)
 
-    tokens, forward_of_head = torch.randint(1, 99, (1, 9)), model.lm_head.forward
+    monkeypatch.setattr(integration.attention, name, slowed)
+    tokens, forward_of_head = torch.randint(1, 30, (1, 9)), model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", forward)
-    examples, callback = Corpus([9, 2, 17, 5] * 2).examples("list"), FlashMaskCallback(attention_every=1)
-    for log in logged(model, examples, PackedDataCollator(48), tmp_path, callback):
-        assert 0.5 < log["flashmask/attention"] < 1
+    examples, callback = Corpus([9, 2, 17, 5] * 2).examples("list"), FlashMaskCallback(attention_every=2)
+    _, second = logged(model, examples, PackedDataCollator(48), tmp_path, callback)
+    assert 0.5 < second["flashmask/attention"] < 1
 
 
-def test_a_step_that_failed_is_not_profiled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profiles: list[StepProfile] = []
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
+def test_a_training_that_fails_in_a_step_leaves_nothing_behind(
+    where: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither torch's profiler nor a hook; the next training is profiled."""
 
-    class Noted(StepProfile):
-        def __init__(self, device: torch.device) -> None:
-            profiles.append(self)
-            super().__init__(device)
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        assert torch.autograd._profiler_enabled()
+        raise error
 
-    monkeypatch.setattr("hf_flashmask.training.callback.StepProfile", Noted)
+    owner, name = {
+        "forward": (torch.nn.functional, "cross_entropy"),
+        "backward": (ops, "tiled_backward"),
+        "optimizer": (torch.optim.AdamW, "step"),
+    }[where]
     model, examples = build("llama"), Corpus([9, 2, 17, 5] * 2).examples("list")
     callback = FlashMaskCallback(attention_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(model.lm_head, "forward", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(owner, name, fail)
+        with pytest.raises(error):
             logged(model, examples, PackedDataCollator(48), tmp_path, callback)
-    logged(model, examples, PackedDataCollator(48), tmp_path, callback)
-    assert len(profiles) == 1 + 2
+    assert not torch.autograd._profiler_enabled()
+    assert not model._forward_pre_hooks
+    for log in logged(model, examples, PackedDataCollator(48), tmp_path, callback):
+        assert "flashmask/attention" in log
+
+
+def test_a_loop_that_fails_outside_of_trainer_is_cleared_when_the_next_begins() -> None:
+    """Other loops than Trainer's call callbacks too."""
+    model, callback = build("llama"), FlashMaskCallback(attention_every=1)
+    arguments, state = TrainingArguments(use_cpu=True), TrainerState()
+    callback.on_train_begin(arguments, state, None, model)
+    callback.on_step_begin(arguments, state, None)
+    assert torch.autograd._profiler_enabled()
+    callback.on_train_begin(arguments, state, None, model)
+    assert not torch.autograd._profiler_enabled()
+    assert len(model._forward_pre_hooks) == 1
 
 
 def test_the_callback_refuses_a_number_of_steps_below_one() -> None:

@@ -135,6 +135,8 @@ def flashmask_attention_forward(
     if exchange is not None:
         mask = exchange.mask_of_rank(mask, of_queries.shape[1])
         query, key, value, s_aux = exchange.bring(query, key, value, s_aux)
+    if scaling is not None and scaling < 0:  # the kernels refuse it, and SDPA on the CPU turns what it hides into NaN
+        query, scaling = -query, -scaling
     output: Tensor | None = None
     may_be_sdpa = softcap is None and s_aux is None and dropout == 0
     if may_be_sdpa and are_few_rows(query, key, value, mask):

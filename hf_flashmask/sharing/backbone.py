@@ -7,7 +7,6 @@ import functools
 import inspect
 import re
 import sys
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -193,7 +192,7 @@ def _source_of_class(layer_class: type) -> str:
     for base in layer_class.__mro__:
         if base not in (object, PreTrainedModel) and not base.__module__.startswith("torch."):
             try:
-                of_module = _sources_of_classes(sys.modules[base.__module__])
+                of_module = _sources_of_classes(inspect.getsource(sys.modules[base.__module__]))
                 sources.append(of_module.get(base.__qualname__) or inspect.getsource(base))
             except (KeyError, OSError, TypeError):  # a class from a notebook
                 continue
@@ -201,9 +200,10 @@ def _source_of_class(layer_class: type) -> str:
 
 
 @functools.cache
-def _sources_of_classes(module: ModuleType) -> dict[str, str]:
-    """Of the classes that a module defines at its top. Before Python 3.13, `inspect` parses it again for each class."""
-    text = inspect.getsource(module)
+def _sources_of_classes(text: str) -> dict[str, str]:
+    """Of the classes that the text of a module defines at its top. Before Python 3.13, `inspect` parses it again for
+    each class.
+    """
     lines = text.split("\n")  # as `ast` counts them: `splitlines` also ends them at form feeds
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in classes]

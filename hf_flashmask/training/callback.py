@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from .step_profile import StepProfile
 from .token_counts import num_given_tokens, padding_of_bounds
 
 __all__ = ["FlashMaskCallback"]
+
+_OURS = "_clears_callbacks"
 
 
 class FlashMaskCallback(TrainerCallback):
@@ -59,6 +62,7 @@ class FlashMaskCallback(TrainerCallback):
         self._handle: RemovableHandle | None = None
         self._counts_at_step = (0, 0)
         self._forget()
+        _clear_after_failures()
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
@@ -122,9 +126,9 @@ class FlashMaskCallback(TrainerCallback):
         self._shares_of_attention: list[float] = []
 
     def _clear(self) -> None:
-        """An error may have ended the last training within a step."""
+        """An error may have ended the training within a step."""
         if self._profile is not None:
-            self._profile.end()
+            self._profile.drop()
             self._profile = None
         if self._handle is not None:
             self._handle.remove()
@@ -141,6 +145,30 @@ class FlashMaskCallback(TrainerCallback):
         self._num_documents += _num_documents(kwargs.get("position_ids"), is_token)
         if isinstance(kwargs.get("labels"), AnswerLabels):
             self._num_given += num_given_tokens(kwargs, ~is_token)
+
+
+def _clear_after_failures() -> None:
+    """Trainer tells callbacks of the end of a training that succeeds only. Again is harmless."""
+    try:
+        from transformers import Trainer
+    except ImportError:  # without accelerate there is no Trainer
+        return
+    original = Trainer.train
+    if hasattr(original, _OURS):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:  # KeyboardInterrupt too
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, FlashMaskCallback):
+                    callback._clear()
+            raise
+
+    setattr(train, _OURS, True)
+    Trainer.train = train  # type: ignore[method-assign]
 
 
 def _counts_of(sharing: share_prefixes) -> tuple[int, int]:

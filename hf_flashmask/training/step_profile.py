@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -35,6 +36,11 @@ class StepProfile:
         is_gpu = self._device.type == "cuda"
         microseconds = sum(call.device_time_total if is_gpu else call.cpu_time_total for call in calls)
         return [microseconds / 1e6 / seconds] if calls else []
+
+    def drop(self) -> None:
+        """Stop after an error. Where the error is the device's, the profiler cannot wait for it."""
+        with contextlib.suppress(RuntimeError):
+            self._profile.stop()
 
     def _now(self) -> float:
         if self._device.type == "cuda":
