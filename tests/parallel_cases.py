@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as multiprocessing
-import transformers
 from parallel_answers import ANSWER_CASES, AnswerCase, build_model, make_examples, train_step
 from parallel_answers import truth as truth_of_answers
 from tiny_models import dynamic_rope, longrope
@@ -85,8 +84,6 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
         yield Case(f"{mode}-image_bounds", "gemma3", "image_bounds", mode)
-        yield Case(f"{mode}-image_blocks", "gemma3_images", "image_blocks", mode)
-        yield Case(f"{mode}-image_blocks_left_padding", "gemma3_images", "image_blocks_left_padding", mode, 2)
         for axes in (3, 4):
             yield Case(f"{mode}-positions_with_{axes}_axes", "qwen2_5_vl", f"{axes} axes", mode)
         yield Case(f"{mode}-tree", "llama", "tree", mode)
@@ -115,10 +112,7 @@ def _cases() -> Iterator[Case]:
 
 
 SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
-ALL_CASES = list(_cases())
-# The loss of Gemma 3 with images takes no shifted labels in earlier versions: `shard` refuses them.
-TAKES_LABELS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 17)
-CASES = [case for case in ALL_CASES if case.model != "gemma3_images" or TAKES_LABELS]
+CASES = list(_cases())
 
 
 # Batches and their truth
@@ -133,8 +127,8 @@ class Example(NamedTuple):
     batch: dict[str, Any]
     sequences: list[tuple[Tensor, Tensor]]
     dense: dict[str, Any] | None = None
-    given: list[dict[str, Tensor]] | None = None
-    """Further arguments of each sequence alone."""
+    positions: list[Tensor] | None = None
+    """Of each sequence alone, where they are not its rank among the tokens."""
 
 
 def make_example(kind: str, config: Any) -> Example:
@@ -153,8 +147,6 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
-    if kind.startswith("image_blocks"):
-        return _images(kind.endswith("left_padding"))
     if kind.startswith("prefixes"):
         prompt, *ends = tiny_models.random_documents([19, 7, 12, 5])
         documents = [torch.cat([prompt, end], dim=1) for end in ends] + tiny_models.random_documents([10])
@@ -195,32 +187,10 @@ def make_example(kind: str, config: Any) -> Example:
         positions = [_positions_with_axes(length) for length in lengths]
         joined = torch.cat(positions, dim=2)
         batch["position_ids"] = joined if kind == "3 axes" else torch.cat([batch["position_ids"][None], joined])
-        given = [{"position_ids": of_document} for of_document in positions]
-        return Example(batch, [(document, document) for document in documents], given=given)
+        return Example(batch, [(document, document) for document in documents], positions=positions)
     elif kind == "image_bounds":
         return _under_dense_mask(batch | {"attention_mask": _bounds_of_images(batch["position_ids"])})
     return Example(batch, [(document, document) for document in documents])
-
-
-def _images(is_padded: bool) -> Example:
-    """Two documents with an image each, and one without: in one row, or in rows of their own."""
-    import tiny_models
-
-    documents = tiny_models.random_documents([24, 9, 17])
-    token_types = [torch.zeros_like(document) for document in documents]
-    token_types[0][0, 3:16] = token_types[2][0, 1:14] = 1
-    if is_padded:
-        batch = tiny_models.padded(documents, "left")
-        length = batch["input_ids"].shape[1]
-        padded = [nn.functional.pad(types, (length - types.shape[1], 0)) for types in token_types]
-        batch["token_type_ids"] = torch.cat(padded)
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
-    else:
-        batch = tiny_models.packed(documents)
-        batch["token_type_ids"] = torch.cat(token_types, dim=1)
-        batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
-    given = [{"token_type_ids": types} for types in token_types]
-    return Example(batch, [(document, document) for document in documents], given=given)
 
 
 def _positions_with_axes(length: int) -> Tensor:
@@ -305,7 +275,9 @@ def truth(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tenso
                 total = total + loss_of_encoder(model(tokens, token_type_ids=torch.ones_like(tokens)).logits)
                 count += tokens.numel()
                 continue
-            given = (example.dense or {}) if example.given is None else example.given[index]
+            given = example.dense or {}
+            if example.positions is not None:
+                given = {"position_ids": example.positions[index]}
             logits = model(tokens, **given).logits[0, :-1].float()
             total = total + nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED)
             count += int((labels[0, 1:] != IGNORED).sum())

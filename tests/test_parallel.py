@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from parallel_answers import ANSWER_CASES
-from parallel_cases import ALL_CASES, CASES, FAULTS, LOST, WORLD, Case
+from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask
 
@@ -94,13 +94,12 @@ def test_the_page_names_cases() -> None:
     for pattern in re.findall("`([^`]+)`", re.sub(r"by `[a-z_]+`|without `[a-z_]+`", "", table)):
         for ranks in ("2", "4") if "{2,4}" in pattern else ("",):
             name = re.escape(pattern.replace("{2,4}", ranks)).replace(r"\*", ".*")
-            assert any(re.search(f"(^|-){name}$", case.name) for case in (*ALL_CASES, *ANSWER_CASES)), pattern
+            assert any(re.search(f"(^|-){name}$", case.name) for case in (*CASES, *ANSWER_CASES)), pattern
 
 
 def test_masks_are_made_once_for_each_type_of_layers(results: list[dict[str, Any]]) -> None:
     for case in CASES:
         is_given = "bounds" in case.batch or case.batch.startswith(("tree", "prefixes"))
-        is_given |= case.batch.startswith("image_blocks")  # by `shard`
         expected = 0 if is_given else results[0][case.name]["layer_types"]
         assert results[0][case.name]["masks"] == expected, case.name
 

@@ -50,20 +50,6 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
         "AfmoeConfig",
         {"head_dim": 8, "num_experts": 4, "num_dense_layers": 1, **_EXPERTS, **_HYBRID},
     ),
-    "gemma3_images": (
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Config",
-        {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 8,
-                "patch_size": 4,
-            }
-        },
-    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2_5_VLConfig",
@@ -126,8 +112,6 @@ WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss", "afmoe", "llama4"]
 
 def config_of(name: str, **changes: object) -> transformers.PreTrainedConfig:
     _, config_class, settings = _ARCHITECTURES[name]
-    if name == "gemma3_images":
-        return getattr(transformers, config_class)(text_config=config_of("gemma3", **changes).to_dict(), **settings)
     if name == "qwen2_5_vl":  # whose text model has positions with axes
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         text = {**_DECODER, "rope_parameters": rope, **changes}

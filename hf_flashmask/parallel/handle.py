@@ -22,7 +22,6 @@ from .agreement import check_agreement
 from .deal import Tiles, block_length, count_tiles, deal, padded_length
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
-from .image_blocks import with_image_blocks
 from .models import Mode, check_labels, check_model, check_positions, choose_mode, find_model, refuse_classifier
 from .prefixes import merge_batch
 from .rotary import share_largest_position
@@ -177,7 +176,6 @@ class SequenceParallel:
         if merged is None:
             takes_axes = any(map(has_text_positions, self._model.modules()))
             whole = read_batch(batch, self._padded_length, self._device(), takes_axes=takes_axes)
-            whole = with_image_blocks(self._model, whole)
         else:
             whole = read_merged_batch(merged, self._padded_length, self._device())
         check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
