@@ -84,8 +84,6 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
         yield Case(f"{mode}-image_bounds", "gemma3", "image_bounds", mode)
-        for axes in (3, 4):
-            yield Case(f"{mode}-positions_with_{axes}_axes", "qwen2_5_vl", f"{axes} axes", mode)
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
         for kind in ("reentrant", "not_reentrant"):
@@ -127,8 +125,6 @@ class Example(NamedTuple):
     batch: dict[str, Any]
     sequences: list[tuple[Tensor, Tensor]]
     dense: dict[str, Any] | None = None
-    positions: list[Tensor] | None = None
-    """Of each sequence alone, where they are not its rank among the tokens."""
 
 
 def make_example(kind: str, config: Any) -> Example:
@@ -183,23 +179,9 @@ def make_example(kind: str, config: Any) -> Example:
         elif kind == "bounds_of_heads":
             batch["attention_mask"] = torch.cat([mask, windowed] * (config.num_attention_heads // 2), dim=1)
             return _under_dense_mask(batch)
-    elif kind.endswith("axes"):
-        positions = [_positions_with_axes(length) for length in lengths]
-        joined = torch.cat(positions, dim=2)
-        batch["position_ids"] = joined if kind == "3 axes" else torch.cat([batch["position_ids"][None], joined])
-        return Example(batch, [(document, document) for document in documents], positions=positions)
     elif kind == "image_bounds":
         return _under_dense_mask(batch | {"attention_mask": _bounds_of_images(batch["position_ids"])})
     return Example(batch, [(document, document) for document in documents])
-
-
-def _positions_with_axes(length: int) -> Tensor:
-    """Time, height and width, `[3, 1, length]`, of a text in which an image of 2 x 3 patches follows 4 tokens."""
-    positions = torch.arange(length).expand(3, -1).clone()
-    if length >= 10:
-        positions[:, 4:10] = torch.tensor([[4] * 6, [4, 4, 4, 5, 5, 5], [4, 5, 6, 4, 5, 6]])
-        positions[:, 10:] -= 3
-    return positions[:, None]
 
 
 def _bounds_of_images(position_ids: Tensor) -> dict[str, Tensor]:
@@ -270,15 +252,12 @@ def truth(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tenso
     """The loss over all labels of all examples, and its gradients."""
     total, count = torch.zeros(()), 0
     for example in examples:
-        for index, (tokens, labels) in enumerate(example.sequences):
+        for tokens, labels in example.sequences:
             if "labels" not in example.batch:
                 total = total + loss_of_encoder(model(tokens, token_type_ids=torch.ones_like(tokens)).logits)
                 count += tokens.numel()
                 continue
-            given = example.dense or {}
-            if example.positions is not None:
-                given = {"position_ids": example.positions[index]}
-            logits = model(tokens, **given).logits[0, :-1].float()
+            logits = model(tokens, **(example.dense or {})).logits[0, :-1].float()
             total = total + nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED)
             count += int((labels[0, 1:] != IGNORED).sum())
     loss = total / count
@@ -537,7 +516,7 @@ def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
 
 
-@fault("must be .* for this model")
+@fault("positions of several dimensions")
 def positions_of_several_dimensions(parallel: Any, model: nn.Module, rank: int) -> None:
     batch = _packed()
     parallel.shard({**batch, "position_ids": batch["position_ids"].expand(3, -1, -1)})

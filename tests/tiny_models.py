@@ -50,21 +50,6 @@ _ARCHITECTURES: dict[str, tuple[str, str, dict]] = {
         "AfmoeConfig",
         {"head_dim": 8, "num_experts": 4, "num_dense_layers": 1, **_EXPERTS, **_HYBRID},
     ),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLConfig",
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "num_heads": 2,
-                "intermediate_size": 16,
-                "out_hidden_size": 32,
-            },
-            "image_token_id": VOCABULARY,
-            "video_token_id": VOCABULARY,
-        },
-    ),
     "llama4": (
         "Llama4ForCausalLM",
         "Llama4TextConfig",
@@ -112,10 +97,6 @@ WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss", "afmoe", "llama4"]
 
 def config_of(name: str, **changes: object) -> transformers.PreTrainedConfig:
     _, config_class, settings = _ARCHITECTURES[name]
-    if name == "qwen2_5_vl":  # whose text model has positions with axes
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-        text = {**_DECODER, "rope_parameters": rope, **changes}
-        return getattr(transformers, config_class)(text_config=text, **settings)
     common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if name == "bert":
         common.update({key: _DECODER[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")})

@@ -12,24 +12,20 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .mask import Mask
 from .name import NAME
 
-__all__ = ["has_text_positions", "keep_documents", "with_text_positions"]
+__all__ = ["keep_documents"]
 
 
 def keep_documents(model: PreTrainedModel) -> None:
     """Add the hook to a model that needs it; again is harmless."""
-    if has_text_positions(model) and _add_text_positions not in model._forward_pre_hooks.values():
+    takes = _takes_text_positions(type(model))  # type: ignore[arg-type]
+    if takes and _add_text_positions not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_add_text_positions, with_kwargs=True)
-
-
-def has_text_positions(model: nn.Module) -> bool:
-    """Whether the model itself takes `position_ids` `[4, B, S]`."""
-    return _takes_text_positions(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -52,21 +48,14 @@ def _add_text_positions(
     if position_ids.ndim == 2:
         position_ids = position_ids.expand(4, -1, -1)
     elif position_ids.ndim == 3 and position_ids.shape[0] == 3:
-        position_ids = with_text_positions(position_ids, _tokens_of_call(position_ids.shape[2], kwargs))
+        is_token = _tokens_of_call(position_ids.shape[2], kwargs)
+        if is_token is not None:
+            position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
+        text_positions = _count_in_documents(position_ids, is_token)
+        position_ids = torch.cat([text_positions[None], position_ids])
     else:
         return None
     return (), {**kwargs, "position_ids": position_ids}
-
-
-def with_text_positions(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
-    """`[3, B or 1, S]` -> `[4, B, S]`.
-
-    Args:
-        is_token: bool `[B, S]`, or None for rows without padding.
-    """
-    if is_token is not None:
-        position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
-    return torch.cat([_count_in_documents(position_ids, is_token)[None], position_ids])
 
 
 def _tokens_of_call(length: int, kwargs: dict[str, Any]) -> Tensor | None:

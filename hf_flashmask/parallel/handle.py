@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import bounds as _bounds
-from ..integration.mrope import has_text_positions
 from ..integration.name import logger
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
@@ -130,8 +129,7 @@ class SequenceParallel:
         such that its average over the ranks is that of the whole batch.
 
         Args:
-            batch: what a collator returns: `input_ids` or `inputs_embeds`, `labels` or `shift_labels`, `position_ids`
-                (of models with multimodal RoPE also `[3, B, S]` and `[4, B, S]`),
+            batch: what a collator returns: `input_ids` or `inputs_embeds`, `labels` or `shift_labels`, `position_ids`,
                 `cu_seq_lens_q`, `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
                 layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by; with a
                 `data_mesh` those of all groups are added up).
@@ -174,8 +172,7 @@ class SequenceParallel:
             raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
         merged = merge_batch(self._model, batch)
         if merged is None:
-            takes_axes = any(map(has_text_positions, self._model.modules()))
-            whole = read_batch(batch, self._padded_length, self._device(), takes_axes=takes_axes)
+            whole = read_batch(batch, self._padded_length, self._device())
         else:
             whole = read_merged_batch(merged, self._padded_length, self._device())
         check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)

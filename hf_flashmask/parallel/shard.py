@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .. import bounds as _bounds
 from ..integration import Mask
-from ..integration.mrope import with_text_positions
 from ..integration.whole_sequence import Exchange, WholeSequence
 from ..training.labels import IGNORED, AnswerLabels
 from ..training.preference_collator import SELECTS_BY_ROW
@@ -36,8 +35,7 @@ class Batch(NamedTuple):
         answers: the labels of SharedPromptDataCollator, or None.
         labels_in_tree: labels of the rows that were merged into one, or None.
         selects_logits: whether the model computes only the logits that predict tokens of answers.
-        position_ids: `[B or 1, S]`, what the model counts, or `[4, B or 1, S]` with the axes of multimodal RoPE; no
-            larger than those of the batch.
+        position_ids: `[B or 1, S]`, what the model counts; no larger than those of the batch.
         document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
         options: what is handed on.
@@ -67,23 +65,20 @@ class Batch(NamedTuple):
 
 def read_merged_batch(merged: MergedBatch, length_of: Callable[[int], int], device: torch.device) -> Batch:
     """The same as `read_batch`, of rows that were merged into one."""
-    whole = read_batch(merged.arguments, length_of, device, takes_axes=False)
+    whole = read_batch(merged.arguments, length_of, device)
     depth = merged.depth.to(device)
     tail = torch.arange(whole.length - depth.shape[1], device=device)
     labels = LabelsInTree(*(part.to(device) for part in merged.labels))
     return whole._replace(document_positions=torch.cat([depth, tail[None]], dim=1), labels_in_tree=labels)
 
 
-def read_batch(
-    batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device, *, takes_axes: bool
-) -> Batch:
+def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device) -> Batch:
     """Check what a collator returns, and pad it.
 
     Args:
         batch: the arguments that the model would be called with in one process.
         length_of: the length that rows of this length are padded to.
         device: where the model computes.
-        takes_axes: whether its positions may have the axes of multimodal RoPE.
     """
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
     given = _on_device(kept, device)
@@ -121,11 +116,19 @@ def read_batch(
     documents = None
     positions = index.clamp(max=short - 1)[None]
     if "position_ids" in given:
-        position_ids = _checked_positions(given.pop("position_ids"), given.get("attention_mask"), shape, takes_axes)
+        position_ids = given.pop("position_ids")
+        if not isinstance(position_ids, Tensor):
+            raise TypeError(
+                f"`position_ids` must be a tensor [{rows} or 1, {short}], got {type(position_ids).__name__}"
+            )
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != short:
+            raise NotImplementedError(
+                f"`position_ids` must be [{rows} or 1, {short}] for these tokens, got {list(position_ids.shape)}; "
+                "positions of several dimensions (multimodal models) cannot be cut"
+            )
         tail_positions = torch.minimum(tail_positions.to(position_ids), position_ids.amax())
-        tail_positions = tail_positions.expand(*position_ids.shape[:-1], -1)
-        positions = torch.cat([position_ids, tail_positions], dim=-1)
-        documents = positions[0] if positions.ndim == 3 else positions
+        tail_positions = tail_positions.expand(position_ids.shape[0], -1)
+        documents = positions = torch.cat([position_ids, tail_positions], dim=1)
     cu_seq_lens, of_keys = given.pop("cu_seq_lens_q", None), given.pop("cu_seq_lens_k", None)
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
         of_keys = None  # else they are compared, which waits for the device
@@ -150,7 +153,7 @@ def shard_batch(
     """
     part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
     part.update(batch.options)
-    part["position_ids"] = batch.position_ids[..., order].contiguous()
+    part["position_ids"] = batch.position_ids[:, order].contiguous()
     if batch.labels is not None:
         # Models compute a loss where there are labels, and read those that are shifted.
         part["labels"] = part["shift_labels"] = batch.labels[:, order].contiguous()
@@ -184,24 +187,6 @@ def _on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         else:
             moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
     return moved
-
-
-def _checked_positions(position_ids: Any, mask: Any, shape: tuple[int, int], takes_axes: bool) -> Tensor:
-    """`[B or 1, S]`, or `[4, B or 1, S]` of those with axes."""
-    rows, short = shape
-    accepted = f"[{rows} or 1, {short}]" + (f" or [3 or 4, {rows} or 1, {short}]" if takes_axes else "")
-    if not isinstance(position_ids, Tensor):
-        raise TypeError(f"`position_ids` must be a tensor {accepted}, got {type(position_ids).__name__}")
-    axes, of_rows = position_ids.shape[:-2], position_ids.shape[-2:]
-    has_axes = takes_axes and axes in ((3,), (4,))
-    if not (has_axes or axes == ()) or of_rows not in ((1, short), (rows, short)):
-        raise NotImplementedError(
-            f"`position_ids` must be {accepted} for this model and these tokens, got {list(position_ids.shape)}"
-        )
-    if axes == (3,):
-        is_token = mask.ne(0) if isinstance(mask, Tensor) and mask.shape == shape else None
-        return with_text_positions(position_ids, is_token)
-    return position_ids
 
 
 def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
