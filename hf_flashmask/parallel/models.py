@@ -13,10 +13,20 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
-from ..sharing.backbone import Traits, meeting_places
+from ..sharing.backbone import Traits, meeting_places, source_of
 from .exchanges import kv_heads_on_the_wire
 
-__all__ = ["Mode", "check_labels", "check_model", "check_positions", "choose_mode", "find_model", "refuse_classifier"]
+__all__ = [
+    "TOKEN_TYPES",
+    "Mode",
+    "check_labels",
+    "check_model",
+    "check_positions",
+    "choose_mode",
+    "find_model",
+    "names_of_token_types",
+    "refuse_classifier",
+]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
 
@@ -90,6 +100,22 @@ def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> No
             "this model counts positions by the tokens that are no padding, of which each rank has a part: add "
             "`position_ids` [B, S] to the batch, counted as the model does"
         )
+
+
+TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""Arguments `[B, S]` that tell what kind of token each one is."""
+
+
+def names_of_token_types(base: PreTrainedModel) -> frozenset[str]:
+    """The arguments that a model makes image blocks of, or prefixes that see themselves, and nothing else.
+
+    The mask is that of whole rows on every rank, and so are they. Other models look embeddings up by the types.
+    """
+    makes_blocks = re.compile("block_sequence_ids|create_causal_mask_mapping")  # the second until Transformers 5.8
+    models = (part for part in base.modules() if isinstance(part, PreTrainedModel))
+    if not any(makes_blocks.search(source_of(part)) for part in models):
+        return frozenset()
+    return TOKEN_TYPES.intersection(inspect.signature(type(base).forward).parameters)
 
 
 def refuse_classifier(base: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,11 @@ from ..training.labels import IGNORED, AnswerLabels
 from ..training.preference_collator import SELECTS_BY_ROW
 from .answers import answers_of_rank
 from .group import Group
+from .models import TOKEN_TYPES
 from .prefixes import LabelsInTree, MergedBatch
 
 __all__ = ["Batch", "read_batch", "read_merged_batch", "shard_batch"]
 
-_BY_TOKEN = {"token_type_ids"}
-"""Arguments `[B, S]` that are cut like `input_ids`, besides those that `Batch` names."""
 _DROPPED = {"max_length_q", "max_length_k", "seq_idx"}
 """What collators of packed rows say beside the cumulative lengths, which flashmask does not read."""
 _OPTIONS = {"num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "output_attentions"}
@@ -31,6 +30,7 @@ class Batch(NamedTuple):
 
     Attributes:
         by_token: `[B, S]` and `[B, S, D]`, what is cut as it is.
+        of_mask: `[B, S]`, what the model makes its mask of, which is that of the whole row: not cut.
         labels: `[B, S]`, for each token the label of the next one; None without labels.
         answers: the labels of SharedPromptDataCollator, or None.
         labels_in_tree: labels of the rows that were merged into one, or None.
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     """
 
     by_token: dict[str, Tensor]
+    of_mask: dict[str, Tensor]
     labels: Tensor | None
     answers: AnswerLabels | None
     labels_in_tree: LabelsInTree | None
@@ -63,22 +64,27 @@ class Batch(NamedTuple):
         return 0 if self.labels is None else (self.labels != IGNORED).sum()
 
 
-def read_merged_batch(merged: MergedBatch, length_of: Callable[[int], int], device: torch.device) -> Batch:
+def read_merged_batch(
+    merged: MergedBatch, length_of: Callable[[int], int], device: torch.device, token_types: Collection[str]
+) -> Batch:
     """The same as `read_batch`, of rows that were merged into one."""
-    whole = read_batch(merged.arguments, length_of, device)
+    whole = read_batch(merged.arguments, length_of, device, token_types)
     depth = merged.depth.to(device)
     tail = torch.arange(whole.length - depth.shape[1], device=device)
     labels = LabelsInTree(*(part.to(device) for part in merged.labels))
     return whole._replace(document_positions=torch.cat([depth, tail[None]], dim=1), labels_in_tree=labels)
 
 
-def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device) -> Batch:
+def read_batch(
+    batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device, token_types: Collection[str]
+) -> Batch:
     """Check what a collator returns, and pad it.
 
     Args:
         batch: the arguments that the model would be called with in one process.
         length_of: the length that rows of this length are padded to.
         device: where the model computes.
+        token_types: the arguments that the model makes its mask of.
     """
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
     given = _on_device(kept, device)
@@ -102,7 +108,8 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
             raise ValueError(f"`{name}` must have the sizes of the tokens, {list(shape)}, got {came}")
         return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, tail), value=value)
 
-    by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *_BY_TOKEN) if name in given}
+    of_mask = {name: padded(name) for name in token_types if name in given}
+    by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES) if name in given}
     labels = None
     if "shift_labels" in given:
         labels = padded("shift_labels", IGNORED)
@@ -138,7 +145,7 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     _refuse_others(given)
-    return Batch(by_token, labels, answers, None, selects, positions, documents, mask, given, length, device)
+    return Batch(by_token, of_mask, labels, answers, None, selects, positions, documents, mask, given, length, device)
 
 
 def shard_batch(
@@ -152,7 +159,7 @@ def shard_batch(
         groups: of this rank, the dimensions of the mesh.
     """
     part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
-    part.update(batch.options)
+    part |= batch.of_mask | batch.options
     part["position_ids"] = batch.position_ids[:, order].contiguous()
     if batch.labels is not None:
         # Models compute a loss where there are labels, and read those that are shifted.
@@ -173,7 +180,9 @@ def shard_batch(
             mask.exchange = exchange
         part["attention_mask"] = masks
     else:
-        part["attention_mask"] = WholeSequence(batch.mask, batch.document_positions, exchange)
+        part["attention_mask"] = WholeSequence(
+            batch.mask, batch.document_positions, exchange, has_token_types=bool(batch.of_mask)
+        )
     return part
 
 
