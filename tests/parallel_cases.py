@@ -87,6 +87,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-image_bounds", "gemma3", "image_bounds", mode)
         yield Case(f"{mode}-image_blocks", "gemma3_images", "image_blocks", mode, 2)
         yield Case(f"{mode}-prefixes_see_themselves", "paligemma2", "image_blocks_left_padding", mode)
+        for kind in ("four_planes", "three_planes"):
+            yield Case(f"{mode}-{kind}", "qwen2_vl", kind, mode, 2)
+        yield Case(f"{mode}-three_planes_left_padding", "qwen2_vl", "three_planes_left_padding", mode)
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
         for kind in ("reentrant", "not_reentrant"):
@@ -149,6 +152,8 @@ def make_example(kind: str, config: Any) -> Example:
         return _tree()
     if kind.startswith("image_blocks"):
         return _image_blocks(config, kind == "image_blocks")
+    if kind.startswith(("three_planes", "four_planes")):
+        return _positions_in_planes(kind)
     if kind.startswith("prefixes"):
         prompt, *ends = tiny_models.random_documents([19, 7, 12, 5])
         documents = [torch.cat([prompt, end], dim=1) for end in ends] + tiny_models.random_documents([10])
@@ -192,21 +197,43 @@ def make_example(kind: str, config: Any) -> Example:
     return Example(batch, [(document, document) for document in documents])
 
 
-def _image_blocks(config: Any, is_packed: bool) -> Example:
-    """Blocks of tokens that see each other, which the model makes of token types."""
+def _packed_or_padded(is_packed: bool) -> tuple[dict[str, Tensor], list[Tensor], Callable[[list[Tensor]], Tensor]]:
+    """A batch with labels, its documents, and what lays out values `[..., 1, n]` of their tokens like the batch."""
     import tiny_models
-    import tiny_vision
 
     documents = tiny_models.random_documents([17, 3, 25, 9] if is_packed else [21, 13, 29])
-    types = [tiny_vision.token_types(config, document) for document in documents]
     if is_packed:
-        batch = tiny_models.packed(documents) | {"token_type_ids": torch.cat(types, dim=1)}
+        batch = tiny_models.packed(documents)
         batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
-    else:
-        batch = tiny_models.padded(documents, "left")
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
-        length = batch["input_ids"].shape[1]
-        batch["token_type_ids"] = torch.cat([nn.functional.pad(part, (length - part.shape[1], 0)) for part in types])
+        return batch, documents, functools.partial(torch.cat, dim=-1)
+    batch = tiny_models.padded(documents, "left")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
+    length = batch["input_ids"].shape[1]
+
+    def lay_out(values: list[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(part, (length - part.shape[-1], 0)) for part in values], dim=-2)
+
+    return batch, documents, lay_out
+
+
+def _positions_in_planes(kind: str) -> Example:
+    """Positions of Qwen2-VL: time, height and width, and before them what counts tokens."""
+    import tiny_vision
+
+    batch, documents, lay_out = _packed_or_padded("padding" not in kind)
+    planes = [tiny_vision.positions(document) for document in documents]
+    text = [batch.pop("position_ids")[None]] if kind == "four_planes" else []
+    batch["position_ids"] = torch.cat([*text, lay_out(planes)])
+    return Example(batch, [(document, document) for document in documents], [{"position_ids": part} for part in planes])
+
+
+def _image_blocks(config: Any, is_packed: bool) -> Example:
+    """Blocks of tokens that see each other, which the model makes of token types."""
+    import tiny_vision
+
+    batch, documents, lay_out = _packed_or_padded(is_packed)
+    types = [tiny_vision.token_types(config, document) for document in documents]
+    batch["token_type_ids"] = lay_out(types)
     if not tiny_vision.takes_shifted_labels(config):
         del batch["labels"]
     calls = [{"token_type_ids": part} for part in types]
@@ -550,7 +577,7 @@ def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
 
 
-@fault("positions of several dimensions")
+@fault("for these tokens and this model")
 def positions_of_several_dimensions(parallel: Any, model: nn.Module, rank: int) -> None:
     batch = _packed()
     parallel.shard({**batch, "position_ids": batch["position_ids"].expand(3, -1, -1)})

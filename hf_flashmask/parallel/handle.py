@@ -23,12 +23,12 @@ from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
 from .models import (
     Mode,
+    TokenTraits,
     check_labels,
     check_model,
     check_positions,
     choose_mode,
     find_model,
-    names_of_token_types,
     refuse_classifier,
 )
 from .prefixes import merge_batch
@@ -95,7 +95,7 @@ class SequenceParallel:
             raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
         self._model = find_model(model)
         self._traits = check_model(self._model)
-        self._token_types = names_of_token_types(self._model)
+        self._token_traits = TokenTraits.of(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)
@@ -183,9 +183,9 @@ class SequenceParallel:
             raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
         merged = merge_batch(self._model, batch)
         if merged is None:
-            whole = read_batch(batch, self._padded_length, self._device(), self._token_types)
+            whole = read_batch(batch, self._padded_length, self._device(), self._token_traits)
         else:
-            whole = read_merged_batch(merged, self._padded_length, self._device(), self._token_types)
+            whole = read_merged_batch(merged, self._padded_length, self._device(), self._token_traits)
         check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
         if whole.answers is not None and (num_items is not None or "num_items_in_batch" in whole.options):
             raise ValueError(

@@ -21,7 +21,7 @@ from ..integration import NAME, Mask, flashmask_attention_forward
 from ..integration.whole_sequence import WholeSequence
 from .exchanges import ByEngine
 from .group import Group, all_gather, groups_of
-from .models import check_model, find_model, names_of_token_types
+from .models import TokenTraits, check_model, find_model
 from .rotary import share_largest_position
 
 __all__ = ["KeptMasks", "keep_masks"]
@@ -59,7 +59,7 @@ class KeptMasks:
     ) -> None:
         self._model = find_model(model)
         check_model(self._model)
-        self._token_types = names_of_token_types(self._model)
+        self._token_types = TokenTraits.of(self._model).types_of_mask
         self._group: Group = groups_of(mesh, "mesh", 1)[0]
         self._exchanges_in_eval = exchanges_in_eval
         engine = ALL_ATTENTION_FUNCTIONS[NAME]
