@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -84,6 +85,11 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
         yield Case(f"{mode}-image_bounds", "gemma3", "image_bounds", mode)
+        yield Case(f"{mode}-image_blocks", "gemma3_images", "image_blocks", mode, 2)
+        yield Case(f"{mode}-prefixes_see_themselves", "paligemma2", "image_blocks_left_padding", mode)
+        for kind in ("four_planes", "three_planes"):
+            yield Case(f"{mode}-{kind}", "qwen2_vl", kind, mode, 2)
+        yield Case(f"{mode}-three_planes_left_padding", "qwen2_vl", "three_planes_left_padding", mode)
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
         for kind in ("reentrant", "not_reentrant"):
@@ -119,12 +125,13 @@ CASES = list(_cases())
 class Example(NamedTuple):
     """A batch, and the sequences whose losses it holds, each with its labels: `[1, n]`.
 
-    Only heads that see different keys need the row as it is, under a dense mask.
+    `calls` is what else the model is called with for each of them. Heads that see different keys need the row as it is,
+    under a dense mask.
     """
 
     batch: dict[str, Any]
     sequences: list[tuple[Tensor, Tensor]]
-    dense: dict[str, Any] | None = None
+    calls: list[dict[str, Any]] | None = None
 
 
 def make_example(kind: str, config: Any) -> Example:
@@ -143,6 +150,10 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
+    if kind.startswith("image_blocks"):
+        return _image_blocks(config, kind == "image_blocks")
+    if kind.startswith(("three_planes", "four_planes")):
+        return _positions_in_planes(kind)
     if kind.startswith("prefixes"):
         prompt, *ends = tiny_models.random_documents([19, 7, 12, 5])
         documents = [torch.cat([prompt, end], dim=1) for end in ends] + tiny_models.random_documents([10])
@@ -163,9 +174,11 @@ def make_example(kind: str, config: Any) -> Example:
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     if kind == "one_document":
         del batch["position_ids"]
-    elif kind == "encoder":  # `shard` pads these with 0
+    elif kind == "encoder":
         del batch["labels"]
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
+        calls = [{"token_type_ids": torch.ones_like(document)} for document in documents]
+        return Example(batch, [(document, document) for document in documents], calls)
     elif kind == "cu_seq_lens":
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
         batch["num_items_in_batch"] = int((batch["labels"] != IGNORED).sum())
@@ -182,6 +195,49 @@ def make_example(kind: str, config: Any) -> Example:
     elif kind == "image_bounds":
         return _under_dense_mask(batch | {"attention_mask": _bounds_of_images(batch["position_ids"])})
     return Example(batch, [(document, document) for document in documents])
+
+
+def _packed_or_padded(is_packed: bool) -> tuple[dict[str, Tensor], list[Tensor], Callable[[list[Tensor]], Tensor]]:
+    """A batch with labels, its documents, and what lays out values `[..., 1, n]` of their tokens like the batch."""
+    import tiny_models
+
+    documents = tiny_models.random_documents([17, 3, 25, 9] if is_packed else [21, 13, 29])
+    if is_packed:
+        batch = tiny_models.packed(documents)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
+        return batch, documents, functools.partial(torch.cat, dim=-1)
+    batch = tiny_models.padded(documents, "left")
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
+    length = batch["input_ids"].shape[1]
+
+    def lay_out(values: list[Tensor]) -> Tensor:
+        return torch.cat([nn.functional.pad(part, (length - part.shape[-1], 0)) for part in values], dim=-2)
+
+    return batch, documents, lay_out
+
+
+def _positions_in_planes(kind: str) -> Example:
+    """Positions of Qwen2-VL: time, height and width, and before them what counts tokens."""
+    import tiny_vision
+
+    batch, documents, lay_out = _packed_or_padded("padding" not in kind)
+    planes = [tiny_vision.positions(document) for document in documents]
+    text = [batch.pop("position_ids")[None]] if kind == "four_planes" else []
+    batch["position_ids"] = torch.cat([*text, lay_out(planes)])
+    return Example(batch, [(document, document) for document in documents], [{"position_ids": part} for part in planes])
+
+
+def _image_blocks(config: Any, is_packed: bool) -> Example:
+    """Blocks of tokens that see each other, which the model makes of token types."""
+    import tiny_vision
+
+    batch, documents, lay_out = _packed_or_padded(is_packed)
+    types = [tiny_vision.token_types(config, document) for document in documents]
+    batch["token_type_ids"] = lay_out(types)
+    if not tiny_vision.takes_shifted_labels(config):
+        del batch["labels"]
+    calls = [{"token_type_ids": part} for part in types]
+    return Example(batch, [(document, document) for document in documents], calls)
 
 
 def _bounds_of_images(position_ids: Tensor) -> dict[str, Tensor]:
@@ -210,7 +266,7 @@ def _under_dense_mask(batch: dict[str, Any]) -> Example:
     given = batch["attention_mask"]
     mask = {kind: dense(part) for kind, part in given.items()} if isinstance(given, dict) else dense(given)
     whole = {"attention_mask": mask, "position_ids": batch["position_ids"]}
-    return Example(batch, [(batch["input_ids"], batch["labels"])], whole)
+    return Example(batch, [(batch["input_ids"], batch["labels"])], [whole])
 
 
 def _tree() -> Example:
@@ -252,17 +308,24 @@ def truth(model: nn.Module, examples: list[Example]) -> tuple[Tensor, list[Tenso
     """The loss over all labels of all examples, and its gradients."""
     total, count = torch.zeros(()), 0
     for example in examples:
-        for tokens, labels in example.sequences:
+        for (tokens, labels), call in zip(example.sequences, example.calls or itertools.repeat({})):
             if "labels" not in example.batch:
-                total = total + loss_of_encoder(model(tokens, token_type_ids=torch.ones_like(tokens)).logits)
+                total = total + loss_of_encoder(model(tokens, **call).logits)
                 count += tokens.numel()
                 continue
-            logits = model(tokens, **(example.dense or {})).logits[0, :-1].float()
+            logits = model(tokens, **call).logits[0, :-1].float()
             total = total + nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=IGNORED)
             count += int((labels[0, 1:] != IGNORED).sum())
     loss = total / count
     loss.backward()
     return loss.detach(), _gradients(model)
+
+
+def build(name: str, **changes: Any) -> Any:
+    import tiny_models
+    import tiny_vision
+
+    return tiny_vision.build(name) if name in tiny_vision.MODELS else tiny_models.build(name, **changes)
 
 
 def loss_of_encoder(logits: Tensor) -> Tensor:
@@ -325,7 +388,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
     mesh, sequence = meshes(case)
     torch.manual_seed(0)
-    model = tiny_models.build(case.model, **case.changes).to(getattr(torch, case.dtype))
+    model = build(case.model, **case.changes).to(getattr(torch, case.dtype))
     torch.manual_seed(7)
     batches = 2 if case.counted else 1  # of each group
     examples = [make_example(case.batch, model.config) for _ in range(batches * world_size() // case.ranks)]
@@ -357,7 +420,7 @@ def run_case(case: Case) -> dict[str, Any]:
             last = output.loss
         else:
             tokens = sum(example.batch["input_ids"].numel() for example in examples)
-            last = loss_of_encoder(output.logits[part["token_type_ids"] == 1]) * world_size() / tokens
+            last = loss_of_encoder(output.logits[part["input_ids"] != 0]) * world_size() / tokens
         last.backward()
         loss = loss + last.detach()
         if "labels" in part and not case.engine:
@@ -367,7 +430,7 @@ def run_case(case: Case) -> dict[str, Any]:
     if sharing is not None:
         sharing.remove()
         result["shared"] = [sharing.computed_tokens, sharing.given_tokens]
-    result["layer_types"] = len(set(getattr(model.config, "layer_types", None) or [None]))
+    result["layer_types"] = len(set(getattr(model.config.get_text_config(), "layer_types", None) or [None]))
     return result | differences(loss, model, case, expected)
 
 
@@ -516,7 +579,7 @@ def no_tensor_on_one_rank(parallel: Any, model: nn.Module, rank: int) -> None:
     parallel.shard({**_packed(), "position_ids": [1, 2]} if rank else _packed())
 
 
-@fault("positions of several dimensions")
+@fault("for these tokens and this model")
 def positions_of_several_dimensions(parallel: Any, model: nn.Module, rank: int) -> None:
     batch = _packed()
     parallel.shard({**batch, "position_ids": batch["position_ids"].expand(3, -1, -1)})
@@ -700,12 +763,11 @@ def run_rank(rank: int, folder: Path, names: list[str], gpus: int) -> None:
 
 def main(folder: Path, names: list[str], gpus: int) -> None:
     """All cases, or those named, on the CPU or on as many GPUs. The first process that fails ends the others."""
-    import tiny_models
 
     import hf_flashmask.training  # noqa: F401
 
     for model in {case.model for case in (*CASES, *ANSWER_CASES)}:
-        tiny_models.build(model)  # forked processes have what is imported before; CUDA does not survive a fork
+        build(model)  # forked processes have what is imported before; CUDA does not survive a fork
     torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler
     start_method = "spawn" if gpus else "fork"
     multiprocessing.start_processes(run_rank, (folder, names, gpus), nprocs=gpus or WORLD, start_method=start_method)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny_vision
 import torch
 import torch.distributed as dist
 import transformers
@@ -29,7 +30,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState, PartialState
 from parallel_cases import count_masks
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCABULARY, build, config_of, eager_twin, longrope, packed
+from tiny_models import VOCABULARY, build, eager_twin, longrope, packed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -54,26 +55,15 @@ KV_HEADS = {"llama_one_kv_head": 1, "llama_four_kv_heads": 4}
 
 def build_model(name: str) -> transformers.PreTrainedModel:
     if name == "gemma3_images":
-        return _gemma3_with_images()
+        model = tiny_vision.build(name)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("language_model" in parameter_name)
+        return model
     if name in KV_HEADS:
         return build("llama", num_key_value_heads=KV_HEADS[name])
     if name == "llama_longrope":  # of the first row, only the second of two parts is longer
         return build("llama", **longrope(7))
     return build(name)
-
-
-def _gemma3_with_images() -> transformers.PreTrainedModel:
-    torch.manual_seed(1)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(
-        text_config=config_of("gemma3").to_dict(), vision_config={**vision, "image_size": 8, "patch_size": 4}
-    )
-    model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="flashmask").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-            parameter.requires_grad_("language_model" in name)
-    return model
 
 
 # Batches
@@ -532,7 +522,7 @@ def train_ulysses(
     model = build_model(name)
     twin = eager_twin(model)
     # The rotation of all documents of a row depends on the longest one.
-    true_kinds = {"heads": "heads", "image bounds": "images"}
+    true_kinds = {"heads": "heads", "image bounds": "images", "images": "images"}
     expected = true_loss(twin, "row" if name == "llama_longrope" else true_kinds.get(kind, "packed"), 0)
     expected.backward()
     batch = _ulysses_batch(kind, model)

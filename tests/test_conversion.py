@@ -25,7 +25,7 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
 from hf_flashmask.integration import Mask, closures, conversion, flashmask_mask
-from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree
+from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree, knows_whole_rows
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
 HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
@@ -766,3 +766,18 @@ def test_what_counts_otherwise_is_searched_for_in_a_compiled_graph(monkeypatch: 
     made = torch.compile(make, fullgraph=True, backend="eager")(torch.zeros(1, LENGTH))
     expected = dense(masking_utils.sliding_window_causal_mask_function(4), LENGTH, LENGTH)
     assert torch.equal(bounds.to_dense(made, LENGTH).expand_as(expected), expected)
+
+
+# Tokens of a part of a sequence
+
+
+def test_what_mask_functions_look_up() -> None:
+    """Functions of users may look up what nobody sees."""
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    window, causal = masking_utils.sliding_window_overlay(WINDOW), masking_utils.causal_mask_function
+    packed = masking_utils.packed_sequence_mask_function(ids)
+    assert knows_whole_rows(masking_utils.and_masks(window, causal), None)
+    in_window = masking_utils.or_masks(masking_utils.and_masks(packed, window), causal)
+    assert [knows_whole_rows(in_window, length) for length in (LENGTH, LENGTH + 1, None)] == [True, False, False]
+    assert not knows_whole_rows(masking_utils.or_masks(causal, lambda b, h, q, k: ids[b, q] == ids[b, k]), LENGTH)
+    assert not knows_whole_rows(masking_utils.or_masks(causal, functools.partial(causal)), LENGTH)

@@ -68,9 +68,6 @@ REFUSED = {
     "ulysses gemma3_images images": "has dropped image blocks",
     "ulysses llama4 packed": "has dropped image blocks, chunks",
     "ulysses gpt_oss packed": "2 query heads, and has attention sinks for 4.*Ulysses",
-    **{
-        f"kept {engine} gemma3_images images": "adds to its mask.*pass bounds" for engine in ("deepspeed", "accelerate")
-    },
     "ringmaster gpt_oss": "2 query heads, and has attention sinks for 4",
     "kept deepspeed without an engine": "no engine has replaced the attention function",
     "ring llama": '`context_parallel`.*needs "sdpa"',

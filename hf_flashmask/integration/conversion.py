@@ -16,7 +16,8 @@ position of the key. Overlays are converted outside of the compiled graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from .evaluation import Call, evaluate, search
 from .name import logger
 from .reading import may_be_read
 
-__all__ = ["Tree", "counts_positions", "from_dense_mask", "from_mask_function", "in_tree", "range_of"]
+__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree", "knows_whole_rows", "range_of"]
 
 
 class Tree(NamedTuple):
@@ -195,16 +196,29 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
 
 
-def counts_positions(mask_function: Callable) -> bool:
-    """Whether a mask function is one of positions alone, and looks nothing up by the index of a token."""
-    if is_plain(mask_function):
+def knows_whole_rows(mask_function: Callable, length: int | None) -> bool:
+    """Whether a mask function finds all that it looks up by the index of a token, in rows of this length.
+
+    It may hold numbers, and with a length tensors `[B, length]`. Functions from outside of Transformers may look up
+    what they do not hold, in their module or in an object.
+    """
+    if is_plain(mask_function) or factory_of(mask_function) in _OF_POSITIONS:
         return True
-    if factory_of(mask_function) in ("and_masks", "or_masks"):
-        return all(map(counts_positions, closure_of(mask_function)["mask_functions"]))
-    return factory_of(mask_function) in _OF_POSITIONS
+    is_of_transformers = isinstance(mask_function, FunctionType) and mask_function.__module__.startswith(
+        "transformers."
+    )
+    return is_of_transformers and all(_is_of_rows(value, length) for value in closure_of(mask_function).values())
 
 
 _OF_POSITIONS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
+
+
+def _is_of_rows(value: Any, length: int | None) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 2 and value.shape[1] == length
+    if isinstance(value, (tuple, list)):
+        return all(_is_of_rows(part, length) for part in value)
+    return isinstance(value, (int, float)) or (callable(value) and knows_whole_rows(value, length))
 
 
 def range_of(mask_function: Callable) -> tuple[bool, int | None] | None:

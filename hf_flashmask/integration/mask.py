@@ -173,6 +173,7 @@ class Hints:
         position_ids: `[B or 1, S_q]`. Beside a cache the documents among the queries are not yet found.
         tree: the prefix tree of the row.
         exchange: where the tokens of the call are a part of the sequence that the hints describe.
+        has_token_types: whether the model was called with token types of that sequence all the same.
     """
 
     ndim = 2
@@ -187,8 +188,9 @@ class Hints:
         position_ids: Tensor | None = None,
         tree: Tree | None = None,
         exchange: Exchange | None = None,
+        has_token_types: bool = False,
     ) -> None:
-        self.exchange = exchange
+        self.exchange, self.has_token_types = exchange, has_token_types
         self.shape, self.device = torch.Size(shape), device
         self.is_token, self.document_ends, self.position_ids, self.tree = is_token, document_ends, position_ids, tree
 

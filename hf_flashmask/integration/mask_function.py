@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
 
 from .. import bounds as _bounds
-from .conversion import Tree, counts_positions, from_mask_function, in_tree
+from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
 from .documents import after_cache, are_of_tokens, first_slots
 from .engines import note_made
 from .final_bounds import refuse_bounds_of_encoder, refuse_mask_of_flex_attention, warn_of_meeting_documents
@@ -66,6 +66,8 @@ def prepare(
         )
         if not isinstance(made, (Mask, Hints)):
             made = Hints((embeds.shape[0], embeds.shape[1]), embeds.device, is_token=made)
+        if isinstance(made, Hints):
+            made.has_token_types = whole.has_token_types
         made.exchange = whole.exchange
         return early_exit, made, None, *sizes
     batch, length = inputs_embeds.shape[:2]
@@ -189,7 +191,7 @@ def flashmask_mask(
         q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
     if hints.exchange is not None:
-        _check_whole_sequence(hints.exchange, mask_function, place)
+        _check_whole_sequence(hints.exchange, mask_function, place, has_token_types=hints.has_token_types)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
     if (place.is_square or is_last_row) and hints.document_ends is None:
@@ -244,17 +246,19 @@ def flashmask_mask(
     return note(mask)
 
 
-def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Place) -> None:
+def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Place, *, has_token_types: bool) -> None:
     if not place.is_square or place.q_len != exchange.length:
         raise NotImplementedError(
             f"sequence_parallel does not work with a cache: the mask is one of {place.q_len} queries and "
             f"{place.kv_len} keys, the whole sequence has {exchange.length} tokens. Train with `use_cache=False`, and "
             "generate after `parallel.remove()`"
         )
-    if not counts_positions(mask_function):
+    # The length of blocks alone does not tell: Transformers pads blocks of fewer tokens.
+    if not knows_whole_rows(mask_function, exchange.length if has_token_types else None):
         raise NotImplementedError(
-            "this model adds to its mask a function that looks tokens up (image blocks, a function of the model or of "
-            "the user), but a rank of sequence_parallel holds only a part of them: pass bounds of the whole sequence "
+            "this model adds to its mask a function that looks tokens up (blocks that it finds among the tokens of a "
+            "call, a function of the user), but a rank of sequence_parallel holds only a part of them: pass bounds of "
+            "the whole sequence "
             "as `attention_mask` in the batch that is cut, such as hf_flashmask.bounds.causal_with_blocks makes, for "
             "models with several types of layers a dict of bounds"
         )

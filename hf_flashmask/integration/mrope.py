@@ -18,18 +18,22 @@ from transformers import PreTrainedModel
 from .mask import Mask
 from .name import NAME
 
-__all__ = ["keep_documents"]
+__all__ = ["keep_documents", "takes_text_positions", "with_text_positions"]
 
 
 def keep_documents(model: PreTrainedModel) -> None:
     """Add the hook to a model that needs it; again is harmless."""
-    takes = _takes_text_positions(type(model))  # type: ignore[arg-type]
-    if takes and _add_text_positions not in model._forward_pre_hooks.values():
+    if takes_text_positions(model) and _add_text_positions not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_add_text_positions, with_kwargs=True)
 
 
+def takes_text_positions(model: PreTrainedModel) -> bool:
+    """Whether the first of four planes of positions tells the mask about documents."""
+    return _has_fourth_plane(type(model))  # type: ignore[arg-type]
+
+
 @functools.cache
-def _takes_text_positions(model_class: type) -> bool:
+def _has_fourth_plane(model_class: type) -> bool:
     try:
         return "position_ids.shape[0] == 4" in inspect.getsource(inspect.unwrap(vars(model_class)["forward"]))
     except (KeyError, OSError, TypeError):
@@ -48,14 +52,17 @@ def _add_text_positions(
     if position_ids.ndim == 2:
         position_ids = position_ids.expand(4, -1, -1)
     elif position_ids.ndim == 3 and position_ids.shape[0] == 3:
-        is_token = _tokens_of_call(position_ids.shape[2], kwargs)
-        if is_token is not None:
-            position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
-        text_positions = _count_in_documents(position_ids, is_token)
-        position_ids = torch.cat([text_positions[None], position_ids])
+        position_ids = with_text_positions(position_ids, _tokens_of_call(position_ids.shape[2], kwargs))
     else:
         return None
     return (), {**kwargs, "position_ids": position_ids}
+
+
+def with_text_positions(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+    """`[3, B or 1, S]` -> `[4, B or 1, S]`, the first plane counting tokens; `is_token` is bool `[B, S]`."""
+    if is_token is not None:
+        position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
+    return torch.cat([_count_in_documents(position_ids, is_token)[None], position_ids])
 
 
 def _tokens_of_call(length: int, kwargs: dict[str, Any]) -> Tensor | None:

@@ -49,12 +49,17 @@ class WholeSequence:
         mask: of the whole sequence: 2-D, bounds, or None.
         position_ids: `[B or 1, S]`, of the whole sequence, that tell its documents apart; None for one document.
         exchange: how its layers attend.
+        has_token_types: whether the model is called with the token types of the whole sequence, of which it makes image
+            blocks.
     """
 
     ndim = 4
 
-    def __init__(self, mask: Tensor | None, position_ids: Tensor | None, exchange: Exchange) -> None:
+    def __init__(
+        self, mask: Tensor | None, position_ids: Tensor | None, exchange: Exchange, *, has_token_types: bool
+    ) -> None:
         self.mask, self.position_ids, self.exchange = mask, position_ids, exchange
+        self.has_token_types = has_token_types
         self._last: tuple[ref[Tensor], Tensor] | None = None
 
     def stand_in(self, inputs_embeds: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ from .agreement import check_agreement
 from .deal import Tiles, block_length, count_tiles, deal, padded_length
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
-from .models import Mode, check_labels, check_model, check_positions, choose_mode, find_model, refuse_classifier
+from .models import (
+    Mode,
+    TokenTraits,
+    check_labels,
+    check_model,
+    check_positions,
+    choose_mode,
+    find_model,
+    refuse_classifier,
+)
 from .prefixes import merge_batch
 from .rotary import share_largest_position
 from .shard import Batch, read_batch, read_merged_batch, shard_batch
@@ -86,6 +95,7 @@ class SequenceParallel:
             raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
         self._model = find_model(model)
         self._traits = check_model(self._model)
+        self._token_traits = TokenTraits.of(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)
@@ -130,7 +140,8 @@ class SequenceParallel:
 
         Args:
             batch: what a collator returns: `input_ids` or `inputs_embeds`, `labels` or `shift_labels`, `position_ids`,
-                `cu_seq_lens_q`, `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
+                `cu_seq_lens_q`, `token_type_ids` or `mm_token_type_ids` (which stay whole for a model that makes its
+                mask of them), `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
                 layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by; with a
                 `data_mesh` those of all groups are added up).
             num_items: labels of all groups, each counted once, that the losses are divided by instead. With what
@@ -172,9 +183,9 @@ class SequenceParallel:
             raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
         merged = merge_batch(self._model, batch)
         if merged is None:
-            whole = read_batch(batch, self._padded_length, self._device())
+            whole = read_batch(batch, self._padded_length, self._device(), self._token_traits)
         else:
-            whole = read_merged_batch(merged, self._padded_length, self._device())
+            whole = read_merged_batch(merged, self._padded_length, self._device(), self._token_traits)
         check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
         if whole.answers is not None and (num_items is not None or "num_items_in_batch" in whole.options):
             raise ValueError(

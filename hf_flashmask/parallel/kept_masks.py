@@ -21,7 +21,7 @@ from ..integration import NAME, Mask, flashmask_attention_forward
 from ..integration.whole_sequence import WholeSequence
 from .exchanges import ByEngine
 from .group import Group, all_gather, groups_of
-from .models import check_model, find_model
+from .models import TokenTraits, check_model, find_model
 from .rotary import share_largest_position
 
 __all__ = ["KeptMasks", "keep_masks"]
@@ -33,9 +33,10 @@ def keep_masks(model: nn.Module, mesh: DeviceMesh | dist.ProcessGroup, *, exchan
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # with sp_size > 1
         kept = hf_flashmask.keep_masks(model, deepspeed.utils.groups._get_sequence_parallel_group())
 
-    The model is called as the engine has it: each rank with its tokens of the row. `position_ids` and a 2-D mask are
-    gathered once in each forward pass; bounds are those of the whole row, and the same on all ranks. The masks are made
-    once for each type of layers, instead of in each layer, and attention sinks are those of the rank's heads.
+    The model is called as the engine has it: each rank with its tokens of the row. `position_ids`, a 2-D mask and the
+    token types that a model makes image blocks of are gathered once in each forward pass; bounds are those of the whole
+    row, and the same on all ranks. The masks are made once for each type of layers, instead of in each layer, and
+    attention sinks are those of the rank's heads.
 
     Args:
         model: with `attn_implementation="flashmask"`, after the engine has prepared it.
@@ -58,6 +59,7 @@ class KeptMasks:
     ) -> None:
         self._model = find_model(model)
         check_model(self._model)
+        self._token_types = TokenTraits.of(self._model).types_of_mask
         self._group: Group = groups_of(mesh, "mesh", 1)[0]
         self._exchanges_in_eval = exchanges_in_eval
         engine = ALL_ATTENTION_FUNCTIONS[NAME]
@@ -106,6 +108,8 @@ class KeptMasks:
                 "`cu_seq_lens_q` of one rank's tokens cannot be gathered: let `position_ids` tell the documents apart, "
                 "and take the cumulative lengths out of the batch"
             )
+        types = {name: call[name] for name in self._token_types if call.get(name) is not None}
+        call = call | {name: self._gather(part) for name, part in types.items()}
         exchange = ByEngine(self._group, local * self._group.size)
         if isinstance(mask, dict):
             masks = {kind: self._final(bounds, exchange) for kind, bounds in mask.items()}
@@ -113,7 +117,7 @@ class KeptMasks:
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == local:
             mask = self._gather(mask)
         self._check_whole(mask, exchange)
-        whole = WholeSequence(mask, self._gather(position_ids), exchange)
+        whole = WholeSequence(mask, self._gather(position_ids), exchange, has_token_types=bool(types))
         return args, {**call, "attention_mask": whole}
 
     def _final(self, bounds: Mask | Tensor, exchange: ByEngine) -> Mask:

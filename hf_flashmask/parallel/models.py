@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,10 +13,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
-from ..sharing.backbone import Traits, meeting_places
+from ..integration.mrope import takes_text_positions
+from ..sharing.backbone import Traits, meeting_places, source_of
 from .exchanges import kv_heads_on_the_wire
 
-__all__ = ["Mode", "check_labels", "check_model", "check_positions", "choose_mode", "find_model", "refuse_classifier"]
+__all__ = [
+    "TOKEN_TYPES",
+    "Mode",
+    "TokenTraits",
+    "check_labels",
+    "check_model",
+    "check_positions",
+    "choose_mode",
+    "find_model",
+    "refuse_classifier",
+]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
 
@@ -90,6 +101,33 @@ def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> No
             "this model counts positions by the tokens that are no padding, of which each rank has a part: add "
             "`position_ids` [B, S] to the batch, counted as the model does"
         )
+
+
+TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
+"""Arguments `[B, S]` that tell what kind of token each one is."""
+
+
+class TokenTraits(NamedTuple):
+    """How a model reads what it is told of each token.
+
+    Attributes:
+        types_of_mask: the arguments that it makes image blocks of, or prefixes that see themselves, and nothing else.
+            The mask is that of whole rows on every rank, and so are they. Other models look embeddings up by the types.
+        has_dimensions: whether its positions may have three dimensions, and before them one that counts tokens.
+    """
+
+    types_of_mask: frozenset[str]
+    has_dimensions: bool
+
+    @classmethod
+    def of(cls, base: PreTrainedModel) -> TokenTraits:
+        models = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
+        makes_blocks = any(_MAKES_BLOCKS.search(source_of(part)) for part in models)
+        names = set(inspect.signature(type(base).forward).parameters) if makes_blocks else set()
+        return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)))
+
+
+_MAKES_BLOCKS = re.compile("block_sequence_ids|create_causal_mask_mapping")  # the second until Transformers 5.8
 
 
 def refuse_classifier(base: PreTrainedModel) -> None:

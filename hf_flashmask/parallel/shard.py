@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from .. import bounds as _bounds
 from ..integration import Mask
+from ..integration.mrope import with_text_positions
 from ..integration.whole_sequence import Exchange, WholeSequence
 from ..training.labels import IGNORED, AnswerLabels
 from ..training.preference_collator import SELECTS_BY_ROW
 from .answers import answers_of_rank
 from .group import Group
+from .models import TOKEN_TYPES, TokenTraits
 from .prefixes import LabelsInTree, MergedBatch
 
 __all__ = ["Batch", "read_batch", "read_merged_batch", "shard_batch"]
 
-_BY_TOKEN = {"token_type_ids"}
-"""Arguments `[B, S]` that are cut like `input_ids`, besides those that `Batch` names."""
 _DROPPED = {"max_length_q", "max_length_k", "seq_idx"}
 """What collators of packed rows say beside the cumulative lengths, which flashmask does not read."""
 _OPTIONS = {"num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "output_attentions"}
@@ -31,11 +31,12 @@ class Batch(NamedTuple):
 
     Attributes:
         by_token: `[B, S]` and `[B, S, D]`, what is cut as it is.
+        of_mask: `[B, S]`, what the model makes its mask of, which is that of the whole row: not cut.
         labels: `[B, S]`, for each token the label of the next one; None without labels.
         answers: the labels of SharedPromptDataCollator, or None.
         labels_in_tree: labels of the rows that were merged into one, or None.
         selects_logits: whether the model computes only the logits that predict tokens of answers.
-        position_ids: `[B or 1, S]`, what the model counts; no larger than those of the batch.
+        position_ids: `[B or 1, S]` or `[4, B or 1, S]`, what the model counts; no larger than those of the batch.
         document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
         options: what is handed on.
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     """
 
     by_token: dict[str, Tensor]
+    of_mask: dict[str, Tensor]
     labels: Tensor | None
     answers: AnswerLabels | None
     labels_in_tree: LabelsInTree | None
@@ -63,22 +65,27 @@ class Batch(NamedTuple):
         return 0 if self.labels is None else (self.labels != IGNORED).sum()
 
 
-def read_merged_batch(merged: MergedBatch, length_of: Callable[[int], int], device: torch.device) -> Batch:
+def read_merged_batch(
+    merged: MergedBatch, length_of: Callable[[int], int], device: torch.device, traits: TokenTraits
+) -> Batch:
     """The same as `read_batch`, of rows that were merged into one."""
-    whole = read_batch(merged.arguments, length_of, device)
+    whole = read_batch(merged.arguments, length_of, device, traits)
     depth = merged.depth.to(device)
     tail = torch.arange(whole.length - depth.shape[1], device=device)
     labels = LabelsInTree(*(part.to(device) for part in merged.labels))
     return whole._replace(document_positions=torch.cat([depth, tail[None]], dim=1), labels_in_tree=labels)
 
 
-def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device) -> Batch:
+def read_batch(
+    batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device, traits: TokenTraits
+) -> Batch:
     """Check what a collator returns, and pad it.
 
     Args:
         batch: the arguments that the model would be called with in one process.
         length_of: the length that rows of this length are padded to.
         device: where the model computes.
+        traits: of the model.
     """
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
     given = _on_device(kept, device)
@@ -102,7 +109,8 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
             raise ValueError(f"`{name}` must have the sizes of the tokens, {list(shape)}, got {came}")
         return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, tail), value=value)
 
-    by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *_BY_TOKEN) if name in given}
+    of_mask = {name: padded(name) for name in traits.types_of_mask if name in given}
+    by_token = {name: padded(name) for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES) if name in given}
     labels = None
     if "shift_labels" in given:
         labels = padded("shift_labels", IGNORED)
@@ -117,18 +125,13 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     positions = index.clamp(max=short - 1)[None]
     if "position_ids" in given:
         position_ids = given.pop("position_ids")
-        if not isinstance(position_ids, Tensor):
-            raise TypeError(
-                f"`position_ids` must be a tensor [{rows} or 1, {short}], got {type(position_ids).__name__}"
-            )
-        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != short:
-            raise NotImplementedError(
-                f"`position_ids` must be [{rows} or 1, {short}] for these tokens, got {list(position_ids.shape)}; "
-                "positions of several dimensions (multimodal models) cannot be cut"
-            )
+        _check_positions(position_ids, rows, short, has_dimensions=traits.has_dimensions)
+        if position_ids.ndim == 3 and len(position_ids) == 3:
+            position_ids = with_text_positions(position_ids, _tokens_of(given.get("attention_mask")))
         tail_positions = torch.minimum(tail_positions.to(position_ids), position_ids.amax())
-        tail_positions = tail_positions.expand(position_ids.shape[0], -1)
-        documents = positions = torch.cat([position_ids, tail_positions], dim=1)
+        tail_positions = tail_positions.expand(*position_ids.shape[:-1], -1)
+        positions = torch.cat([position_ids, tail_positions], dim=-1)
+        documents = positions[0] if positions.ndim == 3 else positions
     cu_seq_lens, of_keys = given.pop("cu_seq_lens_q", None), given.pop("cu_seq_lens_k", None)
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
         of_keys = None  # else they are compared, which waits for the device
@@ -138,7 +141,7 @@ def read_batch(batch: Mapping[str, Any], length_of: Callable[[int], int], device
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     _refuse_others(given)
-    return Batch(by_token, labels, answers, None, selects, positions, documents, mask, given, length, device)
+    return Batch(by_token, of_mask, labels, answers, None, selects, positions, documents, mask, given, length, device)
 
 
 def shard_batch(
@@ -152,8 +155,8 @@ def shard_batch(
         groups: of this rank, the dimensions of the mesh.
     """
     part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
-    part.update(batch.options)
-    part["position_ids"] = batch.position_ids[:, order].contiguous()
+    part |= batch.of_mask | batch.options
+    part["position_ids"] = batch.position_ids[..., order].contiguous()
     if batch.labels is not None:
         # Models compute a loss where there are labels, and read those that are shifted.
         part["labels"] = part["shift_labels"] = batch.labels[:, order].contiguous()
@@ -173,7 +176,9 @@ def shard_batch(
             mask.exchange = exchange
         part["attention_mask"] = masks
     else:
-        part["attention_mask"] = WholeSequence(batch.mask, batch.document_positions, exchange)
+        part["attention_mask"] = WholeSequence(
+            batch.mask, batch.document_positions, exchange, has_token_types=bool(batch.of_mask)
+        )
     return part
 
 
@@ -187,6 +192,22 @@ def _on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]
         else:
             moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
     return moved
+
+
+def _check_positions(position_ids: Any, rows: int, length: int, *, has_dimensions: bool) -> None:
+    shapes = f"[{rows} or 1, {length}]" + (f" or [3 or 4, {rows} or 1, {length}]" if has_dimensions else "")
+    if not isinstance(position_ids, Tensor):
+        raise TypeError(f"`position_ids` must be a tensor {shapes}, got {type(position_ids).__name__}")
+    planes, *sizes = position_ids.shape if position_ids.ndim == 3 else (None, *position_ids.shape)
+    is_known = planes is None or (has_dimensions and planes in (3, 4))
+    if not is_known or len(sizes) != 2 or sizes[0] not in (1, rows) or sizes[1] != length:
+        raise NotImplementedError(
+            f"`position_ids` must be {shapes} for these tokens and this model, got {list(position_ids.shape)}"
+        )
+
+
+def _tokens_of(mask: Any) -> Tensor | None:
+    return mask.ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
