@@ -53,6 +53,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.filterwarnings(
+    "error:.*deprecated:FutureWarning", "default:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # the last one is PEFT's own
 @pytest.mark.usefixtures("in_an_empty_folder")
 @pytest.mark.parametrize("snippet", snippets(), ids=str)
 def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> None:
