@@ -10,6 +10,7 @@
 # make sanitize  run the kernels for this GPU under compute-sanitizer, or under SANITIZER
 # make versions  run the core of the tests with other supported versions: all of them, or VERSIONS="oldest newest"
 # make hub  load the kernels as the Kernel Hub does, with Hugging Face's library `kernels`
+# make embeddings  run the page about embeddings with the library sentence-transformers
 # make tritons  compile the kernels for sm_90 with other releases of Triton, TRITONS: minutes
 # PYTHON is the interpreter that creates the environment, VENV the folder of the environment.
 
@@ -23,7 +24,7 @@ SANITIZER ?= compute-sanitizer
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
-.PHONY: demo test coverage docs package test-gpu browser test-browser fuzz sanitize sweep transformers-tests versions hub tritons lint \
+.PHONY: demo test coverage docs package test-gpu browser test-browser fuzz sanitize sweep transformers-tests versions hub embeddings tritons lint \
 	check clean
 
 # Idle threads sleep instead of spinning: on a busy machine, spinning threads make the demo 5 times as slow.
@@ -77,6 +78,12 @@ versions: $(READY)
 hub: $(READY)
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/hub kernels==0.17.2
 	PYTHONPATH=$(CURDIR)/build/hub $(RUN) -m pytest -m hub tests/test_packaging.py tests/test_examples.py
+
+# Beside the environment, too: Transformers imports scipy and scikit-learn where they are installed, which takes a second.
+embeddings: $(READY)
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/embeddings \
+	  sentence-transformers==6.2.0 scikit-learn scipy joblib threadpoolctl cloudpickle narwhals
+	PYTHONPATH=$(CURDIR)/build/embeddings $(RUN) -m pytest tests/test_docs.py -k embeddings
 
 tritons: $(READY)
 	set -e; for version in $(TRITONS); do \

@@ -195,7 +195,8 @@ def train(args: argparse.Namespace) -> None:
     model = build_model(args).to(device)
     one_process = OneProcess(args, model)
     if args.checkpointing:
-        model.gradient_checkpointing_enable()
+        is_renamed = hasattr(model, "activation_checkpointing_enable")  # since Transformers 5.23
+        (model.activation_checkpointing_enable if is_renamed else model.gradient_checkpointing_enable)()
     shard_weights(args, model, everyone)
     optimizer = optimizer_of(args, model)
     parallel = hf_flashmask.sequence_parallel(model, mesh["sp"], mode=args.mode, data_mesh=mesh["dp"])

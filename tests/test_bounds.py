@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 import re
@@ -771,6 +772,41 @@ def test_startend_row_indices_both_ways(form, q_len, kv_len, seed):
         assert again_causal == is_causal
     for_heads = from_startend_row_indices(indices, is_causal, q_len=q_len, num_heads=6)
     assert_mask(for_heads, np.repeat(expected, 2, axis=1), q_len)
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "error", "message"),
+    [
+        (lambda q, k: q >= k, TypeError, r"of `\(batch, head, query, key\)`, got one of `\(q, k\)`"),
+        (lambda score, b, h, q, k: score, TypeError, r"got one of `\(score, b, h, q, k\)`"),
+        (lambda b, h, q, k: q >= k and q - k < 3, ValueError, "got a function that needs the value of one .*write &"),
+        (lambda b, h, q, k: k < 2 if k < 3 else q >= k, ValueError, "got a function that needs the value of one"),
+        (lambda b, h, q, k: torch.tensor(q.item() >= k.item()), ValueError, r"one .*\.item\(\)"),
+        (lambda b, h, q, k: k < [1, 2, 3, 4, 5][q], ValueError, "one .*look up in tensors and not in lists"),
+        (lambda b, h, q, k: torch.rand(()) < 0.5, ValueError, "one .*random.*draw random numbers before"),
+        (lambda b, h, q, k: q - k, TypeError, r"must return a bool tensor .*got torch.int64 \[\]; compare"),
+        (lambda b, h, q, k: (q >= k).float(), TypeError, r"got torch.float32 \[\]; compare what is not bool"),
+        (lambda b, h, q, k: torch.stack([q >= k, q < k]), TypeError, r"got torch.bool \[2\]; .* reduce dimensions"),
+        (lambda b, h, q, k: True, TypeError, "must return a bool tensor, True = visible, got bool; compute it"),
+        (lambda b, h, q, k: None, TypeError, "got NoneType"),
+        (lambda b, h, q, k: (q >= k, q < k), TypeError, "got tuple"),
+        (lambda b, h, q, k: {}["documents"], KeyError, "documents"),
+    ],
+)
+def test_a_mask_mod_that_cannot_be_evaluated_is_told_why(mask_mod, error, message):
+    """An error of its own is passed on."""
+    with pytest.raises(error, match=message):
+        from_mask_mod(mask_mod, 5)
+
+
+def test_a_mask_mod_may_bind_arguments_and_take_any_number():
+    documents = torch.tensor([0, 0, 1, 1, 1])
+
+    def same(documents, b, h, q, k):
+        return documents[q] == documents[k]
+
+    for mask_mod in (functools.partial(same, documents), lambda *pair: same(documents, *pair)):
+        assert_mask(from_mask_mod(mask_mod, 5), (documents[:, None] == documents)[None, None], 5)
 
 
 @few

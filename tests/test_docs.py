@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import runpy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ RUN_ELSEWHERE = {
     "docs/upstream.md": "code of other libraries",
     "docs/recipes/": "lines for the programs of other projects",
 }
+EMBEDDINGS = "docs/how_to/embeddings.md"
+"""Needs sentence-transformers, as `make embeddings` installs it."""
 
 
 class Snippet(NamedTuple):
@@ -42,7 +45,7 @@ def snippets() -> list[Snippet]:
         for block in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
             before = text[: block.start()]
             is_run = NOT_RUN not in before.rstrip().rpartition("\n")[2]
-            if is_run and not name.startswith(tuple(RUN_ELSEWHERE)):
+            if is_run and not name.startswith((*RUN_ELSEWHERE, EMBEDDINGS)):
                 found.append(Snippet(name, before.count("\n") + 1, block[1]))
     return found
 
@@ -53,6 +56,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.filterwarnings(
+    "error:.*deprecated:FutureWarning", "default:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # the last one is PEFT's own
 @pytest.mark.usefixtures("in_an_empty_folder")
 @pytest.mark.parametrize("snippet", snippets(), ids=str)
 def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> None:
@@ -64,6 +70,38 @@ def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> Non
 def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     printed = run_python(snippets()[0].code, cwd=tmp_path)
     assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_embeddings_are_trained_on_packed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's program, and its embeddings against those of eager attention on padded rows."""
+    library = pytest.importorskip("sentence_transformers")
+    rows: list[tuple[int, ...]] = []
+    forward = transformers.BertModel.forward
+
+    def note(self: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        rows.append(tuple(input_ids.shape))
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(transformers.BertModel, "forward", functools.wraps(forward)(note))
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / EMBEDDINGS).read_text(), flags=re.MULTILINE | re.DOTALL)
+    script = tmp_path / "snippet.py"
+    script.write_text(code)
+    done = runpy.run_path(str(script), run_name="__main__")
+    assert {length for length, _ in rows} == {1}, "one row of all texts"
+    assert done["found"] == list(range(16))
+    assert float((done["questions"] - done["alone"]).abs().max()) < 1e-5
+
+    trained = done["model"][0].model
+    trained.save_pretrained("trained")
+    done["model"].tokenizer.save_pretrained("trained")
+    modules = library.sentence_transformer.modules
+    transformer = modules.Transformer("trained", model_kwargs={"attn_implementation": "eager"})
+    padded = library.SentenceTransformer(modules=[transformer, modules.Pooling(64)], device="cpu")
+    texts = [pair["anchor"] for pair in done["pairs"]] + ["where"]
+    packed = done["model"].encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(packed, padded.encode(texts, convert_to_tensor=True))
+    assert rows[-1] == (17, 5)
 
 
 CALLS = {

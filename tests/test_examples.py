@@ -159,6 +159,7 @@ def test_sft_packed_fails_when_documents_see_each_other(
 def by_itself(script: Path, arguments: list[str], cwd: Path) -> str:
     process = subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert "deprecated" not in process.stderr
     return process.stdout
 
 
@@ -174,7 +175,11 @@ def as_torchrun_does(script: Path, arguments: list[str], cwd: Path) -> str:
 @pytest.mark.parametrize(
     ("launch", "options", "expected"),
     [
-        (by_itself, ["--row-length", "1500", "--documents", "definitions"], '2 processes, 1 x 2, mode="all_gather"'),
+        (
+            by_itself,
+            ["--row-length", "1500", "--documents", "definitions", "--checkpointing"],
+            '2 processes, 1 x 2, mode="all_gather"',
+        ),
         (
             as_torchrun_does,
             ["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing"],

@@ -60,6 +60,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "a window of 0": lambda: bounds.sliding_window(0, 8),
     "a tree out of order": lambda: bounds.from_prefix_tree([-1, -1, 0], [1, 1, 1]),
     "too many intervals": lambda: bounds.from_dense(torch.arange(80)[:, None] % 2 == torch.zeros(80)),
+    "a mask_mod of two arguments": lambda: bounds.from_mask_mod(lambda q, k: q >= k, 8),
+    "a mask_mod that branches": lambda: bounds.from_mask_mod(lambda b, h, q, k: q >= k and k < 3, 8),
+    "a mask_mod of numbers": lambda: bounds.from_mask_mod(lambda b, h, q, k: q - k, 8),
+    "a mask_mod of nothing": lambda: bounds.from_mask_mod(lambda b, h, q, k: None, 8),
     "no sequences": lambda: prefix_tree.from_sequences([]),
     "a misspelled name": lambda: build("llama", "flash_mask"),
     "a dense mask of 0 and 1": lambda: build("llama")(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
@@ -110,8 +112,10 @@ def from_mask_mod(
         int32 `[B, H, C, S_k]`.
 
     Raises:
-        TypeError: for `q_len` beside a `BlockMask`, a function without it, or what is neither.
-        ValueError: when a length is negative.
+        TypeError: for `q_len` beside a `BlockMask`, a function without it, or what is neither; for a function of other
+            arguments, or one that returns something else.
+        ValueError: when a length is negative, or the function reads the value of an argument, as `if`, `and` and
+            `.item()` do.
         TooManyIntervalsError: when a key needs more than `MAX_INTERVALS` hidden intervals; the message names the first.
 
     >>> from_mask_mod(lambda batch, head, query, key: (query >= key) & (query - key < 2), 5).tolist()
@@ -130,6 +134,7 @@ def from_mask_mod(
             f"`mask_mod` must be a function or a `BlockMask`, got {type(function).__name__}; bounds.from_dense takes a "
             "dense mask"
         )
+    _check_arguments_of(function)
     if q_len is None:
         raise TypeError("`q_len` must be given with a `mask_mod`")
     kv_len = q_len if kv_len is None else kv_len
@@ -137,7 +142,50 @@ def from_mask_mod(
     if q_len == 0 or kv_len == 0:
         return torch.zeros(batch_size, num_heads, 1, kv_len, dtype=torch.int32, device=device)
     batch, head, query, key = (torch.arange(count, device=device) for count in (batch_size, num_heads, q_len, kv_len))
-    return from_tiles(evaluate_in_tiles(mask_mod, batch, head, query, key))
+    return from_tiles(evaluate_in_tiles(_with_clear_errors(mask_mod), batch, head, query, key))
+
+
+def _check_arguments_of(mask_mod: Callable) -> None:
+    try:
+        signature = inspect.signature(mask_mod)
+    except ValueError:  # of a builtin
+        return
+    try:
+        signature.bind(*"bhqk")
+    except TypeError:
+        raise TypeError(
+            f"`mask_mod` must be a function of `(batch, head, query, key)`, got one of `{signature}`; name those that "
+            "it does not need too, and bind others with functools.partial"
+        ) from None
+
+
+def _with_clear_errors(mask_mod: MaskMod) -> MaskMod:
+    @functools.wraps(mask_mod)
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        try:
+            result: object = mask_mod(batch, head, query, key)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap:"):
+                raise
+            reason = str(error).removeprefix("vmap:").split(". ")[0].strip()
+            raise ValueError(
+                "`mask_mod` must compute with tensors that stand for all queries and keys at once, got a function that "
+                f'needs the value of one (torch: "{reason}"); write &, |, ~ and torch.where for `and`, `or`, `not` and '
+                "`if`, look up in tensors and not in lists, and draw random numbers before"
+            ) from error
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"`mask_mod` must return a bool tensor, True = visible, got {type(result).__name__}; compute it from "
+                "the arguments, such as `query >= key`"
+            )
+        if result.dtype != torch.bool or result.ndim:
+            raise TypeError(
+                f"`mask_mod` must return a bool tensor `[]` for a pair, True = visible, got {result.dtype} "
+                f"{list(result.shape)}; compare what is not bool, such as `result != 0`, and reduce dimensions"
+            )
+        return result
+
+    return visible
 
 
 def evaluate_in_tiles(mask_mod: MaskMod, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Iterator[Tensor]:
