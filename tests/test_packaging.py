@@ -15,9 +15,10 @@ from pathlib import Path
 
 import processes
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
-from run_versions import VERSIONS
+from run_versions import ALIASES, VERSIONS
 from transformers.utils import is_kernels_available
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     extras = ["", *(importlib.metadata.metadata("hf-flashmask").get_all("Provides-Extra") or [])]
-    for environment in ({"python_version": version, "sys_platform": "linux"} for version in ("3.10", "3.13")):
+    for environment in ({"python_version": version, "sys_platform": "linux"} for version in ("3.10", "3.14")):
         versions = {
             pin.name: next(iter(pin.specifier)).version
             for pin in pins
@@ -98,6 +99,49 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
             is_needed = marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in extras)
             if is_needed and requirement.name != "hf-flashmask":
                 assert requirement.specifier.contains(versions[requirement.name]), (requirement, environment)
+
+
+# Continuous integration
+
+WORKFLOWS = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
+STEPS = [
+    (name, step) for name, workflow in WORKFLOWS.items() for job in workflow["jobs"].values() for step in job["steps"]
+]
+
+
+def targets_of(script: str) -> set[str]:
+    """What the lines of a shell script that call `make` name. An expression of a workflow names each of its values."""
+    plain = re.sub(r"\$\{\{(.*?)\}\}", lambda found: " ".join(re.findall(r"[&|]{2} '(\w+)'", found[1])), script)
+    calls = re.findall(r"^make ([^<\n]*)", plain, re.MULTILINE)
+    return {word for call in calls for word in call.split() if "=" not in word}
+
+
+def test_the_workflows_call_targets_that_there_are() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called: dict[str, set[str]] = {name: set() for name in WORKFLOWS}
+    for name, step in STEPS:
+        called[name] |= targets_of(step.get("run", ""))
+    assert all(called.values())
+    assert set().union(*called.values()) <= targets
+    assert called["ci.yml"] == targets_of((ROOT / ".ci/run").read_text()) | {"coverage"}
+
+
+def test_the_workflows_name_versions_that_there_are() -> None:
+    jobs = WORKFLOWS["ci.yml"]["jobs"]
+    assert set(jobs["versions"]["strategy"]["matrix"]["version"]) <= {*VERSIONS, *ALIASES}
+    pythons = jobs["test"]["strategy"]["matrix"]["python"]
+    classifiers = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r'"Programming Language :: Python :: (3\.\d+)"', classifiers) == pythons
+    assert importlib.metadata.metadata("hf-flashmask")["Requires-Python"] == f">={pythons[0]}"
+    for page in ("README.md", "docs/supported.md"):
+        assert f"Python {pythons[0]} to {pythons[-1]}." in (ROOT / page).read_text()
+
+
+def test_actions_are_pinned_to_a_release() -> None:
+    actions = {step["uses"] for _, step in STEPS if "uses" in step}
+    assert actions
+    for action in actions:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+(\.\d+)*", action), action
 
 
 def test_the_oldest_versions_that_are_allowed_are_tested() -> None:
