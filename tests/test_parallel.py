@@ -30,6 +30,7 @@ from hf_flashmask.parallel.deal import block_length, count_tiles, deal, padded_l
 from hf_flashmask.parallel.exchanges import AllGather
 from hf_flashmask.parallel.group import Group
 from hf_flashmask.parallel.models import choose_mode
+from hf_flashmask.parallel.rotary import share_largest_position
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(__file__).with_name("parallel_cases.py")
@@ -335,3 +336,23 @@ def test_models_that_read_other_places_of_a_row_are_refused(
 ) -> None:
     with pytest.raises(NotImplementedError, match=message):
         hf_flashmask.sequence_parallel(of_class(name, **options), one_rank)
+
+
+@pytest.mark.parametrize("axes", [(), (3,)])
+def test_the_shared_largest_position_leaves_the_embeddings_of_each_row(axes: tuple[int, ...]) -> None:
+    if axes:
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding as Rotary
+
+        more: dict[str, Any] = {"mrope_section": [2, 1, 1]}
+    else:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rotary
+
+        more = {}
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, **more}
+    config = tiny_models.config_of("llama", max_position_embeddings=40, rope_parameters=rope)
+    model, hidden = torch.nn.Sequential(Rotary(config)), torch.zeros(2, 60, 32)
+    position_ids = torch.stack([torch.arange(60), torch.arange(60).flip(0)]).expand(*axes, -1, -1)
+    expected = Rotary(config)(hidden, position_ids)
+    assert share_largest_position(model, ())
+    for part, of_part in zip(model[0](hidden, position_ids), expected):
+        assert torch.equal(part, of_part)

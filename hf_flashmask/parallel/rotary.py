@@ -43,7 +43,7 @@ def share_largest_position(
     def take_away(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not is_part():
             return output
-        return output[:, :-1] if isinstance(output, Tensor) else tuple(part[:, :-1] for part in output)
+        return output[..., :-1, :] if isinstance(output, Tensor) else tuple(part[..., :-1, :] for part in output)
 
     hooks: list[RemovableHandle] = []
     for rotary in filter(depends_on_largest_position, model.modules()):
