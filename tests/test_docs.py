@@ -15,6 +15,8 @@ from packaging.version import Version
 from processes import run_python
 from tiny_models import build, packed, random_documents
 
+from flashmask_kernels import configs
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = "<!-- not run"
@@ -138,6 +140,15 @@ def largest_difference(family: str, implementation: str, call: str) -> float:
         together = model(**packed(documents), **options).logits
         alone = torch.cat([model(document, use_cache=False).logits for document in documents], dim=1)
     return float((together - alone).abs().max())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/supported.md"])
+def test_the_pages_name_the_kernels_for_sm_90(page: str) -> None:
+    sizes = f"heads of {configs._SMALLEST_SPECIALIZED_DIM} to {max(configs._SPECIALIZED)}"
+    releases = (".".join(map(str, version)) for version in (configs._OLDEST_GLUON, configs._NEWEST_GLUON))
+    text = (ROOT / page).read_text()
+    assert sizes in text
+    assert f"under Triton {' and '.join(releases)};" in text
 
 
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)(#[^)]*)?\)|src=\"(?!https?://)([^\"]+)\"")
