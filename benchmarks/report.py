@@ -153,13 +153,13 @@ def rivals_section(run: Json) -> list[str]:
         "takes the visible intervals of each query, FlashAttention-4 documents and windows. A dash: the implementation "
         f"cannot express the mask, or was not measured. {rivals_versions(environment)}",
     ]
-    for shape in sorted({shape_of(row) for row in rows}, key=lambda shape: (-shape[0], shape)):
+    cases = by_shape_and_mask(rows)
+    for shape, masks in sorted(cases.items(), key=lambda case: (-case[0][0], case[0])):
         length, size, count, kv_heads = shape
-        masks = by_mask(row for row in rows if shape_of(row) == shape)
         title = f"{length:,} tokens, {count} query and {kv_heads} key heads of size {size}:"
         body = [[MASK_NAMES[mask], *speeds_of(found, names)] for mask, found in masks.items()]
         lines += ["", title, "", *table(["mask", *names], body)]
-    return [*lines, "", wins(rows, names)]
+    return [*lines, "", wins([found for masks in cases.values() for found in masks.values()], names)]
 
 
 def rivals_rows(run: Json) -> list[Json]:
@@ -173,11 +173,11 @@ def rivals_rows(run: Json) -> list[Json]:
     return sorted(rows, key=place_in_table)
 
 
-def by_mask(rows: Iterable[Json]) -> dict[str, dict[str, Json]]:
-    """Rows of one shape by mask and implementation."""
-    found: dict[str, dict[str, Json]] = {}
+def by_shape_and_mask(rows: Iterable[Json]) -> dict[tuple[int, ...], dict[str, dict[str, Json]]]:
+    """Rows by shape, mask and implementation."""
+    found: dict[tuple[int, ...], dict[str, dict[str, Json]]] = {}
     for row in rows:
-        found.setdefault(row["mask"], {})[row["implementation"]] = row
+        found.setdefault(shape_of(row), {}).setdefault(row["mask"], {})[row["implementation"]] = row
     return found
 
 
@@ -200,13 +200,14 @@ def speed_with_mask(row: Json) -> float:
     return row["tflops"]["total"] * times["total"] / (times["total"] + times.get("mask", 0) / LAYERS_OF_A_MASK)
 
 
-def wins(rows: list[Json], names: list[str]) -> str:
-    """Who is fastest how often among those with a rival, and which of the two deterministic ones is."""
+def wins(cases: list[dict[str, Json]], names: list[str]) -> str:
+    """Who is fastest how often among those with a rival, and which of the two deterministic ones is.
+
+    Args:
+        cases: rows by implementation, of each shape and mask.
+    """
     ours, theirs = RIVALS[1], RIVALS[3]
-    cells: dict[tuple[Any, ...], dict[str, Json]] = {}
-    for row in rows:
-        cells.setdefault((shape_of(row), row["mask"]), {})[row["implementation"]] = row
-    shared = [found for found in cells.values() if found.keys() & {CUDNN_FLEX, "FA4 varlen"}]
+    shared = [found for found in cases if found.keys() & {CUDNN_FLEX, "FA4 varlen"}]
 
     def counts(speed: Callable[[Json], float]) -> str:
         fastest = [max(found, key=lambda name: speed(found[name])) for found in shared]
@@ -218,7 +219,7 @@ def wins(rows: list[Json], names: list[str]) -> str:
         "layers (flashmask's bounds and schedules, cuDNN's plan of intervals that are given; FlashAttention-4 makes "
         f"nothing): {counts(speed_with_mask)}."
     )
-    if both := [found for found in cells.values() if {ours, theirs} <= found.keys()]:
+    if both := [found for found in cases if {ours, theirs} <= found.keys()]:
         ahead = sum(found[ours]["tflops"]["total"] > found[theirs]["tflops"]["total"] for found in both)
         text += f" Of the two deterministic backward passes, flashmask's is the faster in {ahead} of {len(both)}."
     return text
@@ -1033,9 +1034,8 @@ def rivals_headline(run: Json) -> list[str]:
     pairs = {name: (OURS, name) for name in (CUDNN_FLEX, "FA4 varlen", FLEX)}
     pairs["deterministic: " + CUDNN_FLEX] = RIVALS[1], RIVALS[3]
     body = []
-    for shape in sorted({shape_of(row) for row in rows}):
-        found = by_mask(row for row in rows if shape_of(row) == shape)
-        ratios = [ratio_over_masks(found.values(), *pair) for pair in pairs.values()]
+    for shape, masks in sorted(by_shape_and_mask(rows).items()):
+        ratios = [ratio_over_masks(masks.values(), *pair) for pair in pairs.values()]
         body.append([f"{shape[1]}, {shape[2]}/{shape[3]} heads", *ratios])
     return [
         f"**Beside the fastest CUDA kernels**: how many times as fast flashmask is, forward and backward, on an "
