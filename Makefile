@@ -33,10 +33,10 @@ demo: $(READY)
 
 # Some tests compile for a minute or two. With worksteal, an idle worker takes tests from the queue of a busy one.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub and not embeddings"
 
 coverage: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub" --cov --cov-report=term --cov-report=xml
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "not gpu and not browser and not hub and not embeddings" --cov --cov-report=term --cov-report=xml
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir site
@@ -83,7 +83,7 @@ hub: $(READY)
 embeddings: $(READY)
 	$(RUN) -m pip install --quiet --no-deps --upgrade --target build/embeddings \
 	  sentence-transformers==6.2.0 scikit-learn scipy joblib threadpoolctl cloudpickle narwhals
-	PYTHONPATH=$(CURDIR)/build/embeddings $(RUN) -m pytest tests/test_docs.py -k embeddings
+	PYTHONPATH=$(CURDIR)/build/embeddings $(RUN) -m pytest tests/test_docs.py -m embeddings
 
 tritons: $(READY)
 	set -e; for version in $(TRITONS); do \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -74,10 +75,11 @@ def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
 
 
+@pytest.mark.embeddings
 @pytest.mark.usefixtures("in_an_empty_folder")
 def test_embeddings_are_trained_on_packed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's program, and its embeddings against those of eager attention on padded rows."""
-    library = pytest.importorskip("sentence_transformers")
+    library = importlib.import_module("sentence_transformers")
     rows: list[tuple[int, ...]] = []
     forward = transformers.BertModel.forward
 
