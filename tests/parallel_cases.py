@@ -98,7 +98,7 @@ def _cases() -> Iterator[Case]:
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
     for mode in ("ulysses", "all_gather"):
-        yield Case(f"{mode}-compiled", "llama", mode=mode, changes={"num_hidden_layers": 1}, engine="compiler")
+        yield Case(f"{mode}-compiled", "mistral", mode=mode, changes={"num_hidden_layers": 1}, engine="compiler")
     for kind, model in (
         ("packed", "gpt_oss"),
         ("left_padding", "llama"),
@@ -484,7 +484,8 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
     import torch.distributed as dist
 
     if engine == "compiler":  # all ranks trace the same code, for seconds: the first and the last one are enough
-        return torch.compile(model, backend="eager") if dist.get_rank() in (0, world_size() - 1) else model
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        return compiled if dist.get_rank() in (0, world_size() - 1) else model
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if engine == "fsdp2":

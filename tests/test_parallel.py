@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import tiny_models
+import tiny_vision
 import torch
 import torch.distributed as dist
 import transformers
 from parallel_answers import ANSWER_CASES
 from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
-from transformers import AttentionInterface
+from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import create_causal_mask
 
 import hf_flashmask
@@ -356,3 +359,33 @@ def test_the_shared_largest_position_leaves_the_embeddings_of_each_row(axes: tup
     assert share_largest_position(model, ())
     for part, of_part in zip(model[0](hidden, position_ids), expected):
         assert torch.equal(part, of_part)
+
+
+# Compiled models
+
+
+@pytest.mark.skipif(
+    not hasattr(masking_utils, "blockwise_overlay"), reason="this version of Transformers has no blocks"
+)
+def test_masks_of_image_blocks_break_graphs(one_rank: Any) -> None:
+    model = tiny_vision.build("gemma3_images")
+    batch = tiny_models.packed(tiny_models.random_documents([9, 12]))
+    batch["token_type_ids"] = tiny_vision.token_types(model.config, batch["input_ids"])
+    config = model.config.get_text_config()
+    cache = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+    def make(attention_mask: Any, token_types: Tensor) -> Tensor:
+        call = {"inputs_embeds": torch.zeros(1, 21, 32), "position_ids": batch["position_ids"], cache: None}
+        blocks = torch.where(token_types == 1, 0, -1)
+        return create_causal_mask(config, attention_mask=attention_mask, block_sequence_ids=blocks, **call).bounds
+
+    with hf_flashmask.sequence_parallel(model, one_rank, mode="ulysses") as parallel:
+        part = parallel.shard(batch)
+        expected = make(None, batch["token_type_ids"])
+        with pytest.raises(Unsupported, match="compile without fullgraph=True"):
+            torch.compile(make, backend="eager", fullgraph=True)(part["attention_mask"], part["token_type_ids"])
+        found = torch.compile(make, backend="eager")(part["attention_mask"], part["token_type_ids"])
+        assert torch.equal(bounds.to_dense(found), bounds.to_dense(expected))
+        refused = parallel.shard({name: part for name, part in batch.items() if name != "token_type_ids"})
+        with pytest.raises(NotImplementedError, match="looks tokens up"):
+            torch.compile(make, backend="eager")(refused["attention_mask"], batch["token_type_ids"])

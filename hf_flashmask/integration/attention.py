@@ -76,21 +76,6 @@ def flashmask_attention_forward(
     """
     attention_mask = kept_mask if attention_mask is None else attention_mask
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
-    if exchange is not None and torch.compiler.is_compiling():
-        return _attend_outside_of_graphs(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-            **kwargs,
-        )
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
     if isinstance(attention_mask, Mask) and attention_mask.is_users:
@@ -175,13 +160,6 @@ def _named_for_profilers() -> contextlib.AbstractContextManager[Any]:
     """A name costs microseconds, which only a profiler that runs is to pay. Compiled graphs have none."""
     is_profiled = not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
     return record_function(RANGE_OF_SDPA) if is_profiled else contextlib.nullcontext()
-
-
-_attend_outside_of_graphs = torch.compiler.disable(
-    flashmask_attention_forward,
-    reason="the ranks of sequence_parallel exchange tokens in every layer, which no graph holds: compile without "
-    "fullgraph",
-)
 
 
 def _mask_of_user(mask: Mask | Tensor | None) -> Tensor | None:

@@ -111,9 +111,14 @@ def from_mask_function(
     )
     if not torch.compiler.is_dynamo_compiling() or is_plain(mask_function):
         return _read(mask_function, call)
-    if has_user_functions or getattr(mask_function, "__name__", "") == "or_mask":
+    if _has_overlays(mask_function, has_user_functions):
         return _read_outside_of_the_graph(mask_function, call)
     return search(mask_function, call)
+
+
+def _has_overlays(mask_function: Callable, has_user_functions: bool) -> bool:
+    """Whether more than windows and chunks may be in a mask function, as far as a graph can tell."""
+    return has_user_functions or getattr(mask_function, "__name__", "") == "or_mask"
 
 
 _AS_GOOD_AS_HIDDEN = -1e4
@@ -196,18 +201,24 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
 
 
-def knows_whole_rows(mask_function: Callable, length: int | None) -> bool:
+def knows_whole_rows(mask_function: Callable, length: int | None, *, has_user_functions: bool = True) -> bool:
     """Whether a mask function finds all that it looks up by the index of a token, in rows of this length.
 
     It may hold numbers, and with a length tensors `[B, length]`. Functions from outside of Transformers may look up
     what they do not hold, in their module or in an object.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        return _knows_whole_rows(mask_function, length)
+    is_of_positions = is_plain(mask_function) or not _has_overlays(mask_function, has_user_functions)
+    return is_of_positions or _looks_up_outside_of_the_graph(mask_function, length)
+
+
+def _knows_whole_rows(mask_function: Callable, length: int | None) -> bool:
     if is_plain(mask_function) or factory_of(mask_function) in _OF_POSITIONS:
         return True
-    is_of_transformers = isinstance(mask_function, FunctionType) and mask_function.__module__.startswith(
-        "transformers."
-    )
-    return is_of_transformers and all(_is_of_rows(value, length) for value in closure_of(mask_function).values())
+    if not isinstance(mask_function, FunctionType) or not mask_function.__module__.startswith("transformers."):
+        return False
+    return all(_is_of_rows(value, length) for value in closure_of(mask_function).values())
 
 
 _OF_POSITIONS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
@@ -218,7 +229,7 @@ def _is_of_rows(value: Any, length: int | None) -> bool:
         return value.ndim == 2 and value.shape[1] == length
     if isinstance(value, (tuple, list)):
         return all(_is_of_rows(part, length) for part in value)
-    return isinstance(value, (int, float)) or (callable(value) and knows_whole_rows(value, length))
+    return isinstance(value, (int, float)) or (callable(value) and _knows_whole_rows(value, length))
 
 
 def range_of(mask_function: Callable) -> tuple[bool, int | None] | None:
@@ -265,8 +276,9 @@ def _read(mask_function: Callable, call: Call) -> Tensor:
         ) from error
 
 
-_read_outside_of_the_graph = torch.compiler.disable(
-    _read,
-    reason='attn_implementation="flashmask" cannot read masks with overlays (image blocks, functions of the model or '
-    "of the user) inside the graph: compile without fullgraph=True, or make the mask outside of what is compiled",
+_WHY_NOT_IN_THE_GRAPH = (
+    'attn_implementation="flashmask" cannot read masks with overlays (image blocks, functions of the model or of the '
+    "user) inside the graph: compile without fullgraph=True, or make the mask outside of what is compiled"
 )
+_read_outside_of_the_graph = torch.compiler.disable(_read, reason=_WHY_NOT_IN_THE_GRAPH)
+_looks_up_outside_of_the_graph = torch.compiler.disable(_knows_whole_rows, reason=_WHY_NOT_IN_THE_GRAPH)

@@ -19,7 +19,7 @@ from .mask import Hints, Mask, Place
 from .memo import recent
 from .reading import may_be_read
 from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
-from .whole_sequence import Exchange, WholeSequence
+from .whole_sequence import WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
 
@@ -191,7 +191,7 @@ def flashmask_mask(
         q_offset = q_offset.clone()  # a static cache counts its tokens in it, before the layers read it
     place = Place(q_length, kv_length, q_offset, kv_offset)
     if hints.exchange is not None:
-        _check_whole_sequence(hints.exchange, mask_function, place, has_token_types=hints.has_token_types)
+        _check_whole_sequence(hints, mask_function, place, has_user_functions=use_vmap)
     is_token = _of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
     if (place.is_square or is_last_row) and hints.document_ends is None:
@@ -246,7 +246,9 @@ def flashmask_mask(
     return note(mask)
 
 
-def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Place, *, has_token_types: bool) -> None:
+def _check_whole_sequence(hints: Hints, mask_function: Callable, place: Place, *, has_user_functions: bool) -> None:
+    exchange = hints.exchange
+    assert exchange is not None
     if not place.is_square or place.q_len != exchange.length:
         raise NotImplementedError(
             f"sequence_parallel does not work with a cache: the mask is one of {place.q_len} queries and "
@@ -254,7 +256,8 @@ def _check_whole_sequence(exchange: Exchange, mask_function: Callable, place: Pl
             "generate after `parallel.remove()`"
         )
     # The length of blocks alone does not tell: Transformers pads blocks of fewer tokens.
-    if not knows_whole_rows(mask_function, exchange.length if has_token_types else None):
+    length = exchange.length if hints.has_token_types else None
+    if not knows_whole_rows(mask_function, length, has_user_functions=has_user_functions):
         raise NotImplementedError(
             "this model adds to its mask a function that looks tokens up (blocks that it finds among the tokens of a "
             "call, a function of the user), but a rank of sequence_parallel holds only a part of them: pass bounds of "

@@ -61,10 +61,21 @@ def add_up(values: Tensor, group: Group) -> Tensor:
 
 def all_gather(values: Tensor, group: Group) -> Tensor:
     """`[P, ...]`, without gradients."""
+    if torch.compiler.is_compiling():
+        gathered = _wait(_in_graphs.all_gather_into_tensor(values.flatten(), group.size, group.handle.group_name))
+        return gathered.view(group.size, *values.shape)
     gathered = values.new_empty(group.size, *values.shape)
     gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
     gather_into(gathered.flatten(), values.contiguous().flatten(), group=group.handle)
     return gathered
+
+
+_in_graphs = torch.ops._c10d_functional
+"""Collectives that return what they receive, which `torch.compile` keeps in its graphs."""
+
+
+def _wait(received: Tensor) -> Tensor:
+    return _in_graphs.wait_tensor(received)
 
 
 class _ExchangePieces(torch.autograd.Function):
@@ -102,6 +113,8 @@ class _AddUp(torch.autograd.Function):
 
 
 def _all_reduce(values: Tensor, group: Group) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _wait(_in_graphs.all_reduce(values.contiguous(), "sum", group.handle.group_name))
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group.handle)
     return total
@@ -109,6 +122,9 @@ def _all_reduce(values: Tensor, group: Group) -> Tensor:
 
 def _all_to_all(pieces: Tensor, group: Group) -> Tensor:
     pieces = pieces.contiguous()
+    if torch.compiler.is_compiling():
+        sizes = [1] * group.size
+        return _wait(_in_graphs.all_to_all_single(pieces, sizes, sizes, group.handle.group_name))
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces, group=group.handle)
     return received

@@ -70,6 +70,8 @@ class KeptMasks:
                 "needs no engine"
             )
 
+        call_engine = torch.compiler.disable(engine, reason="the exchange of an engine may not be held by a graph")
+
         def attend(
             module: nn.Module,
             query: Tensor,
@@ -81,7 +83,7 @@ class KeptMasks:
         ) -> Any:
             if isinstance(attention_mask, Mask):
                 options["kept_mask"], attention_mask = attention_mask, None
-            return engine(module, query, key, value, attention_mask, *args, **options)
+            return call_engine(module, query, key, value, attention_mask, *args, **options)
 
         self._engine, self._attend = engine, attend
         ALL_ATTENTION_FUNCTIONS[NAME] = attend
