@@ -341,6 +341,13 @@ def test_models_that_read_other_places_of_a_row_are_refused(
         hf_flashmask.sequence_parallel(of_class(name, **options), one_rank)
 
 
+def test_a_mask_of_other_tokens_is_named_before_positions_are_counted(one_rank: Any) -> None:
+    batch = {"input_ids": torch.ones(1, 21, dtype=torch.long), "position_ids": torch.arange(21).expand(3, 1, -1)}
+    parallel = hf_flashmask.sequence_parallel(tiny_vision.build("qwen2_vl"), one_rank)
+    with pytest.raises(ValueError, match=r"`attention_mask` must be that of the whole sequence.*got \[1, 20\]"):
+        parallel.shard({**batch, "attention_mask": torch.ones(1, 20)})
+
+
 @pytest.mark.parametrize("axes", [(), (3,)])
 def test_the_shared_largest_position_leaves_the_embeddings_of_each_row(axes: tuple[int, ...]) -> None:
     if axes:

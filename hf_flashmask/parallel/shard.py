@@ -119,6 +119,7 @@ def read_batch(
         labels = padded("labels", IGNORED)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
+    mask = _padded_mask(given.pop("attention_mask", None), shape, length)
     index = torch.arange(length, device=tokens.device)
     tail_positions = index[:tail]
     documents = None
@@ -127,7 +128,7 @@ def read_batch(
         position_ids = given.pop("position_ids")
         _check_positions(position_ids, rows, short, has_dimensions=traits.has_dimensions)
         if position_ids.ndim == 3 and len(position_ids) == 3:
-            position_ids = with_text_positions(position_ids, _tokens_of(given.get("attention_mask")))
+            position_ids = with_text_positions(position_ids, _tokens_of(mask, short))
         tail_positions = torch.minimum(tail_positions.to(position_ids), position_ids.amax())
         tail_positions = tail_positions.expand(*position_ids.shape[:-1], -1)
         positions = torch.cat([position_ids, tail_positions], dim=-1)
@@ -137,7 +138,6 @@ def read_batch(
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
         documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
-    mask = _padded_mask(given.pop("attention_mask", None), shape, length)
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     _refuse_others(given)
@@ -206,8 +206,8 @@ def _check_positions(position_ids: Any, rows: int, length: int, *, has_dimension
         )
 
 
-def _tokens_of(mask: Any) -> Tensor | None:
-    return mask.ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def _tokens_of(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | None:
+    return mask[:, :length].ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
