@@ -90,6 +90,13 @@ def _cases() -> Iterator[Case]:
         for kind in ("four_planes", "three_planes"):
             yield Case(f"{mode}-{kind}", "qwen2_vl", kind, mode, 2)
         yield Case(f"{mode}-three_planes_left_padding", "qwen2_vl", "three_planes_left_padding", mode)
+        for model in ("gemma3_images", "qwen2_vl", "qwen3_vl", "llava"):
+            yield Case(f"{mode}-pixels_{model}", model, "pixels", mode, 2)
+        for model in ("gemma3_images", "qwen2_vl"):
+            yield Case(f"{mode}-pixels_left_padding_{model}", model, "pixels_left_padding", mode)
+        for kind, model in (("reentrant", "gemma3_images"), ("not_reentrant", "qwen3_vl")):
+            yield Case(f"{mode}-pixels_checkpointing_{kind}", model, "pixels", mode, checkpointing=kind)
+        yield Case(f"{mode}-pixels_fsdp2", "qwen2_vl", "pixels", mode, 2, checkpointing="not_reentrant", engine="fsdp2")
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
         for kind in ("reentrant", "not_reentrant"):
@@ -106,6 +113,7 @@ def _cases() -> Iterator[Case]:
         ("tree", "gemma3"),
         ("short", "gpt_oss"),
         ("encoder", "bert"),
+        ("pixels", "qwen3_vl"),
     ):
         yield Case(f"nodes-{kind}", model, kind, "auto", nodes=2)
     yield Case("nodes-one_kv_head", "llama", mode="auto", changes={"num_key_value_heads": 1}, nodes=2)
@@ -152,6 +160,8 @@ def make_example(kind: str, config: Any) -> Example:
         return _tree()
     if kind.startswith("image_blocks"):
         return _image_blocks(config, kind == "image_blocks")
+    if kind.startswith("pixels"):
+        return _pixels(config, kind == "pixels")
     if kind.startswith(("three_planes", "four_planes")):
         return _positions_in_planes(kind)
     if kind.startswith("prefixes"):
@@ -197,11 +207,14 @@ def make_example(kind: str, config: Any) -> Example:
     return Example(batch, [(document, document) for document in documents])
 
 
-def _packed_or_padded(is_packed: bool) -> tuple[dict[str, Tensor], list[Tensor], Callable[[list[Tensor]], Tensor]]:
+def _packed_or_padded(
+    is_packed: bool, change: Callable[[Tensor], Tensor] = lambda document: document
+) -> tuple[dict[str, Tensor], list[Tensor], Callable[[list[Tensor]], Tensor]]:
     """A batch with labels, its documents, and what lays out values `[..., 1, n]` of their tokens like the batch."""
     import tiny_models
 
-    documents = tiny_models.random_documents([17, 3, 25, 9] if is_packed else [21, 13, 29])
+    lengths = [17, 3, 25, 9] if is_packed else [21, 13, 29]
+    documents = [change(document) for document in tiny_models.random_documents(lengths)]
     if is_packed:
         batch = tiny_models.packed(documents)
         batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
@@ -238,6 +251,27 @@ def _image_blocks(config: Any, is_packed: bool) -> Example:
         del batch["labels"]
     calls = [{"token_type_ids": part} for part in types]
     return Example(batch, [(document, document) for document in documents], calls)
+
+
+def _pixels(config: Any, is_packed: bool) -> Example:
+    """Images among the tokens, which have no labels there. Qwen's positions of padded rows are left to the model."""
+    import tiny_vision
+
+    change = functools.partial(tiny_vision.with_image_tokens, config)
+    batch, documents, lay_out = _packed_or_padded(is_packed, change)
+    calls = [tiny_vision.with_image(config, document) for document in documents]
+    for name in calls[0]:
+        parts = [call[name] for call in calls if name in call]
+        batch[name] = lay_out(parts) if name.endswith("token_type_ids") else torch.cat(parts)
+    if "image_grid_thw" in batch:
+        batch.pop("position_ids")
+        if is_packed:
+            batch["position_ids"] = lay_out([tiny_vision.positions(document) for document in documents])
+    batch["labels"].masked_fill_(batch["input_ids"] == tiny_vision.IMAGE_TOKEN, IGNORED)
+    if not tiny_vision.takes_shifted_labels(config):
+        del batch["labels"]
+    labels = [document.masked_fill(document == tiny_vision.IMAGE_TOKEN, IGNORED) for document in documents]
+    return Example(batch, list(zip(documents, labels)), calls)
 
 
 def _bounds_of_images(position_ids: Tensor) -> dict[str, Tensor]:
@@ -412,15 +446,19 @@ def run_case(case: Case) -> dict[str, Any]:
             earlier.backward()
             loss += earlier.detach()
         part = parallel.shard(own[0], num_items=num_items)
-        # FSDP2 rounds tensors to the dtype of the weights.
-        assert all(not isinstance(value, Tensor) or not value.is_floating_point() for value in part.values())
+        # FSDP2 rounds tensors to the dtype of the weights, images as in one process.
+        floating = {name for name, value in part.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        assert floating <= {"pixel_values"}
         with count_masks() as masks:
             output = called(**part)
         if "labels" in part:
             last = output.loss
         else:
-            tokens = sum(example.batch["input_ids"].numel() for example in examples)
-            last = loss_of_encoder(output.logits[part["input_ids"] != 0]) * world_size() / tokens
+            tokens = sum(int(example.batch["input_ids"].count_nonzero()) for example in examples)
+            own = part["input_ids"]
+            if "pixel_values" in part:
+                own = own[:, part["attention_mask"].exchange.rows]
+            last = loss_of_encoder(output.logits[own != 0]) * world_size() / tokens
         last.backward()
         loss = loss + last.detach()
         if "labels" in part and not case.engine:
@@ -464,7 +502,7 @@ def differences(
     return {
         "loss": [float(found[0]), float(expected[0])],
         "gradients": float(difference / sum(b.square().sum() for b in expected[1]).sqrt()),
-        "worst": max(float((a - b).norm() / (b.norm() + 1e-3)) for a, b in zip(found[1:], expected[1])),
+        "worst": max(float((a - b).norm() / (b.norm() + 1e-2)) for a, b in zip(found[1:], expected[1])),
     }
 
 
@@ -492,7 +530,7 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         everyone = mesh_of(world_size())
-        for layer in model.model.layers:
+        for layer in model.get_decoder().layers:
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
     return model

@@ -368,6 +368,59 @@ def test_the_shared_largest_position_leaves_the_embeddings_of_each_row(axes: tup
         assert torch.equal(part, of_part)
 
 
+# Batches with images
+
+
+def with_pixels(name: str) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
+    model = tiny_vision.build(name)
+    tokens = tiny_vision.with_image_tokens(model.config, tiny_models.random_documents([21])[0])
+    return model, {"input_ids": tokens, "use_cache": False, **tiny_vision.with_image(model.config, tokens)}
+
+
+@pytest.mark.parametrize("name", ["gemma3_images", "qwen3_vl"])
+def test_batches_with_images_are_called_uncut_before_and_after(one_rank: Any, name: str) -> None:
+    model, batch = with_pixels(name)
+    expected = tiny_models.eager_twin(model)(**batch).logits
+    with hf_flashmask.sequence_parallel(model, one_rank, mode="ulysses") as parallel:
+        torch.testing.assert_close(model(**parallel.shard(batch)).logits, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="was not given the mask of the whole sequence"):
+            model(**batch)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["no token types", "no ids", "bounds"])
+def test_positions_of_images_that_cannot_be_counted(one_rank: Any, change: str) -> None:
+    model, batch = with_pixels("qwen2_vl")
+    if change == "no token types":
+        del batch["mm_token_type_ids"]
+    elif change == "no ids":
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    else:
+        batch["attention_mask"] = bounds.causal(21)
+    parallel = hf_flashmask.sequence_parallel(model, one_rank)
+    with pytest.raises(ValueError, match=r"counts positions by the places of images.*or `position_ids` \[3, B, S\]"):
+        parallel.shard(batch)
+    if change != "no ids":
+        parallel.shard({**batch, "position_ids": torch.arange(21).expand(3, 1, -1)})
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"image_heat": torch.zeros(1, 21)}, r"how to cut `image_heat` \[1, 21\]"),
+        ({"position_ids": None}, r"hands no `position_ids` of the \d+ tokens"),
+    ],
+)
+def test_calls_of_text_models_that_cannot_be_cut(one_rank: Any, added: dict[str, Any], message: str) -> None:
+    model, batch = with_pixels("llava")
+    model.get_decoder().register_forward_pre_hook(lambda _, args, call: (args, call | added), with_kwargs=True)
+    with (
+        hf_flashmask.sequence_parallel(model, one_rank) as parallel,
+        pytest.raises(NotImplementedError, match=message),
+    ):
+        model(**parallel.shard(batch))
+
+
 # Compiled models
 
 

@@ -19,6 +19,8 @@ KINDS = (
     "2-one_kv_head",
     "2-left_padding",
     "2-long",
+    "pixels_gemma3_images",
+    "pixels_qwen3_vl",
     "ddp",
     "fsdp2",
 )

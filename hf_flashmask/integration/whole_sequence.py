@@ -25,10 +25,16 @@ class Exchange(Protocol):
     """The tokens of a row that this rank holds."""
     length: int
     """The tokens of a row of the whole sequence."""
+    takes_whole_rows: bool
+    """Whether the model is called with all tokens of a row, and its text model cuts their embeddings."""
     layer_length: int
     """The tokens of a row that attention is called with: those of this rank, or all where an engine has moved them."""
     head_parts: int
     """Into how many parts an engine has shared the heads out, of which attention is called with one."""
+
+    @property
+    def rows(self) -> Tensor | slice:
+        """Which tokens of a row this rank holds."""
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
         """The part of the whole sequence's mask that this rank computes; `heads` of the query, those of all parts."""
@@ -67,15 +73,17 @@ class WholeSequence:
 
         The same one for all masks of a pass, by which they find what they share.
         """
-        if inputs_embeds.shape[1] != self.exchange.local_length:
+        exchange = self.exchange
+        is_whole = exchange.takes_whole_rows and inputs_embeds.shape[1] == exchange.length
+        if inputs_embeds.shape[1] != exchange.local_length and not is_whole:
             raise ValueError(
                 f"the model was called with rows of {inputs_embeds.shape[1]} tokens, but its `attention_mask` belongs "
-                f"to a batch of which each rank holds {self.exchange.local_length}: call the model with all that "
+                f"to a batch of which each rank holds {exchange.local_length}: call the model with all that "
                 "`shard(batch)` returns"
             )
         if self._last is None or self._last[0]() is not inputs_embeds:
             batch, _, width = inputs_embeds.shape
-            self._last = ref(inputs_embeds), inputs_embeds.new_empty(()).expand(batch, self.exchange.length, width)
+            self._last = ref(inputs_embeds), inputs_embeds.new_empty(()).expand(batch, exchange.length, width)
         return self._last[1]
 
     def __getattr__(self, name: str) -> Any:

@@ -29,11 +29,12 @@ class Ulysses:
     Tokens are held in order: rank r has those from `r * S / P` on.
     """
 
-    head_parts = 1
+    head_parts, takes_whole_rows = 1, False
 
     def __init__(self, group: Group, length: int) -> None:
         self.group, self.length = group, length
         self.local_length = self.layer_length = length // group.size
+        self.rows = slice(group.rank * self.local_length, (group.rank + 1) * self.local_length)
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
         bounds = mask.bounds
@@ -78,17 +79,13 @@ class AllGather:
         order: `[S]`, the tokens of the sequence in the order of the ranks, rising on each of them.
     """
 
-    head_parts = 1
+    head_parts, takes_whole_rows = 1, False
 
     def __init__(self, group: Group, order: Tensor) -> None:
         self.group, self.order = group, order
         self.length = len(order)
         self.local_length = self.layer_length = len(order) // group.size
-
-    @property
-    def rows(self) -> Tensor:
-        """`[S / P]`, the tokens of this rank."""
-        return self.order.unflatten(0, (self.group.size, -1))[self.group.rank]
+        self.rows = order.unflatten(0, (group.size, -1))[group.rank]
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:
         if mask.bounds is None and not mask.is_causal:
@@ -125,11 +122,11 @@ class GatherAcrossUlysses:
         inside: a group, for these rows.
     """
 
-    head_parts = 1
+    head_parts, takes_whole_rows = 1, False
 
     def __init__(self, across: AllGather, inside: Group) -> None:
         self.across, self.inside = across, Ulysses(inside, across.local_length)
-        self.length = across.length
+        self.length, self.rows = across.length, across.rows[self.inside.rows]
         self.local_length = self.layer_length = self.inside.local_length
 
     def mask_of_rank(self, mask: LayerMask, heads: int) -> LayerMask:

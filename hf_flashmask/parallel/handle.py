@@ -21,6 +21,7 @@ from .agreement import check_agreement
 from .deal import Tiles, block_length, count_tiles, deal, padded_length
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
 from .group import groups_of
+from .media import cut_call, find_text_model, with_positions
 from .models import (
     Mode,
     TokenTraits,
@@ -96,6 +97,7 @@ class SequenceParallel:
         self._model = find_model(model)
         self._traits = check_model(self._model)
         self._token_traits = TokenTraits.of(self._model)
+        self._text_model = find_text_model(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
         self._groups = groups_of(mesh, "mesh", 2)
@@ -116,9 +118,11 @@ class SequenceParallel:
         else:
             self.mode, self.reason = mode, "asked for"  # type: ignore[assignment]
         self._check_mode()
-        self._hooks = share_largest_position(self._model, self._groups)
+        self._hooks = share_largest_position(self._text_model, self._groups)
+        if self._token_traits.media:
+            self._hooks.append(self._text_model.register_forward_pre_hook(cut_call, with_kwargs=True))
         self._marker = PartMarker()
-        for part in self._model.modules():
+        for part in (self._model, *self._text_model.modules()):
             mark_part(part, self._marker)
 
     def _check_mode(self) -> None:
@@ -143,7 +147,9 @@ class SequenceParallel:
                 `cu_seq_lens_q`, `token_type_ids` or `mm_token_type_ids` (which stay whole for a model that makes its
                 mask of them), `attention_mask` (2-D, bounds of the whole sequence, or a dict of them for the types of
                 layers), `num_items_in_batch` (labels that the loss of the group's batch is divided by; with a
-                `data_mesh` those of all groups are added up).
+                `data_mesh` those of all groups are added up), `pixel_values`, `pixel_values_videos` and what the model
+                takes beside them, such as `image_grid_thw`: with these, tokens and positions stay whole until the model
+                calls its text model.
             num_items: labels of all groups, each counted once, that the losses are divided by instead. With what
                 `count_labels` returns, the losses of several batches add up to the mean over all their labels.
 
@@ -181,6 +187,7 @@ class SequenceParallel:
             raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
         if not isinstance(batch, Mapping):
             raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
+        batch = with_positions(self._model, self._token_traits.media, batch)
         merged = merge_batch(self._model, batch)
         if merged is None:
             whole = read_batch(batch, self._padded_length, self._device(), self._token_traits)
@@ -198,21 +205,17 @@ class SequenceParallel:
             refuse_classifier(self._model)
         if whole.labels is not None or whole.labels_in_tree is not None:
             check_labels(self._model)
-        order: Tensor | slice
-        exchange: Exchange
-        inside, across = self._groups[0], self._groups[-1]
-        first = inside.rank * (whole.length // self.size)
-        own = slice(first, first + whole.length // self.size)
-        if self.mode == "ulysses":
-            exchange, order = Ulysses(inside, whole.length), own
-        else:
-            gather = AllGather(across, self._deal(whole, across.size))
-            if self.mode == "all_gather":
-                exchange, order = gather, gather.rows
-            else:
-                exchange, order = GatherAcrossUlysses(gather, inside), gather.rows[own]
+        exchange = self._exchange(whole)
+        exchange.takes_whole_rows = bool(whole.media)
         given = whole.options.get("num_items_in_batch")
-        return shard_batch(whole, exchange, order, whole.label_count if given is None else given, self._groups)
+        return shard_batch(whole, exchange, whole.label_count if given is None else given, self._groups)
+
+    def _exchange(self, batch: Batch) -> Exchange:
+        inside, across = self._groups[0], self._groups[-1]
+        if self.mode == "ulysses":
+            return Ulysses(inside, batch.length)
+        gather = AllGather(across, self._deal(batch, across.size))
+        return gather if self.mode == "all_gather" else GatherAcrossUlysses(gather, inside)
 
     def _check_num_items(self, batch: Batch) -> None:
         if "num_items_in_batch" in batch.options:
@@ -262,7 +265,7 @@ class SequenceParallel:
             return batch.mask[kind] if kind in batch.mask else next(iter(batch.mask.values()))
         if batch.mask is not None and batch.mask.ndim == 4:
             return batch.mask
-        is_causal = all(getattr(part, "is_causal", True) for part in self._model.modules())
+        is_causal = all(getattr(part, "is_causal", True) for part in self._text_model.modules())
         if batch.document_positions is not None:
             return _bounds.from_position_ids(batch.document_positions, is_causal=is_causal)
         make = _bounds.causal if is_causal else _bounds.bidirectional
@@ -281,7 +284,7 @@ class SequenceParallel:
 
     def remove(self) -> None:
         """Switch it off: the model takes whole batches again."""
-        for part in self._model.modules():
+        for part in (self._model, *self._text_model.modules()):
             unmark_part(part, self._marker)
         for hook in self._hooks:
             hook.remove()

@@ -16,6 +16,7 @@ from ..integration import NAME
 from ..integration.mrope import takes_text_positions
 from ..sharing.backbone import Traits, meeting_places, source_of
 from .exchanges import kv_heads_on_the_wire
+from .media import media_of
 
 __all__ = [
     "TOKEN_TYPES",
@@ -114,17 +115,19 @@ class TokenTraits(NamedTuple):
         types_of_mask: the arguments that it makes image blocks of, or prefixes that see themselves, and nothing else.
             The mask is that of whole rows on every rank, and so are they. Other models look embeddings up by the types.
         has_dimensions: whether its positions may have three dimensions, and before them one that counts tokens.
+        media: the arguments that are images and videos, or describe them.
     """
 
     types_of_mask: frozenset[str]
     has_dimensions: bool
+    media: frozenset[str]
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> TokenTraits:
         models = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
         makes_blocks = any(_MAKES_BLOCKS.search(source_of(part)) for part in models)
         names = set(inspect.signature(type(base).forward).parameters) if makes_blocks else set()
-        return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)))
+        return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)), media_of(base))
 
 
 _MAKES_BLOCKS = re.compile("block_sequence_ids|create_causal_mask_mapping")  # the second until Transformers 5.8

@@ -39,6 +39,7 @@ class Batch(NamedTuple):
         position_ids: `[B or 1, S]` or `[4, B or 1, S]`, what the model counts; no larger than those of the batch.
         document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
+        media: images, and what describes them: not cut.
         options: what is handed on.
         length: S.
         device: of all of them.
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
     position_ids: Tensor
     document_positions: Tensor | None
     mask: Tensor | dict[str, Tensor] | None
+    media: dict[str, Any]
     options: dict[str, Any]
     length: int
     device: torch.device
@@ -140,28 +142,32 @@ def read_batch(
         documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
+    media = {name: given.pop(name) for name in traits.media if name in given}
     _refuse_others(given)
-    return Batch(by_token, of_mask, labels, answers, None, selects, positions, documents, mask, given, length, device)
+    return Batch(
+        by_token, of_mask, labels, answers, None, selects, positions, documents, mask, media, given, length, device
+    )
 
 
 def shard_batch(
-    batch: Batch, exchange: Exchange, order: Tensor | slice, label_count: Tensor | float, groups: Sequence[Group]
+    batch: Batch, exchange: Exchange, label_count: Tensor | float, groups: Sequence[Group]
 ) -> dict[str, Any]:
     """The arguments of the model on one rank.
 
     Args:
-        order: the tokens of this rank.
+        exchange: that of this batch.
         label_count: what the sum of the losses of all ranks is divided by.
         groups: of this rank, the dimensions of the mesh.
     """
-    part: dict[str, Any] = {name: tensor[:, order].contiguous() for name, tensor in batch.by_token.items()}
-    part |= batch.of_mask | batch.options
-    part["position_ids"] = batch.position_ids[..., order].contiguous()
+    given = slice(None) if exchange.takes_whole_rows else exchange.rows
+    part: dict[str, Any] = {name: tensor[:, given].contiguous() for name, tensor in batch.by_token.items()}
+    part |= batch.of_mask | batch.media | batch.options
+    part["position_ids"] = batch.position_ids[..., given].contiguous()
     if batch.labels is not None:
         # Models compute a loss where there are labels, and read those that are shifted.
-        part["labels"] = part["shift_labels"] = batch.labels[:, order].contiguous()
+        part["labels"] = part["shift_labels"] = batch.labels[:, exchange.rows].contiguous()
         part["num_items_in_batch"] = label_count
-    rows = torch.arange(batch.length, device=batch.device)[order]
+    rows = torch.arange(batch.length, device=batch.device)[exchange.rows]
     if batch.labels_in_tree is not None:
         part["logits_to_keep"], labels = batch.labels_in_tree.of_rank(rows)
         part["labels"] = part["shift_labels"] = labels[None]
