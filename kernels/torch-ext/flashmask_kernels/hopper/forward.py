@@ -71,6 +71,27 @@ def _produce(
 
 
 @gluon.jit
+def _pack(probabilities, dtype: gl.constexpr):
+    """``probabilities`` [M, N] in ``dtype``, of 16 bits: two neighbours in each of [M, N / 2] integers.
+
+    A loop that carries them as 16-bit values swaps the halves of each register at its end, and back at its beginning.
+    """
+    ROWS: gl.constexpr = probabilities.shape[0]
+    PAIRS: gl.constexpr = probabilities.shape[1] // 2
+    even, odd = gl.split(probabilities.reshape([ROWS, PAIRS, 2]))
+    convert: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(convert, "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _unpack(pairs, dtype: gl.constexpr, layout: gl.constexpr):
+    """What `_pack` packed, for a product that takes it from registers."""
+    even = pairs.to(gl.int16).to(dtype, bitcast=True)
+    odd = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(even, odd).reshape([pairs.shape[0], 2 * pairs.shape[1]]), layout)
+
+
+@gluon.jit
 def _softmax(scores, row_max, row_sum, factor, IS_CUT: gl.constexpr):
     """Probabilities of a tile, new maximum and sum of its rows, and what the earlier output is multiplied with."""
     new_max = gl.maximum(row_max, gl.max(scores, 1) * factor)
@@ -128,7 +149,7 @@ def _consume(
             scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, consumer)
             mask_step += 1
             probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
-            p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+            pairs = _pack(probabilities, dtype)
             first_is_cut = (num_cut > 0).to(gl.int32)
             for IS_CUT in gl.static_range(1, -1, -1):
                 num_tiles = num_cut - first_is_cut if IS_CUT else num_full - 1 + first_is_cut
@@ -143,7 +164,7 @@ def _consume(
                     scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
                     v_ring.wait(last_stage, last_phase)
                     v_tile = v_ring.tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
-                    output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
+                    output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
                     k_ring.release(stage)
                     if IS_CUT:
@@ -153,12 +174,12 @@ def _consume(
                     output = hopper.warpgroup_mma_wait(0, [output])
                     v_ring.release(last_stage)
                     output = output * gl.convert_layout(correction, out_row_layout)[:, None]
-                    p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
+                    pairs = _pack(probabilities, dtype)
             q_ring.release(buffer)
             stage = step % STAGES
             v_ring.wait(stage, step // STAGES & 1)
             v_tile = v_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
-            output = hopper.warpgroup_mma(p_tile, v_tile, output, is_async=True)
+            output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
             output = hopper.warpgroup_mma_wait(0, [output])
             v_ring.release(stage)
             step += 1
