@@ -6,6 +6,8 @@ dtype is left to the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from attention_checks import NOT_FINITE, assert_near, masks, random_intervals
@@ -285,14 +287,23 @@ def test_a_graph_replays_with_new_contents(calls) -> None:
     assert len(calls) == 5
 
 
-@pytest.mark.gpu
-def test_compiled(calls) -> None:
-    query = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
-    key, value = (cached(2, 2, 1000, 64, torch.bfloat16, "cuda") for _ in range(2))
-    sinks = torch.randn(8, device="cuda", requires_grad=True)
-    bounds = masks(1, 1000)["sliding_window"].cuda()
-    with torch.inference_mode():
-        out = torch.compile(flashmask_attention, fullgraph=True)(query, key, value, bounds, sinks=sinks)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float16), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_compiled(device: str, dtype: torch.dtype, mode: Callable, request: pytest.FixtureRequest, calls) -> None:
+    if device == "cpu":
+        request.getfixturevalue("interpreted")
+    query = torch.randn(2, 8, 1, 64, device=device, dtype=dtype)
+    key, value = (cached(2, 2, 1000, 64, dtype, device) for _ in range(2))
+    sinks = torch.randn(8, device=device, requires_grad=True)
+    bounds = masks(1, 1000)["sliding_window"].to(device)
+    backend = "inductor" if device == "cuda" else "eager"
+    torch.compiler.reset()
+    with mode():
+        out = torch.compile(flashmask_attention, fullgraph=True, backend=backend)(
+            query, key, value, bounds, sinks=sinks
+        )
     assert len(calls) == 1
     wide = [tensor.double() for tensor in (query, key, value)]
     assert_near(out, reference_attention(*wide, bounds, sinks=sinks, dtype=torch.float64)[0])

@@ -127,6 +127,17 @@ def test_compiled_equals_eager() -> None:
         assert_close(ours, truth)
 
 
+def test_exported_graphs_are_told_from_compiled_ones() -> None:
+    class Choice(torch.nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return values + 1 if dispatch.is_exported() else values
+
+    values = torch.zeros(1)
+    assert torch.compile(Choice(), fullgraph=True, backend="eager")(values) == 0
+    for strict in (False, True):
+        assert torch.export.export(Choice(), (values,), strict=strict).module()(values) == 1
+
+
 @pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
 def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large inputs take the kernels for sm_90, in one graph for all lengths. Fake tensors stand for those on a GPU."""

@@ -207,7 +207,7 @@ def decodes(query: Tensor, value: Tensor, bounds: Tensor, dropout_p: float) -> b
         and query.numel() > 0
         and bounds.shape[1] in (1, kv_heads)  # the heads that share a key are in one tile, under one mask
         and not dropout_p
-        and not torch.compiler.is_exporting()
+        and not is_exported()
         and decoding_config_of(query, value) is not None
     )
 
@@ -221,6 +221,13 @@ def decoding_config_of(query: Tensor, value: Tensor) -> Config | None:
     except ImportError:
         return None
     return select_decoding_config(query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
+
+
+def is_exported() -> bool:
+    """Whether `torch.export` traces: the flag that `torch.compiler.is_exporting()` returns. Up to torch 2.11, that
+    function is True in every graph of `torch.compile` as well.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 # Elements of the query: 8K tokens with 16 heads of size 128.
@@ -243,7 +250,7 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
         or bounds.shape[1] not in (1, kv_heads)  # dK and dV visit all query heads of a key under one mask
         or softcap is not None
         or dropout_p
-        or torch.compiler.is_exporting()
+        or is_exported()
     ):
         return False
     try:
