@@ -19,6 +19,7 @@ KINDS = (
     "2-one_kv_head",
     "2-left_padding",
     "2-long",
+    "2-compiled",
     "ddp",
     "fsdp2",
 )
