@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import sys
@@ -92,16 +93,19 @@ def interpreted(by_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect, as `-m "not gpu"` does, what needs more GPUs than there are; one GPU must be there."""
+    """Deselect, as `-m "not gpu"` does, what needs more GPUs than there are, or libraries that are not installed; one
+    GPU must be there.
+    """
     import torch
 
-    def has_too_few(item: pytest.Item) -> bool:
-        marker = item.get_closest_marker("gpus")
-        return marker is not None and torch.cuda.device_count() < marker.args[0]
+    def lacks(item: pytest.Item) -> bool:
+        has_too_few = any(torch.cuda.device_count() < marker.args[0] for marker in item.iter_markers("gpus"))
+        modules = [name for marker in item.iter_markers("needs") for name in marker.args]
+        return has_too_few or any(importlib.util.find_spec(name) is None for name in modules)
 
-    if too_many := [item for item in items if has_too_few(item)]:
-        config.hook.pytest_deselected(items=too_many)
-        items[:] = [item for item in items if item not in too_many]
+    if deselected := [item for item in items if lacks(item)]:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -104,8 +104,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
-    for mode in ("ulysses", "all_gather"):
-        yield Case(f"{mode}-compiled", "mistral", mode=mode, changes={"num_hidden_layers": 1}, engine="compiler")
+    for mode, ranks in (("ulysses", 2), ("all_gather", 2), ("ulysses", 4)):  # only four ranks repeat key heads
+        one_layer = {"num_hidden_layers": 1}
+        yield Case(f"{mode}-{ranks}-compiled", "mistral", "packed", mode, ranks, one_layer, engine="compiler")
     for kind, model in (
         ("packed", "gpt_oss"),
         ("left_padding", "llama"),
@@ -522,7 +523,9 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
     import torch.distributed as dist
 
     if engine == "compiler":  # all ranks trace the same code, for seconds: the first and the last one are enough
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        backend = "inductor" if device_of_rank().type == "cuda" else "eager"
+        torch.compiler.reset()  # the number of ranks would become a symbol in the graph of the next case
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         return compiled if dist.get_rank() in (0, world_size() - 1) else model
     if engine == "ddp":
         return nn.parallel.DistributedDataParallel(model)

@@ -28,12 +28,12 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from parallel_cases import count_masks
+from parallel_cases import count_masks, device_of_rank
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build, eager_twin, longrope, packed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.experimental import context_parallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -50,7 +50,14 @@ Results = dict[str, dict[str, Any]]
 # Models
 
 
-KV_HEADS = {"llama_one_kv_head": 1, "llama_four_kv_heads": 4}
+CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_one_kv_head": ("llama", {"num_key_value_heads": 1}),
+    "llama_four_kv_heads": ("llama", {"num_key_value_heads": 4}),
+    # Of the first row, only the second of two parts is longer.
+    "llama_longrope": ("llama", longrope(7)),
+    # Rounding in bfloat16 sends a token to another expert.
+    "gpt_oss_all_experts": ("gpt_oss", {"num_experts_per_tok": 4}),
+}
 
 
 def build_model(name: str) -> transformers.PreTrainedModel:
@@ -59,11 +66,8 @@ def build_model(name: str) -> transformers.PreTrainedModel:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_("language_model" in parameter_name)
         return model
-    if name in KV_HEADS:
-        return build("llama", num_key_value_heads=KV_HEADS[name])
-    if name == "llama_longrope":  # of the first row, only the second of two parts is longer
-        return build("llama", **longrope(7))
-    return build(name)
+    architecture, changes = CHANGED.get(name, (name, {}))
+    return build(architecture, **changes)
 
 
 # Batches
@@ -81,7 +85,7 @@ def num_labels(ranks: int) -> int:
 def loss_of_documents(logits: Tensor, documents: list[Tensor]) -> Tensor:
     """The sum over documents that stand one after the other in one row."""
     losses, start = [], 0
-    for document in documents:
+    for document in (document.to(logits.device) for document in documents):
         part = logits[0, start : start + document.shape[1] - 1].float()
         losses.append(nn.functional.cross_entropy(part, document[0, 1:], reduction="sum"))
         start += document.shape[1]
@@ -92,6 +96,12 @@ def token_types(document: Tensor) -> Tensor:
     """An image from the second to the fifth token."""
     index = torch.arange(document.shape[1])[None]
     return ((index >= 1) & (index < 5)).long()
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: on_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in batch.items()
+    }
 
 
 def batch_of(kind: str, rank: int, model: transformers.PreTrainedModel) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def batch_of(kind: str, rank: int, model: transformers.PreTrainedModel) -> dict[
     elif kind == "padded":  # on the left
         batch = {name: nn.functional.pad(value, (3, 0)) for name, value in batch.items()}
         batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (3, 0))
-    return batch
+    return on_device(batch, model.device)
 
 
 def loss_of_batch(model: nn.Module, kind: str, rank: int, config_of_model: transformers.PreTrainedModel) -> Tensor:
@@ -135,8 +145,10 @@ def true_loss(twin: transformers.PreTrainedModel, kind: str, rank: int) -> Tenso
         visible = bounds.to_dense(batch["attention_mask"], batch["input_ids"].shape[1])
         batch["attention_mask"] = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
         return loss_of_documents(twin(**batch, use_cache=False).logits, documents)
-    calls = [{"token_type_ids": token_types(document)} if kind == "images" else {} for document in documents]
-    logits = [twin(document, use_cache=False, **call).logits for document, call in zip(documents, calls)]
+    calls = [{"input_ids": document} for document in documents]
+    if kind == "images":
+        calls = [call | {"token_type_ids": token_types(call["input_ids"])} for call in calls]
+    logits = [twin(**on_device(call, twin.device), use_cache=False).logits for call in calls]
     return loss_of_documents(torch.cat(logits, dim=1), documents)
 
 
@@ -146,8 +158,9 @@ def preference_loss(model: nn.Module, rank: int) -> Tensor:
     prompt = torch.randint(1, VOCABULARY, (7,), generator=generator)
     answers = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (4, 2, 6)]
     rows = [torch.cat([prompt, answer]) for answer in answers]
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    device = next(model.parameters()).device
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
     log_probs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     of_tokens = log_probs.gather(2, input_ids[:, 1:, None])[..., 0] * mask[:, 1:]
     scores = of_tokens[:, len(prompt) - 1 :].sum(1)
@@ -164,7 +177,7 @@ def layers_of(model: transformers.PreTrainedModel) -> nn.ModuleList:
 @functools.cache
 def mesh_of(*shape: int) -> DeviceMesh:
     """Cases share it: the groups of a mesh take longer to connect than a case takes to train."""
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return init_device_mesh(device_of_rank().type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def shard(model: transformers.PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> nn.Module:
@@ -174,34 +187,74 @@ def shard(model: transformers.PreTrainedModel, mesh: DeviceMesh, policy: MixedPr
 
 
 def replicate_or_shard(engine: str, model: transformers.PreTrainedModel, ranks: int) -> nn.Module:
-    if engine == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if engine == "fsdp2":
-        return shard(model, mesh_of(ranks), MixedPrecisionPolicy())
-    if engine == "fsdp2_bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        return shard(model, mesh_of(ranks), policy)
-    if engine == "hsdp":
-        return shard(model, mesh_of(2, ranks // 2), MixedPrecisionPolicy())
-    if engine == "fsdp1":
-        policy = ModuleWrapPolicy({type(layers_of(model)[0])})
-        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id="cpu")
+    kind, _, precision = engine.partition("_")
+    is_rounded = precision == "bf16"
+    dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if is_rounded else {}
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model.bfloat16() if is_rounded else model)
+    if kind in ("fsdp2", "hsdp"):
+        policy = MixedPrecisionPolicy(**dtypes)
+        return shard(model, mesh_of(ranks) if kind == "fsdp2" else mesh_of(2, ranks // 2), policy)
+    if kind == "fsdp1":
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(layers_of(model)[0])}),
+            mixed_precision=MixedPrecision(**dtypes),
+            use_orig_params=True,
+            device_id=device_of_rank(),
+        )
+    if kind in ("zero2", "zero3"):
+        return with_zero(model, stage=int(kind[-1]), is_rounded=is_rounded)
     raise ValueError(engine)
 
 
+def with_zero(model: nn.Module, stage: int, is_rounded: bool) -> nn.Module:
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": is_rounded},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings
+    )
+    return engine
+
+
+def is_of_deepspeed(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("deepspeed.")
+
+
+def differentiate(loss: Tensor, model: nn.Module) -> None:
+    if is_of_deepspeed(model):
+        model.backward(loss)
+    else:
+        loss.backward()
+
+
+def whole_gradient(parameter: Tensor, model: nn.Module) -> Tensor | None:
+    if is_of_deepspeed(model):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """The whole gradient of each parameter, under the name it has in the model alone."""
+    """The whole gradient of each parameter, on the CPU, under the name it has in the model alone."""
     gradients = {}
     with contextlib.ExitStack() as stack:
         if isinstance(model, FullyShardedDataParallel):
             stack.enter_context(FullyShardedDataParallel.summon_full_params(model, with_grads=True))
         for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            if gradient is not None and parameter.requires_grad:  # FSDP1 has zeros for what does not
-                gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            gradient = whole_gradient(parameter, model) if parameter.requires_grad else None  # FSDP1 has zeros there
+            if gradient is not None:
                 for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module."):
                     name = name.replace(wrapper, "")
-                gradients[name] = gradient.detach().float().clone()
+                gradients[name] = gradient.detach().float().cpu().clone()
     return gradients
 
 
@@ -214,7 +267,7 @@ def errors(loss: Tensor, gradients: dict[str, Tensor], truth: tuple[Tensor, dict
     differences = {name: (gradients[name] - value).norm() for name, value in expected.items()}
     worst = max(differences, key=lambda name: float(differences[name]))
     return {
-        "loss": float((loss.detach() - true_value).abs() / true_value.abs()),
+        "loss": float((loss.detach().cpu() - true_value).abs() / true_value.abs()),
         "gradients": float(torch.stack(list(differences.values())).norm() / total),
         "worst": worst,
     }
@@ -227,12 +280,14 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
 
 @functools.cache
-def truth_of(name: str, kind: str, ranks: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the gradients of all batches in one process."""
-    twin = eager_twin(build_model(name)).to(dtype)
+def truth_of(
+    name: str, kind: str, ranks: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the gradients of all batches in one process, on the CPU unless a device is named."""
+    twin = eager_twin(build_model(name)).to(device or "cpu", dtype)
     loss = torch.stack([true_loss(twin, kind, rank) for rank in range(ranks)]).sum() / num_labels(ranks)
     loss.backward()
-    return loss.detach(), gradients_of(twin)
+    return loss.detach().cpu(), gradients_of(twin)
 
 
 # Cases. Each returns errors, or the message of the error that was raised.
@@ -240,7 +295,7 @@ def truth_of(name: str, kind: str, ranks: int, dtype: torch.dtype = torch.float3
 
 def train_step(engine: str, name: str, kind: str, checkpointing: str = "") -> dict[str, float]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = build_model(name)
+    model = build_model(name).to(device_of_rank())
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -249,10 +304,11 @@ def train_step(engine: str, name: str, kind: str, checkpointing: str = "") -> di
     wrapped = replicate_or_shard(engine, model, ranks)
     with share_prefixes(model) if kind == "tree" else contextlib.nullcontext():
         loss = loss_of_batch(wrapped, kind, rank, model) * ranks / num_labels(ranks)
-    loss.backward()
+    differentiate(loss, wrapped)
     result = errors(mean_over_ranks(loss), gradients_of(wrapped), truth_of(name, kind, ranks))
     if "bf16" in engine:
-        own = errors(*truth_of(name, kind, ranks, torch.bfloat16), truth_of(name, kind, ranks))
+        rounded = truth_of(name, kind, ranks, torch.bfloat16, device_of_rank())
+        own = errors(*rounded, truth_of(name, kind, ranks))
         result |= {"eager_loss": own["loss"], "eager_gradients": own["gradients"]}
     return result
 
@@ -693,7 +749,19 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
             train_step, "fsdp1", "gemma3_images", "images", "reentrant"
         ),
         "fsdp1 gemma3 tree": functools.partial(train_step, "fsdp1", "gemma3", "tree"),
-        **{f"fsdp2_bf16 {name} packed": functools.partial(train_step, "fsdp2_bf16", name, "packed") for name in MODELS},
+        **{
+            f"{engine} {name} packed": functools.partial(train_step, engine, name, "packed")
+            for engine in ("zero2", "zero3")
+            for name in MODELS
+        },
+        "zero3 gpt_oss bounds": functools.partial(train_step, "zero3", "gpt_oss", "bounds"),
+        "zero3 gemma3 tree": functools.partial(train_step, "zero3", "gemma3", "tree"),
+        **{
+            f"{engine}_bf16 {name} packed": functools.partial(train_step, f"{engine}_bf16", name, "packed")
+            for engine in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+            for name in ("llama", "llama_one_kv_head", "gpt_oss_all_experts", "gemma3")
+        },
+        "fsdp2_bf16 gpt_oss packed": functools.partial(train_step, "fsdp2_bf16", "gpt_oss", "packed"),
         **{
             f"fsdp2_bf16 {name} {kind} reentrant": functools.partial(train_step, "fsdp2_bf16", name, kind, "reentrant")
             for name, kind in (("gpt_oss", "packed"), ("gemma3_images", "images"), ("llama", "tree"))
@@ -785,7 +853,7 @@ def run_case(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
 
 
-def run_rank(rank: int, ranks: int, folder: Path, port: int, only: list[str]) -> None:
+def run_rank(rank: int, ranks: int, folder: Path, port: int, names: list[str], gpus: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -793,36 +861,44 @@ def run_rank(rank: int, ranks: int, folder: Path, port: int, only: list[str]) ->
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    if gpus:
+        torch.cuda.set_device(rank)
+    timeout = datetime.timedelta(seconds=240 if gpus else 60)  # kernels are compiled
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout)
     results: Results = {}
     for name, case in CASES[ranks].items():
-        if not only or any(word in name for word in only):
-            start = time.perf_counter()
-            results[name] = run_case(
-                functools.partial(case, folder=folder) if name.startswith(("tensor", "trl")) else case
-            )
-            results[name]["seconds"] = time.perf_counter() - start
-            print(rank, name, results[name], flush=True)
-            dist.barrier()
+        if names and name not in names:
+            continue
+        start = time.perf_counter()
+        results[name] = run_case(functools.partial(case, folder=folder) if name.startswith(("tensor", "trl")) else case)
+        results[name]["seconds"] = time.perf_counter() - start
+        print(rank, name, results[name], flush=True)
+        dist.barrier()
     (folder / f"results_{ranks}_{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
-def main(folder: Path, only: list[str]) -> None:
-    """Run the cases of each number of processes. The processes are forked: what is imported here is imported once."""
+def import_what_cases_need() -> None:
+    """Forked processes have what is imported before."""
     from transformers import Trainer  # noqa: F401
 
     if HAS_TRL:
         from trl import DPOTrainer  # noqa: F401
     for name in MODELS:
         build_model(name)
-    forked = multiprocessing.get_context("fork")
-    for ranks in CASES:
+
+
+def main(folder: Path, names: list[str], gpus: int) -> None:
+    """Run the cases of each number of processes on the CPU, or those named on as many GPUs."""
+    if not gpus:  # CUDA does not survive a fork
+        import_what_cases_need()
+    context = multiprocessing.get_context("spawn" if gpus else "fork")
+    for ranks in [gpus] if gpus else CASES:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         processes = [
-            forked.Process(target=run_rank, args=(rank, ranks, folder, port, only), daemon=True)
+            context.Process(target=run_rank, args=(rank, ranks, folder, port, names, gpus), daemon=True)
             for rank in range(ranks)
         ]
         for process in processes:
@@ -834,4 +910,5 @@ def main(folder: Path, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    *others, number = sys.argv[1:]
+    main(Path(others[0]), others[1:], gpus=int(number))

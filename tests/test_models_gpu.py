@@ -11,6 +11,7 @@ import test_models
 import test_shared_prefix
 import torch
 from tiny_models import DECODERS, MODELS, build, eager_twin, logits_alone, packed, random_documents
+from transformers.models.llama import modeling_llama
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +54,41 @@ def test_gradients_of_mixed_precision_are_as_exact_as_those_of_eager_attention(n
     largest = max(float(value.norm()) for value in truth.values())
     for key, exact in truth.items():
         allowed = 1.5 * (eager[key] - exact).norm() + 1e-3 * largest
+        assert (ours[key] - exact).norm() <= allowed, key
+
+
+@pytest.mark.needs("liger_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_and_loss_of_liger(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    model = build("llama").train()
+    twin = eager_twin(model)
+    documents = random_documents([113, 7, 128, 1, 98])
+    batch = packed(documents)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
+
+    def loss_alone() -> torch.Tensor:
+        logits = logits_alone(twin, documents)[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:])
+
+    def with_gradients(loss: torch.Tensor, source: torch.nn.Module) -> dict[str, torch.Tensor]:
+        source.zero_grad()
+        loss.backward()
+        return {"loss": loss.detach().double()} | {key: value.grad.double() for key, value in source.named_parameters()}
+
+    truth = with_gradients(loss_alone(), twin)
+    twin.to(dtype)
+    eager = with_gradients(loss_alone(), twin)
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # to be put back
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    apply_liger_kernel_to_llama(model=model.to(dtype))
+    output = model(**batch, use_cache=False)
+    assert output.logits is None  # Liger's loss needs none
+    ours = with_gradients(output.loss, model)
+    largest = max(float(value.norm()) for key, value in truth.items() if key != "loss")
+    for key, exact in truth.items():
+        allowed = 2 * (eager[key] - exact).norm() + 1e-3 * (exact if key == "loss" else largest)
         assert (ours[key] - exact).norm() <= allowed, key
 
 

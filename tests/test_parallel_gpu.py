@@ -21,6 +21,7 @@ KINDS = (
     "2-long",
     "pixels_gemma3_images",
     "pixels_qwen3_vl",
+    "2-compiled",
     "ddp",
     "fsdp2",
 )

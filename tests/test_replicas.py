@@ -8,7 +8,8 @@ Processes on one machine, connected by gloo, against one process under eager att
 | FSDP2, also by accelerate; HSDP; FSDP1 | exact | exact | exact | exact | exact | exact |
 | with checkpointing, both kinds | exact | exact | exact | exact | exact | exact |
 | with LoRA (DDP, FSDP2) | exact | | | | | |
-| in bfloat16 (FSDP2) | as eager | | | as eager | as eager | as eager |
+| ZeRO-2, ZeRO-3, where DeepSpeed is installed | exact | exact | | | exact | exact |
+| in bfloat16 (DDP, FSDP1, FSDP2, ZeRO; images and trees in FSDP2) | as eager | | | as eager | as eager | as eager |
 | `tp_plan="auto"` (gpt-oss keeps its heads whole) | exact | exact | exact | exact | exact | Transformers fails |
 | `nn.DataParallel` | exact (1) | exact (2) | | | exact | |
 | hooks of `device_map` | exact | exact | | exact | exact | |
@@ -47,7 +48,17 @@ import torch
 import transformers
 from accelerate import dispatch_model
 from packaging.version import Version
-from replica_cases import CASES, batch_of, build_model, documents_of, errors, gradients_of, loss_of_documents, true_loss
+from replica_cases import (
+    CASES,
+    Results,
+    batch_of,
+    build_model,
+    documents_of,
+    errors,
+    gradients_of,
+    loss_of_documents,
+    true_loss,
+)
 from tiny_models import VOCABULARY, eager_twin, padded
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -75,18 +86,36 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each process found, by the number of processes."""
-    folder = tmp_path_factory.mktemp("replicas")
+def compute(folder: Path, *names: str, gpus: int = 0) -> dict[int, list[Results]]:
+    """What each process found in all cases, or those named, by the number of processes; on the CPU or on GPUs."""
     with (folder / "log").open("w") as log:
-        command = [sys.executable, replica_cases.__file__, str(folder)]
+        command = [sys.executable, replica_cases.__file__, str(folder), *names, str(gpus)]
         status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=400)
     assert status.returncode == 0, (folder / "log").read_text()[-5000:]
     return {
         ranks: [json.loads((folder / f"results_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
-        for ranks in CASES
+        for ranks in ([gpus] if gpus else CASES)
     }
+
+
+def with_marks(*case: Any) -> Any:
+    """The parameters of a case, the last of which is its name."""
+    return pytest.param(*case, marks=pytest.mark.needs("deepspeed") if case[-1].startswith("zero") else ())
+
+
+def assert_equals_one_process(result: dict[str, Any], most_loss: float, most_gradients: float) -> None:
+    """The errors of one process: in float32 the largest allowed, in bfloat16 those of eager attention."""
+    assert "error" not in result, result["traceback"]
+    if "eager_loss" in result:
+        assert result["loss"] < 2 * result["eager_loss"] + 5e-4
+        assert result["gradients"] < 1.5 * result["eager_gradients"]
+    else:
+        assert max(result["loss"] / most_loss, result["gradients"] / most_gradients) < 1, result
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
+    return compute(tmp_path_factory.mktemp("replicas"))
 
 
 # The tensor parallelism of Transformers 5.4 leaves gradients in parts.
@@ -95,19 +124,14 @@ IS_LEFT_OUT = "tensor" if Version(transformers.__version__) < Version("5.10") el
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    [(ranks, name) for ranks, cases in CASES.items() for name in cases if not name.startswith(IS_LEFT_OUT)],
+    [with_marks(ranks, name) for ranks, cases in CASES.items() for name in cases if not name.startswith(IS_LEFT_OUT)],
 )
-def test_several_processes_equal_one(results: dict[int, list[dict[str, Any]]], ranks: int, name: str) -> None:
+def test_several_processes_equal_one(results: dict[int, list[Results]], ranks: int, name: str) -> None:
     for result in (of_rank[name] for of_rank in results[ranks]):
         if name in REFUSED:
             assert re.search(REFUSED[name], result.get("error", ""), re.DOTALL), result
             continue
-        assert "error" not in result, result["traceback"]
-        if "eager_loss" in result:
-            assert result["loss"] < 2 * result["eager_loss"] + 5e-4
-            assert result["gradients"] < 1.5 * result["eager_gradients"]
-        else:
-            assert max(result["loss"] / LOSS, result["gradients"] / GRADIENTS) < 1, result
+        assert_equals_one_process(result, LOSS, GRADIENTS)
         if name.startswith("kept"):
             layer_types = 2 if re.search("gpt_oss|gemma3", name) else 1
             assert result["masks"] == (0 if re.search("bounds|heads|tree", name) else layer_types)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
+from time import perf_counter, sleep
 from typing import Any
 
 import pytest
@@ -83,24 +84,28 @@ def logged(
     folder: Path,
     callback: FlashMaskCallback | None = None,
     evaluated: list[dict[str, Any]] | None = None,
+    device: str = "cpu",
 ) -> Any:
     """The logs of a training of two steps with four examples each, without those at its end."""
+    arguments = TrainingArguments(
+        str(folder),
+        use_cpu=device == "cpu",
+        report_to="none",
+        remove_unused_columns=False,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        eval_strategy="no" if evaluated is None else "steps",
+        eval_steps=1,
+    )
+    if device == "cuda":
+        arguments._n_gpu = 1  # of those there; Trainer has more of them in nn.DataParallel
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            str(folder),
-            use_cpu=True,
-            report_to="none",
-            remove_unused_columns=False,
-            max_steps=2,
-            per_device_train_batch_size=4,
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1,
-            train_sampling_strategy="sequential",
-            eval_strategy="no" if evaluated is None else "steps",
-            eval_steps=1,
-        ),
+        args=arguments,
         train_dataset=examples,
         eval_dataset=evaluated,
         data_collator=collator,
@@ -203,6 +208,88 @@ def test_the_part_of_attention_has_what_sdpa_computes(
     examples, callback = Corpus([9, 2, 17, 5] * 2).examples("list"), FlashMaskCallback(attention_every=2)
     _, second = logged(model, examples, PackedDataCollator(48), tmp_path, callback)
     assert 0.5 < second["flashmask/attention"] < 1
+
+
+LONG_DOCUMENTS = [{"input_ids": [1 + token % 90 for token in range(length)]} for length in (8192, 7000, 8000, 6001) * 2]
+"""Rows whose attention keeps a GPU busy, and takes a good part of the step of a tiny model."""
+
+
+@pytest.mark.gpu
+def test_the_part_of_attention_on_a_gpu_is_what_events_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            begin, end = spans[-1]
+            begin.record()
+            result = function(*args)
+            end.record()
+            return result
+
+        return staticmethod(call)
+
+    class Timed(FlashMaskCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_begin(*args, **kwargs)
+            torch.cuda.synchronize()
+            self.begin = perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            self.seconds = perf_counter() - self.begin
+            super().on_step_end(*args, **kwargs)
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(ops.FlashMaskAttention, name, timed(getattr(ops.FlashMaskAttention, name)))
+    model, callback = build("llama"), Timed(attention_every=2)
+    first, second = logged(model, LONG_DOCUMENTS, PackedDataCollator(32768), tmp_path, callback, device="cuda")
+    assert "flashmask/attention" not in first
+    assert len(spans) == 2 * 2 * len(model.model.layers)  # steps, forward and backward
+    milliseconds = sum(begin.elapsed_time(end) for begin, end in spans[len(spans) // 2 :])
+    assert 0 < second["flashmask/attention"] < 1
+    assert second["flashmask/attention"] == pytest.approx(milliseconds / 1e3 / callback.seconds, rel=0.25)
+
+
+@pytest.mark.gpu
+def test_the_callback_waits_for_a_gpu_only_in_steps_that_it_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where a step begins or ends nor where a batch is counted: a read of the device would raise."""
+    waits, of_calls = [0], []
+    synchronize = torch.cuda.synchronize
+
+    def count(*args: Any) -> None:
+        waits[0] += 1
+        synchronize(*args)
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        before = waits[0]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        of_calls.append(waits[0] > before)
+
+    class Watched(FlashMaskCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            with watched():
+                super().on_step_begin(*args, **kwargs)
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            with watched():
+                super().on_step_end(*args, **kwargs)
+
+        def _count(self, *args: Any) -> None:
+            with watched():
+                super()._count(*args)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", count)
+    examples, callback = Corpus([9, 2, 17, 5] * 2).examples("list"), Watched(attention_every=2)
+    logged(build("llama"), examples, PackedDataCollator(48), tmp_path, callback, device="cuda")
+    assert of_calls == [False, False, False, True, False, True]
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

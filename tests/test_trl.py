@@ -159,6 +159,8 @@ class Run(NamedTuple):
     log: list[dict[str, float]]
     weights: dict[str, Tensor]
     tokens: Counter[str]
+    scores: list[Tensor]
+    """Log-probabilities of the tokens of answers, by the policy, by the one before and by the reference."""
 
 
 @contextmanager
@@ -193,6 +195,22 @@ def counted_tokens(*trained: nn.Module | None) -> Iterator[Counter[str]]:
         handle.remove()
 
 
+def record_scores(trainer: Any) -> list[Tensor]:
+    """Of trainers that generate answers, in the order in which they compute them."""
+    scores: list[Tensor] = []
+    name = "_get_per_token_logps_and_entropies"
+    original = getattr(trainer, name, None)
+
+    def compute(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args, **kwargs):
+        computed = original(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        scores.append(computed[0].detach()[attention_mask[:, -logits_to_keep:].bool()])
+        return computed
+
+    if original is not None:
+        setattr(trainer, name, compute)
+    return scores
+
+
 @pytest.fixture
 def train_twice(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +226,7 @@ def train_twice(
         *,
         model_class: type[PreTrainedModel] = LlamaForCausalLM,
         is_shared_first: bool = False,
+        device: str = "cpu",
         **settings: Any,
     ) -> Run:
         folder, attention = tmp_path / "model", "flashmask" if is_shared else "eager"
@@ -220,7 +239,7 @@ def train_twice(
             "args": config_class(
                 **{
                     "output_dir": str(tmp_path / attention),
-                    "use_cpu": True,
+                    "use_cpu": device == "cpu",
                     "bf16": False,
                     "max_steps": STEPS,
                     "per_device_train_batch_size": 4,
@@ -237,6 +256,8 @@ def train_twice(
                 }
             ),
         }
+        if device == "cuda":
+            arguments["args"]._n_gpu = 1  # of those there; Trainer has more of them in nn.DataParallel
         with ExitStack() as stack:
 
             def share_and_count(*models: nn.Module | None) -> Counter[str]:
@@ -252,17 +273,18 @@ def train_twice(
             else:
                 trainer = trainer_class(model=str(folder), **arguments)
                 tokens = share_and_count(trainer.model, getattr(trainer, "ref_model", None))
+            scores = record_scores(trainer)
             before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
             trainer.train()
         weights = {name: weight.detach() for name, weight in trainer.model.named_parameters()}
         assert any((weights[name] - before[name]).abs().max() > 1e-3 for name in weights)
-        return Run(trainer.state.log_history[:-1], weights, tokens)
+        return Run(trainer.state.log_history[:-1], weights, tokens, scores)
 
     return lambda *args, **kwargs: (train(True, *args, **kwargs), train(False, *args, **kwargs))
 
 
 def assert_same_training(shared: Run, unshared: Run) -> None:
-    """Losses, gradient norms, the logged figures of log-probabilities, and the final weights."""
+    """Losses, gradient norms, the logged figures of log-probabilities, those of answers, and the final weights."""
     assert len(shared.log) == len(unshared.log) >= STEPS
     for ours, truth in zip(shared.log, unshared.log):
         for name in truth:
@@ -270,6 +292,9 @@ def assert_same_training(shared: Run, unshared: Run) -> None:
             is_tie = "accuracies" in name and abs(truth[name.replace("accuracies", "margins")]) < 1e-6
             if not is_speed and not is_tie:
                 assert ours[name] == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
+    assert len(shared.scores) == len(unshared.scores)
+    for scores, truth in zip(shared.scores, unshared.scores):
+        torch.testing.assert_close(scores, truth, rtol=1e-4, atol=1e-5)
     for name, truth in unshared.weights.items():
         assert (shared.weights[name] - truth).abs().max() <= 1e-5 * truth.abs().max().clamp(min=1), name
 
@@ -295,11 +320,14 @@ TRAINERS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_trainer(train_twice: Callable[..., tuple[Run, Run]], name: str) -> None:
+def test_trainer(train_twice: Callable[..., tuple[Run, Run]], name: str, device: str) -> None:
     """The policy, and the reference model of those that have one."""
     trainer_class, config_class, data, settings = TRAINERS[name]
-    assert_same_training(*train_twice(trainer_class, config_class, data, **settings))
+    shared, unshared = train_twice(trainer_class, config_class, data, device=device, **settings)
+    assert_same_training(shared, unshared)
+    assert bool(shared.scores) == (settings is ONLINE)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
