@@ -143,28 +143,47 @@ def attention_section(run: Json) -> list[str]:
     return lines
 
 
-def rivals_section(run: Json) -> list[str]:
-    """Beside the fastest CUDA kernels: every mask, length and head size that one run measured with all of them."""
-    rows, environment = rivals_rows(run), run["environment"]
-    names = [name for name in RIVALS if any(row["implementation"] == name for row in rows)]
+def rivals_section(runs: list[Json]) -> list[str]:
+    """Beside the fastest CUDA kernels: every mask, length and head size, from the newest of ``runs`` that has it."""
+    environment = runs[-1]["environment"]
+    cases: dict[tuple[int, ...], dict[str, dict[str, Json]]] = {}
+    for run in runs:
+        for shape, masks in by_shape_and_mask(rivals_rows(run)).items():
+            cases.setdefault(shape, {}).update(masks)
+    founds = [found for masks in cases.values() for found in masks.values()]
+    names = [name for name in RIVALS if any(name in found for found in founds)]
+
+    def label(mask: str, found: dict[str, Json]) -> str:
+        return MASK_NAMES[mask] + ("" if found[OURS]["kernels"] == environment.get("kernels") else " ¹")
+
     lines = [
         f"**Beside the fastest CUDA kernels, {environment['device']}**, {run['settings']['dtype']}: forward / backward "
         "/ both, TFLOP/s over the visible pairs; the fastest of each row is bold. cuDNN Frontend's `flex_attention` "
         "takes the visible intervals of each query, FlashAttention-4 documents and windows. A dash: the implementation "
-        f"cannot express the mask, or was not measured. {rivals_versions(environment)}",
+        "cannot express the mask, or was not measured. Each row is from one run; ¹ marks those with earlier kernels of "
+        f"flashmask. {rivals_versions(environment)}",
     ]
-    cases = by_shape_and_mask(rows)
     for shape, masks in sorted(cases.items(), key=lambda case: (-case[0][0], case[0])):
         length, size, count, kv_heads = shape
         title = f"{length:,} tokens, {count} query and {kv_heads} key heads of size {size}:"
-        body = [[MASK_NAMES[mask], *speeds_of(found, names)] for mask, found in masks.items()]
+        ordered = sorted(masks.items(), key=lambda item: list(MASK_NAMES).index(item[0]))
+        body = [[label(mask, found), *speeds_of(found, names)] for mask, found in ordered]
         lines += ["", title, "", *table(["mask", *names], body)]
-    return [*lines, "", wins([found for masks in cases.values() for found in masks.values()], names)]
+    return [*lines, "", wins(founds, names)]
 
 
 def rivals_rows(run: Json) -> list[Json]:
-    """Of their implementations. Where only the deterministic kernels of flashmask exist, its rows stand for both."""
-    rows = [row for row in measured(run, protocol="bar", sample=0) if row["implementation"] in RIVALS]
+    """Of their implementations, where flashmask was measured, with the hash of its kernels. Where only the
+    deterministic kernels of flashmask exist, its rows stand for both.
+    """
+    rows = measured(run, protocol="bar", sample=0)
+    ours = {(shape_of(row), row["mask"]) for row in rows if row["implementation"] == OURS}
+    kernels = run["environment"].get("kernels")
+    rows = [
+        {**row, "kernels": kernels}
+        for row in rows
+        if row["implementation"] in RIVALS and (shape_of(row), row["mask"]) in ours
+    ]
     found = {(shape_of(row), row["mask"], row["implementation"]) for row in rows}
     for row in rows.copy():
         is_only = row["head_dim"] > LARGEST_FUSED_HEAD and (shape_of(row), row["mask"], RIVALS[1]) not in found
@@ -182,7 +201,8 @@ def by_shape_and_mask(rows: Iterable[Json]) -> dict[tuple[int, ...], dict[str, d
 
 
 def speeds_of(found: dict[str, Json], names: list[str]) -> list[str]:
-    fastest = max(found, key=lambda name: found[name]["tflops"]["total"])
+    has_others = any(not name.startswith(OURS) for name in found)
+    fastest = max(found, key=lambda name: found[name]["tflops"]["total"]) if has_others else None
     cells = []
     for name in names:
         if name in found:
@@ -969,7 +989,7 @@ def results(name: str) -> dict[str, Any]:
 def readme_section() -> str:
     """The tables of the front page; all others are in docs/performance.md."""
     attention, training, shared = headline_run(), training_run(), results("shared_prompts_gpu")
-    rivals = rivals_run()
+    rivals = rivals_runs()
     sections = (
         steps_section(training, shared) if training else [],
         masks_section(attention) if attention else [],
@@ -1026,16 +1046,16 @@ def masks_section(run: Json) -> list[str]:
     ]
 
 
-def rivals_headline(run: Json) -> list[str]:
-    """The longest rows beside the fastest CUDA kernels, over all masks that both have."""
-    rows = rivals_rows(run)
-    length = max(row["length"] for row in rows)
-    rows = [row for row in rows if row["length"] == length]
+def rivals_headline(runs: list[Json]) -> list[str]:
+    """The longest rows beside the fastest CUDA kernels, over all masks that one run has of both, the newest such."""
+    run = runs[-1]
+    cases = [by_shape_and_mask(rivals_rows(run)) for run in runs]
+    length = max(shape[0] for shapes in cases for shape in shapes)
     pairs = {name: (OURS, name) for name in (CUDNN_FLEX, "FA4 varlen", FLEX)}
     pairs["deterministic: " + CUDNN_FLEX] = RIVALS[1], RIVALS[3]
     body = []
-    for shape, masks in sorted(by_shape_and_mask(rows).items()):
-        ratios = [ratio_over_masks(masks.values(), *pair) for pair in pairs.values()]
+    for shape in sorted({shape for shapes in cases for shape in shapes if shape[0] == length}):
+        ratios = [ratio_over_masks([shapes.get(shape, {}) for shapes in cases], *pair) for pair in pairs.values()]
         body.append([f"{shape[1]}, {shape[2]}/{shape[3]} heads", *ratios])
     return [
         f"**Beside the fastest CUDA kernels**: how many times as fast flashmask is, forward and backward, on an "
@@ -1047,13 +1067,19 @@ def rivals_headline(run: Json) -> list[str]:
     ]
 
 
-def ratio_over_masks(masks: Iterable[dict[str, Json]], ours: str, theirs: str) -> str:
-    """Of the times of both passes, theirs over ours."""
-    ratios = [
-        found[theirs]["milliseconds"]["total"] / found[ours]["milliseconds"]["total"]
-        for found in masks
+def ratio_over_masks(runs: Iterable[dict[str, dict[str, Json]]], ours: str, theirs: str) -> str:
+    """Of the times of both passes, theirs over ours, of each mask in the newest run that has both.
+
+    Args:
+        runs: rows by mask and implementation of each, the newest last.
+    """
+    by_mask = {
+        mask: found[theirs]["milliseconds"]["total"] / found[ours]["milliseconds"]["total"]
+        for masks in runs
+        for mask, found in masks.items()
         if {ours, theirs} <= found.keys()
-    ]
+    }
+    ratios = by_mask.values()
     return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
 
 
@@ -1064,10 +1090,10 @@ def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[s
 def speed_sections() -> list[str]:
     """Every table of speed that is not of the paper's protocol."""
     attention, training = headline_run(), training_run()
-    masking, rivals = RESULTS / "masking_gpu.json", rivals_run()
+    masking, rivals = RESULTS / "masking_gpu.json", rivals_runs()
     sections = (
         attention_section(attention) if attention else [],
-        [*rivals_section(rivals), *(failures(rivals, "bar") if rivals != attention else [])] if rivals else [],
+        [*rivals_section(rivals), *(failures(rivals[-1], "bar") if rivals[-1] != attention else [])] if rivals else [],
         families_section(),
         decoding_section(results("decoding_gpu")),
         masking_section(results(masking.stem)) if masking.exists() else [],
@@ -1085,14 +1111,13 @@ def headline_run() -> Json | None:
     )
 
 
-def rivals_run(folder: Path = RESULTS) -> Json | None:
-    """The newest run that has measured cuDNN Frontend's kernels and ours."""
-    runs = [
+def rivals_runs(folder: Path = RESULTS) -> list[Json]:
+    """The runs that have measured cuDNN Frontend's kernels and ours, the newest last."""
+    return [
         run
         for run in runs_of("attention_gpu", folder)
         if {OURS, CUDNN_FLEX} <= {row["implementation"] for row in measured(run, protocol="bar", sample=0)}
     ]
-    return runs[-1] if runs else None
 
 
 def training_run() -> Json | None:

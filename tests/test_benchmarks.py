@@ -901,7 +901,7 @@ def rivals(speed: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_tables_beside_the_fastest_cuda_kernels(rivals: dict[str, Any]) -> None:
-    lines = report.rivals_section(rivals)
+    lines = report.rivals_section([rivals])
     text = "\n".join(lines)
     assert "cuDNN Frontend 1.32, flash-attn-4 4.0, torch 2.11, Triton 3.6, 2026-01-01." in text
     assert text.index("32,768 tokens, 32 query and 8 key heads of size 128:") < text.index("8,192 tokens, 32 query")
@@ -919,28 +919,41 @@ def test_the_tables_beside_the_fastest_cuda_kernels(rivals: dict[str, Any]) -> N
 
 def test_kernels_that_are_always_deterministic_stand_for_both(rivals: dict[str, Any]) -> None:
     rivals["rows"] = [found for found in rivals["rows"] if found["implementation"] != "flashmask, deterministic"]
-    causal, *_ = [line for line in report.rivals_section(rivals) if line.startswith("| causal | ")]
+    causal, *_ = [line for line in report.rivals_section([rivals]) if line.startswith("| causal | ")]
     assert [cell.split(" / ")[2] for cell in causal.split(" | ")[1:3]] == ["350", "350"]
 
 
 def test_the_front_page_beside_the_fastest_cuda_kernels(rivals: dict[str, Any]) -> None:
-    lines = report.rivals_headline(rivals)
+    lines = report.rivals_headline([rivals])
     assert "A GPU, bfloat16, 32,768 tokens" in lines[0]
     # 8 / 10 and 5 / 4; 7 / 10; 20 / 10; 16 / 12.5 and 20 / 5.
     ratios = "1.00 (0.80 to 1.25) | 0.70 (0.70 to 0.70) | 2.00 (2.00 to 2.00) | 2.26 (1.28 to 4.00)"
     assert lines[-1] == f"| 128, 32/8 heads | {ratios} |"
 
 
+def test_each_row_beside_the_fastest_cuda_kernels_is_of_the_newest_run(rivals: dict[str, Any]) -> None:
+    rows = [row("causal", name, ms) for name, ms in ((report.RIVALS[0], 8), (report.RIVALS[2], 10))]
+    newer = {**rivals, "environment": {**rivals["environment"], "kernels": "2"}, "rows": rows}
+    rivals["environment"]["kernels"] = "1"
+    lines = report.rivals_section([rivals, newer])
+    (causal,) = [line for line in lines if line.startswith("| causal | ")]
+    assert [cell.split(" / ")[-1] for cell in causal.split(" | ")[1:]] == ["438**", "438", "350", "- |"]
+    assert "| causal ¹ | " in "\n".join(lines)  # of the length that the newer run lacks
+    assert "| shared questions ¹ | " in "\n".join(lines)
+    # 10 / 8 of the newer run, 5 / 4 of the older one; FlashAttention-4 is in that one alone, 7 / 10.
+    assert report.rivals_headline([rivals, newer])[-1].startswith("| 128, 32/8 heads | 1.25 (1.25 to 1.25) | 0.70 (")
+
+
 def test_only_a_run_that_measured_them_is_beside_the_fastest_cuda_kernels(
     rivals: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert report.rivals_run(tmp_path) is None
+    assert report.rivals_runs(tmp_path) == []
     failed = [{**found, "error": "no"} if "cuDNN" in found["implementation"] else found for found in rivals["rows"]]
     newer = {**rivals["environment"], "updated": "2026-02-01"}
     (tmp_path / "attention_gpu-1.json").write_text(json.dumps({**rivals, "environment": newer, "rows": failed}))
-    assert report.rivals_run(tmp_path) is None
+    assert report.rivals_runs(tmp_path) == []
     (tmp_path / "attention_gpu-2.json").write_text(json.dumps(rivals))
-    assert report.rivals_run(tmp_path) == rivals
+    assert report.rivals_runs(tmp_path) == [rivals]
 
 
 def test_tables_do_not_depend_on_the_order_of_measuring(speed: dict[str, Any]) -> None:
