@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -793,6 +794,7 @@ def run_rank(rank: int, ranks: int, folder: Path, port: int, only: list[str]) ->
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     results: Results = {}
     for name, case in CASES[ranks].items():
@@ -816,6 +818,9 @@ def main(folder: Path, only: list[str]) -> None:
         from trl import DPOTrainer  # noqa: F401
     for name in MODELS:
         build_model(name)
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler
+    gc.collect()
+    gc.freeze()  # so that no process searches, and thereby copies, what all of them have
     forked = multiprocessing.get_context("fork")
     for ranks in CASES:
         with socket.socket() as probe:

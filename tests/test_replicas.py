@@ -31,16 +31,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import processes
 import pytest
 import replica_cases
 import torch
@@ -75,14 +73,14 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process found, by the number of processes."""
-    folder = tmp_path_factory.mktemp("replicas")
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, replica_cases.__file__, str(folder)]
-        status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=400)
-    assert status.returncode == 0, (folder / "log").read_text()[-5000:]
+
+    def compute(folder: Path) -> None:
+        processes.run_at_once(Path(replica_cases.__file__), [str(folder)], [{}], folder)
+
+    folder = processes.compute_once(tmp_path_factory, "replicas", compute)
     return {
         ranks: [json.loads((folder / f"results_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
         for ranks in CASES
