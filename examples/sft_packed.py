@@ -99,9 +99,10 @@ def python_texts() -> Iterator[str]:
                     yield ast.get_docstring(node) or ""
     for distribution in importlib.metadata.distributions():
         for file in distribution.files or ():
-            path = Path(str(file.locate()))
-            if path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE")) and path.is_file():
-                yield path.read_text(encoding="utf-8", errors="ignore")
+            if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE")):
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    yield path.read_text(encoding="utf-8", errors="ignore")
 
 
 def load_texts(args: argparse.Namespace) -> Dataset:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-import inspect
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,23 +35,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_patched_once() -> None:
-    """Triton's interpreter searches `triton.language` for what it replaces whenever a kernel calls a function, a third
-    of the time that a kernel takes. All of a module is replaced, and put back, at once: one name tells whether it is.
-    """
-    from triton.language.core import is_builtin
-    from triton.runtime import interpreter
+def _interpreter_in_less_time() -> None:
+    if "TRITON_INTERPRET" in os.environ:
+        import interpreter
 
-    patch, known = interpreter._patch_builtin, dict[Any, str | None]()
-
-    def patch_unless_patched(module: Any, *others: Any) -> None:
-        if module not in known:
-            known[module] = next((name for name, member in inspect.getmembers(module) if is_builtin(member)), None)
-        name = known[module]
-        if name is not None and is_builtin(getattr(module, name)):
-            patch(module, *others)
-
-    interpreter._patch_builtin = patch_unless_patched
+        interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +93,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if deselected := [item for item in items if lacks(item)]:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+
+
+def pytest_collection_finish() -> None:
+    """Trainer and the compiler collect garbage in every call. What is imported until now needs no search for it."""
+    import hypothesis  # noqa: F401  (pytest imports it later on; plugins of others then search for what they imported)
+
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

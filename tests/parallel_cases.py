@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import json
 import os
@@ -811,6 +812,8 @@ def main(folder: Path, names: list[str], gpus: int) -> None:
     for model in {case.model for case in (*CASES, *ANSWER_CASES)}:
         build(model)  # forked processes have what is imported before; CUDA does not survive a fork
     torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler
+    gc.collect()
+    gc.freeze()  # so that no process searches, and thereby copies, what all of them have
     start_method = "spawn" if gpus else "fork"
     multiprocessing.start_processes(run_rank, (folder, names, gpus), nprocs=gpus or WORLD, start_method=start_method)
 

@@ -11,12 +11,16 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "transformers.masking_utils", "transformers.modeling_utils"])
-_MOST_SECONDS = 240
+_MOST_SECONDS = 420
 
 
 def run_python(code: str, *arguments: object, cwd: Path | None = None) -> str:
@@ -49,6 +53,28 @@ def run_at_once(
         errors = [output.with_suffix(".err") for output in outputs]
         assert not any(codes), f"{codes}\n" + "\n".join(path.read_text() for path in errors if path.exists())
         return [output.read_text() for output in outputs]
+
+
+def compute_once(factory: pytest.TempPathFactory, name: str, compute: Callable[[Path], object]) -> Path:
+    """A folder that `compute` has filled. The workers of pytest-xdist share it: the first one that asks computes."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    finished, failure = folder / "finished", folder / "failure"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + _MOST_SECONDS + 60
+        while not finished.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+    else:
+        try:
+            compute(folder)
+        except Exception as error:
+            failure.write_text(str(error))
+        finally:
+            finished.touch()
+    assert not failure.exists(), failure.read_text()[-5000:]
+    return folder
 
 
 def _run(script: Path, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -861,6 +862,7 @@ def run_rank(rank: int, ranks: int, folder: Path, port: int, names: list[str], g
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
+    torch.set_num_threads(1)
     if gpus:
         torch.cuda.set_device(rank)
     timeout = datetime.timedelta(seconds=240 if gpus else 60)  # kernels are compiled
@@ -892,6 +894,9 @@ def main(folder: Path, names: list[str], gpus: int) -> None:
     """Run the cases of each number of processes on the CPU, or those named on as many GPUs."""
     if not gpus:  # CUDA does not survive a fork
         import_what_cases_need()
+        torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports the compiler
+        gc.collect()
+        gc.freeze()  # so that no process searches, and thereby copies, what all of them have
     context = multiprocessing.get_context("spawn" if gpus else "fork")
     for ranks in [gpus] if gpus else CASES:
         with socket.socket() as probe:

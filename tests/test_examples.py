@@ -156,54 +156,46 @@ def test_sft_packed_fails_when_documents_see_each_other(
 # Rows that several processes share
 
 
-def by_itself(script: Path, arguments: list[str], cwd: Path) -> str:
-    process = subprocess.run([sys.executable, str(script), *arguments], cwd=cwd, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    assert "deprecated" not in process.stderr
-    return process.stdout
+LONG_CONTEXT = SCRIPT.with_name("sft_long_context.py")
 
 
-def as_torchrun_does(script: Path, arguments: list[str], cwd: Path) -> str:
+def check_long_context(folder: Path, printed: str) -> None:
+    assert "The processes and one process agree" in printed
+    report = json.loads((folder / "report.json").read_text())
+    assert report["loss"][0] == pytest.approx(math.log(257), abs=0.5)  # an untrained model guesses
+    assert report["loss"][-1] < report["loss"][0] - 0.1
+    assert sum(report["shares"]) == pytest.approx(1)
+    assert max(report["shares"]) < 0.6
+    content = (folder / "mask.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 5000
+
+
+def test_sft_long_context_starts_processes_that_train_as_one(
+    small_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--row-length", "1500", "--documents", "definitions", "--checkpointing", "--steps", "4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(LONG_CONTEXT), "--texts", str(small_library), *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(LONG_CONTEXT), run_name="__main__")
+    printed, errors = capfd.readouterr()
+    assert ended.value.code == 0, errors
+    assert "deprecated" not in errors
+    assert '2 processes, 1 x 2, mode="all_gather"' in printed
+    check_long_context(tmp_path / "runs/sft_long_context", printed)
+
+
+def test_sft_long_context_trains_as_one_process_under_torchrun(small_library: Path, tmp_path: Path) -> None:
+    options = ["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing", "--steps", "4"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    return "".join(processes.run_at_once(script, arguments, ranks, cwd))
-
-
-@pytest.mark.parametrize(
-    ("launch", "options", "expected"),
-    [
-        (
-            by_itself,
-            ["--row-length", "1500", "--documents", "definitions", "--checkpointing"],
-            '2 processes, 1 x 2, mode="all_gather"',
-        ),
-        (
-            as_torchrun_does,
-            ["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing"],
-            "rank 1: 50.0%",
-        ),
-    ],
-    ids=["all_gather", "ulysses"],
-)
-def test_sft_long_context_trains_as_one_process(
-    small_library: Path, tmp_path: Path, launch: Callable[..., str], options: list[str], expected: str
-) -> None:
-    script = SCRIPT.with_name("sft_long_context.py")
-    printed = launch(script, ["--texts", str(small_library), *options, "--steps", "4"], tmp_path)
-    assert "The processes and one process agree" in printed
-    assert expected in printed
-
-    report = json.loads((tmp_path / "runs/sft_long_context/report.json").read_text())
-    assert report["loss"][0] == pytest.approx(math.log(257), abs=0.5)  # an untrained model guesses
-    assert report["loss"][-1] < report["loss"][0] - 0.1
-    assert sum(report["shares"]) == pytest.approx(1)
-    assert max(report["shares"]) < 0.6
-    content = (tmp_path / "runs/sft_long_context/mask.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert len(content) > 5000
+    printed = "".join(processes.run_at_once(LONG_CONTEXT, ["--texts", str(small_library), *options], ranks, tmp_path))
+    assert "rank 1: 50.0%" in printed
+    check_long_context(tmp_path / "runs/sft_long_context", printed)
 
 
 # The kernels alone

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny_models
 import tiny_vision
@@ -41,36 +38,17 @@ SCRIPT = Path(__file__).with_name("parallel_cases.py")
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process has found. The workers of pytest-xdist share it: the first one that asks computes."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "parallel"
-    finished = folder / "finished"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        end = time.monotonic() + 500
-        while not finished.exists() and time.monotonic() < end:
-            time.sleep(0.5)
-    else:
-        try:
-            compute(folder)
-        finally:
-            finished.touch()
-    return read(folder, WORLD)
+    """What each process has found."""
+    return read(processes.compute_once(tmp_path_factory, "parallel", compute), WORLD)
 
 
 def read(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    assert (folder / "succeeded").exists(), (folder / "log").read_text()[-5000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def compute(folder: Path, *names: str, gpus: int = 0) -> None:
     """All cases, or those named, on processes whose collectives fail after some minutes."""
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, str(SCRIPT), str(folder), *names, str(gpus)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if not subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=folder, timeout=420).returncode:
-            (folder / "succeeded").touch()
+    processes.run_at_once(SCRIPT, [str(folder), *names, str(gpus)], [{}], folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

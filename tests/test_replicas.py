@@ -32,16 +32,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import processes
 import pytest
 import replica_cases
 import torch
@@ -86,12 +84,13 @@ REFUSED = {
 }
 
 
-def compute(folder: Path, *names: str, gpus: int = 0) -> dict[int, list[Results]]:
-    """What each process found in all cases, or those named, by the number of processes; on the CPU or on GPUs."""
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, replica_cases.__file__, str(folder), *names, str(gpus)]
-        status = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, timeout=400)
-    assert status.returncode == 0, (folder / "log").read_text()[-5000:]
+def compute(folder: Path, *names: str, gpus: int = 0) -> None:
+    """Let processes run all cases, or those named, on the CPU or on GPUs."""
+    processes.run_at_once(Path(replica_cases.__file__), [str(folder), *names, str(gpus)], [{}], folder)
+
+
+def read(folder: Path, gpus: int = 0) -> dict[int, list[Results]]:
+    """What each process found, by the number of processes."""
     return {
         ranks: [json.loads((folder / f"results_{ranks}_{rank}.json").read_text()) for rank in range(ranks)]
         for ranks in ([gpus] if gpus else CASES)
@@ -113,9 +112,9 @@ def assert_equals_one_process(result: dict[str, Any], most_loss: float, most_gra
         assert max(result["loss"] / most_loss, result["gradients"] / most_gradients) < 1, result
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Results]]:
-    return compute(tmp_path_factory.mktemp("replicas"))
+    return read(processes.compute_once(tmp_path_factory, "replicas", compute))
 
 
 # The tensor parallelism of Transformers 5.4 leaves gradients in parts.

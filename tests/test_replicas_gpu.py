@@ -24,7 +24,9 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return test_replicas.compute(tmp_path_factory.mktemp("gpus"), *NAMES, gpus=GPUS)[GPUS]
+    folder = tmp_path_factory.mktemp("gpus")
+    test_replicas.compute(folder, *NAMES, gpus=GPUS)
+    return test_replicas.read(folder, GPUS)[GPUS]
 
 
 @pytest.mark.parametrize("name", [test_replicas.with_marks(name) for name in NAMES])
