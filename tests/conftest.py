@@ -103,6 +103,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain of what is not collected at exit
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     import torch
 

@@ -32,9 +32,9 @@ def graphs_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bert"])
-def test_compiled_without_graph_breaks(name: str) -> None:
-    model = build(name)
+@pytest.mark.parametrize(("name", "num_layers"), [("gemma2", 2), ("bert", 1)])
+def test_compiled_without_graph_breaks(name: str, num_layers: int) -> None:
+    model = build(name, num_hidden_layers=num_layers)
     twin = eager_twin(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for lengths in (LENGTHS, [3, 8]):
@@ -56,7 +56,7 @@ def test_left_padding_in_a_chunked_model() -> None:
         torch.testing.assert_close(logits[row, tokens], eager_twin(model)(document).logits[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("qwen3", 1), ("gemma3", 2)])
+@pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("gemma3", 2)])
 def test_training_compiles_no_more_after_the_second_length(name: str, num_layers: int) -> None:
     model = build(name, num_hidden_layers=num_layers)
     twin = eager_twin(model)
@@ -77,7 +77,7 @@ def test_training_compiles_no_more_after_the_second_length(name: str, num_layers
     assert graphs == [1, 2, 2, 2]
 
 
-@pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("qwen3", 1), ("gemma3", 2)])
+@pytest.mark.parametrize(("name", "num_layers"), [("llama", 1), ("gemma3", 2)])
 def test_prefill_compiles_no_more_after_the_second_length(name: str, num_layers: int) -> None:
     """What `generate` computes first: a padded batch that fills a new cache."""
     model = build(name, num_hidden_layers=num_layers)
@@ -236,14 +236,16 @@ def test_checkpointed_layers_compile_in_one_graph(has_gradients: bool) -> None:
     torch.testing.assert_close(logits, logits_alone(eager_twin(model).eval(), documents), **TOLERANCE)
 
 
-def test_graph_breaks_in_the_layers() -> None:
+def test_graph_breaks_between_the_layers() -> None:
+    """The compiler traces every frame around a break up to it: there are fewer of them without the head."""
     model = build("llama")
+    twin = eager_twin(model)
     for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_hook(torch._dynamo.disable(lambda module, inputs, output: output + 0))
-    compiled = torch.compile(model, backend="eager")
+        layer.register_forward_hook(torch._dynamo.disable(lambda module, inputs, output: output + 0))
+    model.model.compile(backend="eager")
     with torch.no_grad():
         for lengths in PACKINGS[:2]:
             documents = random_documents(lengths)
-            expected = logits_alone(eager_twin(model), documents)
-            torch.testing.assert_close(compiled(**packed(documents), use_cache=False).logits, expected, **TOLERANCE)
+            expected = logits_alone(twin, documents)
+            torch.testing.assert_close(model(**packed(documents), use_cache=False).logits, expected, **TOLERANCE)
     assert graphs_compiled() > 3
