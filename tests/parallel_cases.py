@@ -668,6 +668,15 @@ def labels_of_unknown_groups(parallel: Any, model: nn.Module, rank: int) -> None
         of_pair.shard(_packed(), num_items=5)
 
 
+@fault("`data_mesh` and `mesh` both hold the ranks")
+def data_of_the_same_ranks(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    parallel.remove()
+    group = parallel._groups[0].handle
+    hf_flashmask.sequence_parallel(model, group, data_mesh=group)
+
+
 @fault("looks tokens up")
 def image_blocks(parallel: Any, model: nn.Module, rank: int) -> None:
     from transformers.masking_utils import create_causal_mask
