@@ -105,7 +105,8 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
         for engine in ("ddp", "fsdp2"):
             yield Case(f"{mode}-{engine}", "gpt_oss", mode=mode, ranks=2, checkpointing="not_reentrant", engine=engine)
-    for mode, ranks in (("ulysses", 2), ("all_gather", 2), ("ulysses", 4)):  # only four ranks repeat key heads
+    # Only four ranks repeat key heads. Their number is the second one that the process compiles for.
+    for mode, ranks in (("ulysses", 2), ("all_gather", 2), ("ulysses", 4)):
         one_layer = {"num_hidden_layers": 1}
         yield Case(f"{mode}-{ranks}-compiled", "mistral", "packed", mode, ranks, one_layer, engine="compiler")
     for kind, model in (
@@ -525,7 +526,6 @@ def with_engine(engine: str | None, model: nn.Module) -> nn.Module:
 
     if engine == "compiler":  # all ranks trace the same code, for seconds: the first and the last one are enough
         backend = "inductor" if device_of_rank().type == "cuda" else "eager"
-        torch.compiler.reset()  # the number of ranks would become a symbol in the graph of the next case
         compiled = torch.compile(model, backend=backend, fullgraph=True)
         return compiled if dist.get_rank() in (0, world_size() - 1) else model
     if engine == "ddp":
@@ -667,6 +667,15 @@ def labels_of_unknown_groups(parallel: Any, model: nn.Module, rank: int) -> None
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     with hf_flashmask.sequence_parallel(model, pairs[rank // 2]) as of_pair:
         of_pair.shard(_packed(), num_items=5)
+
+
+@fault("`data_mesh` and `mesh` both hold the ranks")
+def data_of_the_same_ranks(parallel: Any, model: nn.Module, rank: int) -> None:
+    import hf_flashmask
+
+    parallel.remove()
+    group = parallel._groups[0].handle
+    hf_flashmask.sequence_parallel(model, group, data_mesh=group)
 
 
 @fault("looks tokens up")

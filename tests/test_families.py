@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -617,6 +618,37 @@ def test_ids_of_one_row_serve_the_documents_of_all(of):
     assert torch.equal(result, of(ids.expand(2, -1), document_ids=document_ids))
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda ids, **documents: block_diffusion(block_ids=ids, **documents),
+        lambda ids, **documents: independent_chunks(ids, **documents),
+        lambda ids, **documents: isolated_items(ids, **documents),
+        lambda ids, **documents: gist_tokens(ids, ids > 0, **documents),
+        lambda ids, **documents: fork_and_join(ids, **documents),
+        lambda ids, **documents: frame_causal(ids, **documents),
+        lambda ids, **documents: teacher_forcing(ids, **documents),
+        lambda ids, **documents: parallel_eagle(ids[:, :1], ids[:, :1], **documents),
+        lambda ids, **documents: anchored_blocks(ids[:, :1], 2, 4, **documents),
+    ],
+)
+def test_documents_of_another_number_of_rows_are_refused(of):
+    with pytest.raises(ValueError, match="`document_ids` have 2 rows, the other arguments have 3"):
+        of(torch.zeros(3, 4, dtype=torch.int64), document_ids=torch.stack([PACKED, PACKED]))
+
+
+def test_frames_that_are_a_view_cost_no_copy_that_torch_warns_of():
+    frames = torch.tensor([[0, 0], [0, 1], [1, 1]]).mT
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = frame_causal(frames, local_attn_size=1)
+    finally:
+        torch.set_warn_always(False)
+    assert torch.equal(result, frame_causal(frames.contiguous(), local_attn_size=1))
+
+
 def test_nothing_is_no_special_case():
     assert sinks_and_window(1, 2, length=0).shape == (1, 1, 1, 0)
     none = torch.zeros(1, 0, dtype=torch.int64)
@@ -646,7 +678,7 @@ def traceable(document_ids, ids, anchors, keep, frames):
         isolated_items(ids - 1, **packed),
         gist_tokens(ids, ids > 1, **packed),
         sinks_and_window(2, 5, **packed),
-        hstu(anchors[0], size, num_contexts=anchors[0, 1:], num_targets=anchors[0, 1:], target_group_size=2),
+        hstu(anchors[0], size, num_contexts=anchors[0, :2] // 2, num_targets=anchors[0, :2], target_group_size=2),
         fork_and_join(torch.stack([ids - 1, ids], dim=1), **packed),
         causal_with_blocks(ids - 1, window=4, window_limits_blocks=True),
     ]
@@ -769,6 +801,29 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
             lambda: hstu(torch.tensor([0, 5]), 5, num_targets=-ids[0, :1] - 1),
             ValueError,
             "`num_targets` must not be neg",
+        ),
+        (lambda: hstu(torch.tensor([0, 6]), 5), ValueError, "`cu_seqlens` must not end past `length`"),
+        (
+            lambda: hstu(
+                torch.tensor([0, 2, 5]), 5, num_contexts=torch.tensor([1, 0]), num_targets=torch.tensor([2, 0])
+            ),
+            ValueError,
+            "as many tokens as `num_contexts` and `num_targets` are together",
+        ),
+        (lambda: hstu(torch.tensor([0, 5]), 5.0), TypeError, "`length` must be an integer, got float"),
+        (lambda: streaming_chunks(2, length="4"), TypeError, "`length` must be an integer, got str"),
+        (lambda: anchored_blocks(ids, 2, 4.0), TypeError, "`ctx_len` must be an integer, got float"),
+        (lambda: block_diffusion_decoder(1, "4", 5, 2), TypeError, "`response_len` must be an integer, got str"),
+        (lambda: block_diffusion_decoder(1.5, 4, 7, 2), TypeError, "`prompt_lengths` must be an integer, got float"),
+        (
+            lambda: parallel_eagle(ids[0, :1] + 5, ids[0, :1], document_ids=ids),
+            ValueError,
+            "positions of `document_ids`",
+        ),
+        (
+            lambda: parallel_eagle(ids[0, :1] - 1, ids[0, :1], document_ids=ids),
+            ValueError,
+            "positions of `document_ids`",
         ),
         (lambda: fork_and_join(ids[:, None][:, :0]), ValueError, "at least one level"),
         (lambda: hstu(ids[0], 5, num_targets=ids[0]), ValueError, "`num_targets` must have 4 values, got 5"),

@@ -6,6 +6,7 @@ Tokens come first on the wire, `[tokens, B, H, D]`: what arrives is read in plac
 from __future__ import annotations
 
 import math
+from operator import index
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ __all__ = ["AllGather", "ByEngine", "GatherAcrossUlysses", "Ulysses", "kv_heads_
 
 def kv_heads_on_the_wire(kv_heads: int, ranks: int) -> int:
     """The number of key heads that Ulysses sends: each repeated until the ranks can share them out evenly."""
-    return math.lcm(kv_heads, ranks)
+    # In a graph, `index` makes constants of symbols, which a second number of ranks becomes, and which lcm refuses.
+    return math.lcm(index(kv_heads), index(ranks))
 
 
 class Ulysses:

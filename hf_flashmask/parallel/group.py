@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "add_up", "all_gather", "exchange_pieces", "gather_rows", "groups_of"]
+__all__ = ["Group", "add_up", "all_gather", "check_apart", "exchange_pieces", "gather_rows", "groups_of"]
 
 
 class Group(NamedTuple):
@@ -39,6 +39,16 @@ def groups_of(mesh: DeviceMesh | dist.ProcessGroup, name: str, dimensions: int) 
             'those of the sequence, as in mesh["sp"]'
         )
     return [Group.of(mesh.get_group(dimension), name) for dimension in reversed(range(mesh.ndim))]
+
+
+def check_apart(of_sequence: list[Group], of_data: Group) -> None:
+    """Raise when ranks share a sequence and are said to hold other batches: the loss would be divided by both."""
+    own = {rank for group in of_sequence for rank in dist.get_process_group_ranks(group.handle)} - {dist.get_rank()}
+    if both := sorted(own.intersection(dist.get_process_group_ranks(of_data.handle))):
+        raise ValueError(
+            f"`data_mesh` and `mesh` both hold the ranks {both} beside this one, {dist.get_rank()}: `data_mesh` is of "
+            'the ranks that hold other batches, as mesh["dp"] beside mesh["sp"]'
+        )
 
 
 def exchange_pieces(pieces: Tensor, group: Group) -> Tensor:

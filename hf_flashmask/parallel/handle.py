@@ -20,7 +20,7 @@ from ..training.labels import IGNORED
 from .agreement import check_agreement
 from .deal import Tiles, block_length, count_tiles, deal, padded_length
 from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
-from .group import groups_of
+from .group import check_apart, groups_of
 from .media import cut_call, find_text_model, with_positions
 from .models import (
     Mode,
@@ -103,6 +103,8 @@ class SequenceParallel:
         self._groups = groups_of(mesh, "mesh", 2)
         self.size = math.prod(group.size for group in self._groups)
         self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
+        if self._data_group is not None:
+            check_apart(self._groups, self._data_group)
         of_model = next(self._model.parameters()).device.type
         self._device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else of_model
         self._check_batches = check_batches

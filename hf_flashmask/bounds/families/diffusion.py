@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_int_tensor, check_lengths, check_per_position, check_size, refuse
+from ..form import check_int_tensor, check_integer, check_lengths, check_per_position, check_size, refuse
 from ..intervals import concatenate_keys, from_ordered_intervals
 from .runs import Documents, Runs, documents_beside, documents_of, runs_of
 
@@ -134,7 +134,7 @@ def block_diffusion_decoder(
         int32 `[B or 1, 1, 2, E + R]`, for R queries.
 
     Raises:
-        TypeError: when `prompt_lengths` is a tensor of other values.
+        TypeError: when `prompt_lengths` is a tensor of other values, or a number is no integer.
         ValueError: when it has another shape, a size or window is less than 1, or the encoder does not hold prompt and
             response; of lengths on a device the latter is an assertion there.
 
@@ -146,6 +146,8 @@ def block_diffusion_decoder(
             [1, 1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     block_size = check_size("block_size", block_size)
+    check_integer("response_len", response_len)
+    check_integer("encoder_len", encoder_len)
     check_lengths(response_len, encoder_len)
     if isinstance(prompt_lengths, Tensor):
         check_int_tensor("prompt_lengths", prompt_lengths, (1,), "[B]")
@@ -154,11 +156,13 @@ def block_diffusion_decoder(
             (prompt_lengths < 0) | (prompt_lengths + response_len > encoder_len),
             ValueError("`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`"),
         )
-    elif not 0 <= prompt_lengths <= encoder_len - response_len:
-        raise ValueError(
-            "`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`, got "
-            f"{prompt_lengths} and {response_len} of {encoder_len}"
-        )
+    else:
+        check_integer("prompt_lengths", prompt_lengths)
+        if not 0 <= prompt_lengths <= encoder_len - response_len:
+            raise ValueError(
+                "`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`, got "
+                f"{prompt_lengths} and {response_len} of {encoder_len}"
+            )
     # In int64, a place and two sizes add up.
     place = torch.arange(encoder_len, device=device) - prompt_lengths  # in the response
     first = place.div(block_size, rounding_mode="floor").add(1).mul(block_size).masked_fill(place < 0, 0)

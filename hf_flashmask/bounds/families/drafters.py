@@ -21,7 +21,7 @@ from ..form import (
     refuse,
 )
 from ..intervals import concatenate_keys, from_ordered_intervals
-from .runs import documents_of
+from .runs import check_rows, documents_of
 
 
 def anchored_blocks(
@@ -72,6 +72,7 @@ def anchored_blocks(
     """
     check_int_tensor("anchor_positions", anchor_positions, (2,), "[B, N]")
     check_size("block_size", block_size)
+    check_size("ctx_len", ctx_len, least=0)
     if sliding_window is not None:
         sliding_window = check_size("sliding_window", sliding_window)
     if window_from not in ("anchor", "query"):
@@ -101,6 +102,7 @@ def anchored_blocks(
         own = hide_keys(own, ~block_keep_mask.repeat_interleave(block_size, dim=1))
 
     documents = documents_of(document_ids, ctx_len, anchors.device)
+    check_rows(documents, len(anchors))
     batch = max(len(anchors), len(documents.runs.end) if documents.are_packed else 1)
     anchors = anchors.expand(batch, -1).contiguous()
     key = documents.position.expand(batch, -1).contiguous()
@@ -219,7 +221,8 @@ def parallel_eagle(anchors: Tensor, depths: Tensor, *, document_ids: Tensor | No
 
     Raises:
         TypeError: when an argument is not an integer tensor.
-        ValueError: when shapes differ, or elements are not sorted; on a device the latter is an assertion there.
+        ValueError: when shapes differ, elements are not sorted, or an anchor is no position of `document_ids`; on a
+            device the last two are assertions there.
 
     >>> from hf_flashmask.bounds import to_dense
     >>> to_dense(parallel_eagle(torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 0, 0, 1])))[0, 0].int()
@@ -243,11 +246,17 @@ def parallel_eagle(anchors: Tensor, depths: Tensor, *, document_ids: Tensor | No
     )
     past = torch.full_like(sorted_by, FAR)
     if document_ids is not None:
-        document_ids = check_per_position("document_ids", document_ids)
+        documents = documents_of(document_ids)
+        check_rows(documents, len(sorted_by))
+        (document_ids,) = documents.ids
+        refuse(
+            ((anchors < 0) | (anchors >= document_ids.shape[1])) & ~is_padding,
+            ValueError("`anchors` must be positions of `document_ids`: 0 or more, and less than their length"),
+        )
         batch = max(len(sorted_by), len(document_ids))
         sorted_by, is_padding = sorted_by.expand(batch, -1).contiguous(), is_padding.expand(batch, -1)
         position = sorted_by.clamp(0, document_ids.shape[1] - 1).long()
-        past = documents_of(document_ids).runs.end.expand(batch, -1).gather(1, position)
+        past = documents.runs.end.expand(batch, -1).gather(1, position)
         is_padding = is_padding | (document_ids.expand(batch, -1).gather(1, position) < 0)
     chain_end = torch.searchsorted(sorted_by, sorted_by, right=True, out_int32=True)
     document_end = torch.searchsorted(sorted_by, past.contiguous(), out_int32=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import hide_keys
-from ..form import check_lengths, check_per_position, previous, run_numbers
+from ..form import check_integer, check_lengths, check_per_position, previous, run_numbers
 
 
 class Runs(NamedTuple):
@@ -60,6 +60,7 @@ def documents_of(
     if document_ids is None:
         if length is None:
             raise ValueError("pass `document_ids` or `length`: nothing says how many positions there are")
+        check_integer("length", length)
         check_lengths(length, length)
         position = torch.arange(length, dtype=torch.int32, device=device)
         return Documents(position, Runs(torch.zeros_like(position), torch.full_like(position, length)), (), None)
@@ -72,4 +73,15 @@ def documents_of(
 
 def documents_beside(ids: Tensor, document_ids: Tensor | None) -> Documents:
     """The documents of positions that other ids, `[B, S]`, describe as well."""
-    return documents_of(document_ids, ids.shape[1], ids.device)
+    documents = documents_of(document_ids, ids.shape[1], ids.device)
+    check_rows(documents, len(ids))
+    return documents
+
+
+def check_rows(documents: Documents, rows: int) -> None:
+    """Raise when they are those of another number of rows than the other arguments, and neither of one row."""
+    if documents.are_packed and len(documents.ids[0]) != rows and 1 not in (len(documents.ids[0]), rows):
+        raise ValueError(
+            f"`document_ids` have {len(documents.ids[0])} rows, the other arguments have {rows}: they must have as "
+            "many, or one of them a single row that serves all"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_flags, check_int_tensor, check_lengths, check_per_position, check_size, refuse, stack_planes
+from ..form import check_flags, check_int_tensor, check_per_position, check_size, refuse, stack_planes
 from ..intervals import from_ordered_intervals
 from .runs import documents_beside, documents_of, runs_of
 
@@ -164,7 +164,7 @@ def hstu(
         cu_seqlens: integers `[n + 1]`, the cumulative lengths of n sequences. Keys past the last one are hidden.
         length: S.
         num_contexts, num_targets: integers `[n]`, the first and the last tokens of each sequence that are contexts and
-            targets. Default: none.
+            targets, together no more than the sequence has. Default: none.
         target_group_size: targets of a group.
 
     Returns:
@@ -172,8 +172,9 @@ def hstu(
 
     Raises:
         TypeError: when an argument is not an integer tensor.
-        ValueError: when shapes are others, a number is too small, or `cu_seqlens` do not ascend from 0; on a device, of
-            the numbers in tensors, this is an assertion there.
+        ValueError: when shapes are others, a number is too small, `cu_seqlens` do not ascend from 0 to at most
+            `length`, or a sequence has fewer tokens than contexts and targets; on a device, of the numbers in tensors,
+            this is an assertion there.
 
     >>> from hf_flashmask.bounds import to_dense
     >>> ends, one, two = torch.tensor([0, 5]), torch.tensor([1]), torch.tensor([2])
@@ -187,18 +188,27 @@ def hstu(
     check_int_tensor("cu_seqlens", cu_seqlens, (1,), "[n + 1]")
     if cu_seqlens.shape[0] == 0:
         raise ValueError("`cu_seqlens` must hold at least the 0 that it begins with, got shape [0]")
-    refuse(cu_seqlens[:1] != 0, ValueError("`cu_seqlens` must begin with 0"))
-    refuse(cu_seqlens[1:] < cu_seqlens[:-1], ValueError("`cu_seqlens` must not decrease"))
-    check_lengths(length, length)
     target_group_size = check_size("target_group_size", target_group_size)
+    check_size("length", length, least=0)
+    borders = cu_seqlens.to(torch.int32)
+    unused = borders.diff()
     for name, counts in (("num_contexts", num_contexts), ("num_targets", num_targets)):
         if counts is not None:
             check_int_tensor(name, counts, (1,), "[n]")
-            if counts.shape[0] != cu_seqlens.shape[0] - 1:
-                raise ValueError(f"`{name}` must have {cu_seqlens.shape[0] - 1} values, got {counts.shape[0]}")
+            if counts.shape[0] != unused.shape[0]:
+                raise ValueError(f"`{name}` must have {unused.shape[0]} values, got {counts.shape[0]}")
             refuse(counts < 0, ValueError(f"`{name}` must not be negative"))
+            unused = unused - counts
+    refuse(borders[:1] != 0, ValueError("`cu_seqlens` must begin with 0"))
+    refuse(borders[-1:] > length, ValueError("`cu_seqlens` must not end past `length`"))
+    refuse(
+        unused < 0,
+        ValueError(
+            "`cu_seqlens` must not decrease, and must leave each sequence as many tokens as `num_contexts` and "
+            "`num_targets` are together"
+        ),
+    )
     position = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
-    borders = cu_seqlens.to(torch.int32)
     sequence = torch.searchsorted(borders, position, right=True)
     # Keys past the last sequence end at row 0, and are seen by none.
     start, end = torch.cat([borders[:1], borders])[sequence], torch.cat([borders, borders[:1]])[sequence]

@@ -114,7 +114,7 @@ def _chunks(
                 f"`local_attn_size` ({window}) must not be smaller than the {frames} frames of a chunk "
                 "(`num_frame_per_block`), which would hide frames of a chunk from itself"
             )
-    frame_ids = check_per_position("frame_ids", frame_ids).to(torch.int32)
+    frame_ids = check_per_position("frame_ids", frame_ids).to(torch.int32).contiguous()
     documents = documents_beside(frame_ids, document_ids)
     clips = documents.runs
     if documents.is_padding is not None:
