@@ -28,7 +28,7 @@ import hf_flashmask
 from flashmask_kernels import configs, environment
 from flashmask_kernels.launch import launcher
 from flashmask_kernels.report import describe_kernels
-from hf_flashmask import bounds
+from hf_flashmask import SharedPromptDataCollator, bounds
 from hf_flashmask.command_line import bench
 from hf_flashmask.command_line.app import app
 from hf_flashmask.command_line.environment import report
@@ -226,6 +226,7 @@ def test_estimate_prints_a_table_and_draws(tmp_path: Path, model_folder: Path) -
     printed = call("estimate", data, *options).output
     assert "3 examples (text), 3 sequences of 1 to 6 tokens, median 3, 10 in all" in printed
     assert "speed by operations" in printed
+    assert "examples/s" not in printed, "progress bars do not belong in log files"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -236,6 +237,8 @@ def test_estimate_prints_a_table_and_draws(tmp_path: Path, model_folder: Path) -
         ("data.jsonl", {"title": "a"}, "has the columns title"),
         ("data.xls", {"text": "a"}, "only files ending in"),
         ("data.jsonl", {"input_ids": []}, "has a token"),
+        ("data.jsonl", {"input_ids": None}, "`input_ids` of example 0 is None; expected token ids"),
+        ("data.jsonl", {"input_ids": "abc"}, "`input_ids` of example 0 is 'abc'; expected token ids"),
     ],
 )
 def test_estimate_refuses_what_it_cannot_read(name: str, row: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -248,6 +251,30 @@ def test_estimate_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
     result = call("estimate", str(tmp_path / "data.jsonl"), "--max-length", "8")
     assert result.exit_code == 2
     assert "there is no file" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", b"", "is empty"),
+        ("data.jsonl", b'{"text": "a"}\n no json', "cannot read"),
+        ("data.jsonl", b'{"text": "caf\xe9"}\n', "texts are UTF-8: convert the file"),
+        ("data.csv", b"text\ncaf\xe9\n", "texts are UTF-8: convert the file"),
+        ("data.txt", b"caf\xe9\n", "texts are UTF-8: convert the file"),
+        (
+            "data.jsonl",
+            b'{"text": "a"}\n{"text": null}\n',
+            "`text` of example 1 is None; expected a string or messages",
+        ),
+    ],
+)
+def test_estimate_says_why_it_cannot_read_a_file(
+    name: str, content: bytes, message: str, tmp_path: Path, model_folder: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = call("estimate", str(tmp_path / name), "--max-length", "8", "--tokenizer", str(model_folder))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
 
 
 # explain
@@ -334,6 +361,29 @@ def test_explain_refuses_a_batch_without_a_mask(tmp_path: Path) -> None:
     assert "the batch has input_ids: a mask is in" in " ".join(result.output.split())
 
 
+def test_explain_reads_the_batches_of_collators(tmp_path: Path) -> None:
+    collate = SharedPromptDataCollator()
+    torch.save(collate([{"prompt": [5, 6, 7], "chosen": [1], "rejected": [2, 3]}]), tmp_path / "tree.pt")
+    torch.save(transformers.BatchEncoding({"position_ids": torch.tensor([[0, 1, 0]])}), tmp_path / "documents.pt")
+    assert "query 5 does not see key 3" in call("explain", str(tmp_path / "tree.pt"), "--pair", "5", "3").output
+    assert "visible   4 of 9" in call("explain", str(tmp_path / "documents.pt")).output
+
+
+@pytest.mark.parametrize("name", ["mask.pt", "mask.npy", "mask.safetensors"])
+def test_explain_says_why_it_cannot_read_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("no mask")
+    result = call("explain", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert "a tensor, or a dict of tensors" in " ".join(result.output.split())
+
+
+def test_explain_refuses_an_empty_mask(tmp_path: Path) -> None:
+    torch.save(torch.zeros(1, 1, 1, 0, dtype=torch.int32), tmp_path / "mask.pt")
+    result = call("explain", str(tmp_path / "mask.pt"))
+    assert result.exit_code == 2
+    assert "mask is empty: its shape is [1, 1, 1, 0]" in " ".join(result.output.split())
+
+
 # bench
 
 
@@ -391,6 +441,13 @@ def test_bench_lets_all_take_turns() -> None:
 
 def test_bench_spread_is_the_interquartile_range_over_the_median() -> None:
     assert bench._spread([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:1", "cuda:x"])
+def test_bench_names_the_devices_that_there_are(device: str) -> None:
+    result = call("bench", "--device", device)
+    assert result.exit_code == 2
+    assert f"--device is '{device}'; here it may be cpu" in " ".join(result.output.split())
 
 
 def test_bench_refuses_heads_that_do_not_divide() -> None:

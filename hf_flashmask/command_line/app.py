@@ -158,7 +158,7 @@ def bench(
 ) -> None:
     """Time attention over packed documents here: flashmask, FlexAttention, SDPA, FlashAttention if it is installed."""
     with _mistakes_in_one_line():
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _place_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = place.type == "cuda"
         num_heads = heads or (32 if on_gpu else 8)
         num_kv_heads = kv_heads or max(1, num_heads // 4)
@@ -188,6 +188,19 @@ def bench(
         typer.echo(f"Picture: {plot}")
     if results[0].forward is None:
         raise typer.Exit(1)
+
+
+def _place_of(device: str) -> torch.device:
+    """
+    Raises:
+        ValueError: for a device that attention cannot be timed on here.
+    """
+    found = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    kind, _, index = device.partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= found.get(kind, 0):
+        known = ["cpu", *(f"cuda:{number}" for number in range(found["cuda"]))]
+        raise ValueError(f"--device is {device!r}; here it may be {', '.join(known)}")
+    return torch.device(device)
 
 
 def _can_draw() -> bool:

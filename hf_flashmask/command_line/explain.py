@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import BatchEncoding
 
 from .. import bounds as bounds_of
+from ..training.labels import AnswerLabels
 from ..visualization import plot, to_html, to_text
 
 _TILE = 64
@@ -19,19 +23,33 @@ def read(path: Path) -> Any:
     """What is in a file: a tensor, or a batch.
 
     Raises:
-        ValueError: for a file of another kind.
+        ValueError: for a file of another kind, and for one that holds something else.
     """
-    if path.suffix == ".npy":
-        import numpy
+    if path.suffix not in _READERS:
+        raise ValueError(f"cannot read {path}: a mask or a batch is a file ending in .pt, .npy or .safetensors")
+    try:
+        return _READERS[path.suffix](path)
+    except Exception as error:  # each format has errors of its own
+        raise ValueError(
+            f"cannot read {path}: a tensor, or a dict of tensors such as the batch of a collator, was expected: "
+            f"torch.save(dict(batch), path). {type(error).__name__}: {str(error) or 'no message':.160}"
+        ) from error
 
-        return torch.from_numpy(numpy.load(path))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
 
-        return load_file(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
+def _read_torch(path: Path) -> Any:
+    with torch.serialization.safe_globals([AnswerLabels, BatchEncoding]):
         return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"cannot read {path}: a mask or a batch is a file ending in .pt, .npy or .safetensors")
+
+
+def _read_numpy(path: Path) -> Tensor:
+    return torch.from_numpy(numpy.load(path))
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": _read_numpy,
+    ".safetensors": load_file,
+    **dict.fromkeys((".pt", ".pth", ".bin"), _read_torch),
+}
 
 
 def masks_of(content: Any) -> dict[str, Tensor]:
@@ -61,8 +79,8 @@ def masks_of(content: Any) -> dict[str, Tensor]:
         if others:
             return {name: _bounds_of_tensor(content[name]) for name in others}
         raise ValueError(
-            f"the batch has {', '.join(content) or 'nothing'}: a mask is in `attention_mask`, `position_ids` or "
-            "`cu_seq_lens_q`. Without them the model's own mask is all there is"
+            f"the batch has {', '.join(content) or 'nothing'}: a mask is in tensors `attention_mask`, `position_ids` "
+            "[B, S] or `cu_seq_lens_q`. Without them the model's own mask is all there is"
         )
     whole = next(iter(parts.values()))
     for other in list(parts.values())[1:]:
@@ -89,6 +107,8 @@ def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[
     planes = bounds.shape[2]
     visible = bounds_of.visible_pairs(bounds, q_len).sum().item()
     pairs = bounds.shape[0] * bounds.shape[1] * q_len * bounds.shape[3]
+    if pairs == 0:
+        raise ValueError(f"{name} is empty: its shape is {list(bounds.shape)}")
     fewest = bounds_of.simplify(bounds, q_len).shape[2]
     occupancy = bounds_of.tile_occupancy(bounds, q_len, tile_size=_TILE)
     full, hidden = ((occupancy == value).float().mean().item() for value in (1, 0))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 _COLUMNS = (
@@ -47,14 +48,15 @@ def read_sequences(
         max_length: longer sequences are cut to so many tokens.
 
     Raises:
-        ValueError: for a file that does not exist or is of another kind, or columns that no trainer makes sequences of.
+        ValueError: for a file that does not exist, is of another kind or cannot be parsed, for columns that no trainer
+            makes sequences of, and for values in them that are neither text nor token ids.
     """
     dataset = _load(data, split)
     dataset = dataset.select(range(min(most_examples, len(dataset))))
     columns = _columns_of(dataset.column_names)
     if columns != ("input_ids",) and tokenizer is None:
         raise ValueError(f"the dataset holds text ({', '.join(columns)}): pass --tokenizer")
-    groups = [_tokenize(row, columns, tokenizer) for row in dataset.select_columns(list(columns))]
+    groups = [_tokenize(number, row, columns, tokenizer) for number, row in enumerate(_rows(data, dataset, columns))]
     groups = [[sequence for sequence in group if sequence] for group in groups]
     num_truncated = sum(len(sequence) > max_length for group in groups for sequence in group)
     groups = [[sequence[:max_length] for sequence in group] for group in groups if group]
@@ -68,6 +70,8 @@ def _load(data: str, split: str) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError("reading data needs datasets: pip install 'hf-flashmask[train]'") from error
+    if not sys.stderr.isatty():  # a bar fills a log file with fragments
+        datasets.disable_progress_bars()
     path = Path(data)
     if path.suffix in _FORMATS and not path.exists():
         raise ValueError(f"there is no file {data}")
@@ -75,7 +79,26 @@ def _load(data: str, split: str) -> Any:
         return datasets.load_dataset(data, split=split)
     if path.suffix not in _FORMATS:
         raise ValueError(f"cannot read {data}: only files ending in {', '.join(_FORMATS)}")
-    return datasets.load_dataset(_FORMATS[path.suffix], data_files=data, split="train")
+    if path.stat().st_size == 0:
+        raise ValueError(f"the file {data} is empty")
+    try:
+        return datasets.load_dataset(_FORMATS[path.suffix], data_files=data, split="train")
+    except Exception as error:  # each format has errors of its own, most of them behind another one
+        _refuse_unreadable(data, error)
+
+
+def _rows(data: str, dataset: Any, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from dataset.select_columns(list(columns))
+    except UnicodeDecodeError as error:
+        _refuse_unreadable(data, error)
+
+
+def _refuse_unreadable(data: str, error: BaseException) -> NoReturn:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    advice = "; texts are UTF-8: convert the file" if isinstance(error, UnicodeDecodeError) else ""
+    raise ValueError(f"cannot read {data}: {type(error).__name__}: {error}{advice}") from error
 
 
 def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
@@ -86,16 +109,23 @@ def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
     raise ValueError(f"the dataset has the columns {', '.join(found)}; one of these sets is needed: input_ids; {known}")
 
 
-def _tokenize(row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any) -> Group:
+def _tokenize(number: int, row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any) -> Group:
+    for column in columns:
+        _check_value(number, column, row[column])
     values = [row[column] for column in columns]
     if columns == ("input_ids",):
         return [list(values[0])]
-    if columns in (("messages",), ("text",)):
-        return [_encode(values, tokenizer)]
     if "rejected" not in columns:
         return [_encode(values, tokenizer)]
     *prompt, chosen, rejected = values
     return [_encode([*prompt, answer], tokenizer) for answer in (chosen, rejected)]
+
+
+def _check_value(number: int, column: str, value: Any) -> None:
+    if isinstance(value, list) or (isinstance(value, str) and column != "input_ids"):
+        return
+    expected = "token ids" if column == "input_ids" else "a string or messages"
+    raise ValueError(f"`{column}` of example {number} is {value!r:.80}; expected {expected}")
 
 
 def _encode(parts: list[Any], tokenizer: Any) -> list[int]:

@@ -48,6 +48,10 @@ class AnswerLabels(dict[str, Tensor]):
     def __getattr__(self, name: str) -> NoReturn:
         _refuse(AttributeError, f"asked for their `{name}`")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As a call with a plain dict, which `torch.load(weights_only=True)` can make."""
+        return type(self), (dict(self),)
+
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
