@@ -236,12 +236,16 @@ def test_checkpointed_layers_compile_in_one_graph(has_gradients: bool) -> None:
     torch.testing.assert_close(logits, logits_alone(eager_twin(model).eval(), documents), **TOLERANCE)
 
 
-def test_graph_breaks_between_the_layers() -> None:
-    """The compiler traces every frame around a break up to it: there are fewer of them without the head."""
-    model = build("llama")
+@pytest.mark.parametrize("place", ["", "self_attn.o_proj"])
+def test_graph_breaks(place: str) -> None:
+    """Between the layers, and within them. The compiler traces every frame around a break up to it: there are fewer of
+    them without the head.
+    """
+    model = build("llama", num_hidden_layers=2 if not place else 1)
     twin = eager_twin(model)
     for layer in model.model.layers:
-        layer.register_forward_hook(torch._dynamo.disable(lambda module, inputs, output: output + 0))
+        module = layer.get_submodule(place)
+        module.register_forward_hook(torch._dynamo.disable(lambda module, inputs, output: output + 0))
     model.model.compile(backend="eager")
     with torch.no_grad():
         for lengths in PACKINGS[:2]:
