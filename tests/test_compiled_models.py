@@ -220,6 +220,15 @@ def test_bounds_of_the_user_keep_nothing_of_a_compiled_call() -> None:
         torch.testing.assert_close(compiled(**call).logits, twin(call["input_ids"]).logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize("length", [4, 10])
+def test_dense_masks_of_0_and_1_do_not_pass_for_bounds(length: int) -> None:
+    compiled = torch.compile(build("llama"), fullgraph=True, backend="eager")
+    tokens = torch.randint(1, 9, (1, length))
+    dense = torch.ones(1, 1, length, length, dtype=torch.int32).tril()
+    with pytest.raises(RuntimeError, match=r"holds nothing but 0 and 1: if it is a dense mask, call \.bool\(\)"):
+        compiled(tokens, attention_mask=dense)
+
+
 @pytest.mark.parametrize("has_gradients", [False, True])
 def test_checkpointed_layers_compile_in_one_graph(has_gradients: bool) -> None:
     """What one region of a graph makes, another cannot have."""

@@ -179,7 +179,17 @@ def test_a_transformers_without_the_hooks_is_named(index: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("model", ["llama", "gpt_oss"])
 @pytest.mark.parametrize(
-    "name", ["flash_mask", "FlashMask", "flash-mask", "flashmask2", "Flash Mask", "flashmask_attention"]
+    "name",
+    [
+        "flash_mask",
+        "FlashMask",
+        "flash-mask",
+        "flashmask2",
+        "Flash Mask",
+        "flashmask_attention",
+        "hf_flashmask",
+        "hf-flashmask",
+    ],
 )
 def test_misspelled_names_are_corrected(name: str, model: str, tmp_path: Path) -> None:
     """GPT-OSS replaces unknown names with "flash" in them by implementations that it lists."""

@@ -170,6 +170,8 @@ def needs_a_scale(values: Tensor, labels: AnswerLabels, *, scale: float, shift: 
             "dpo_loss has no option betta; its options are: beta, label_smoothing, ref_log_probs",
         ),
         (dpo_loss, {"label_smoothing": 0.5}, ValueError, "`label_smoothing` must be from 0 to less than 0.5, got 0.5"),
+        (dpo_loss, {"beta": -0.1}, ValueError, "`beta` must be a number above 0, got -0.1"),
+        (dpo_loss, {"beta": "0.1"}, ValueError, "`beta` must be a number above 0, got '0.1'"),
         (functools.partial(dpo_loss, label_smoothing=0.7), {}, ValueError, "`label_smoothing` must be"),
         (functools.partial(dpo_loss, betta=0.7), {}, TypeError, "dpo_loss has no option betta"),
         (needs_a_scale, {}, TypeError, "needs_a_scale needs the option scale; its options are: scale, shift"),

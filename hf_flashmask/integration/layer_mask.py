@@ -206,7 +206,7 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
     """A dense mask of 0 and 1 must not pass for bounds, whose planes could be as many as a short row has queries.
 
     One plane is as much as a dense mask that is the same for all queries. On a GPU that is not looked at: reading it
-    would wait for the device in every call with bounds.
+    would wait for the device in every call with bounds. In a graph it is an assertion on the device.
     """
     if mask.dtype != torch.int32:
         raise TypeError(
@@ -214,16 +214,23 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
             "dense mask [B or 1, H or 1, S_q or 1, S_k] is bool, or float with 0 and -inf. Call .to(torch.int32) on "
             "bounds, .bool() on a dense mask of 0 and 1"
         )
-    if mask.ndim != 4 or q_len < 2 or not may_be_read(mask):
+    # An exported program may take other lengths, which comparing one with the planes would rule out.
+    if mask.ndim != 4 or q_len < 2 or torch.compiler.is_exporting():
         return
-    looks_dense = mask.shape[2] == q_len or (mask.shape[2] == 1 and mask.is_cpu)
+    is_readable = may_be_read(mask)
+    if mask.shape[2] != q_len and not (mask.shape[2] == 1 and mask.is_cpu and is_readable):
+        return
     # In one plane the first token of a row may have LTS = 1, as a document of its own; no other key that is seen has.
     telling = mask[..., 1:] if mask.shape[2] == 1 else mask
-    if looks_dense and bool(((mask == 0) | (mask == 1)).all()) and bool(telling.any()):
-        raise ValueError(
-            f"`attention_mask` is int32 {list(mask.shape)} and holds nothing but 0 and 1: if it is a dense mask, call "
-            ".bool() on it; as bounds it would hide every key from all queries but the first, or none"
-        )
+    looks_dense = ((mask == 0) | (mask == 1)).all() & telling.any()
+    reason = (
+        "`attention_mask` is int32 and holds nothing but 0 and 1: if it is a dense mask, call .bool() on it; as bounds "
+        "it would hide every key from all queries but the first, or none"
+    )
+    if not is_readable:
+        torch._assert_async(~looks_dense, reason)
+    elif bool(looks_dense):
+        raise ValueError(reason)
 
 
 def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def is_misspelled(name: Any) -> bool:
-    """Whether this is no implementation, but resembles the name: "FlashMask", "flash_mask", "flashmask2"."""
+    """Whether this is no implementation, but resembles the name: "FlashMask", "flash_mask", "hf_flashmask"."""
     if not isinstance(name, str) or name == NAME or "/" in name or name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return False
-    return re.sub("[^a-z]", "", name.lower()).startswith(NAME)
+    return re.sub("[^a-z]", "", name.lower()).removeprefix("hf").startswith(NAME)

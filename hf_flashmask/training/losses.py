@@ -140,14 +140,14 @@ def dpo_loss(
 
     Args:
         log_probs: `[B, A]`, from `answer_log_probs`.
-        beta: how strongly the loss holds the model to the reference.
+        beta: above 0, how strongly the loss holds the model to the reference.
         label_smoothing: from 0 to less than 0.5.
         ref_log_probs: `[B, A]`, those of the reference model. Default: `ref_logps` of the examples.
 
     Returns:
         The loss, 0-d.
     """
-    check_dpo_options(label_smoothing=label_smoothing)
+    check_dpo_options(beta=beta, label_smoothing=label_smoothing)
     if ref_log_probs is None:
         ref_log_probs = reference_log_probs(labels)
     chosen, rejected, is_pair = split_pairs(log_probs - ref_log_probs, labels)
@@ -157,7 +157,9 @@ def dpo_loss(
     return _mean(losses, is_pair)
 
 
-def check_dpo_options(*, label_smoothing: float = 0.0, **options: Any) -> None:
+def check_dpo_options(*, beta: Any = 0.1, label_smoothing: float = 0.0, **options: Any) -> None:
+    if not isinstance(beta, int | float) or not beta > 0:
+        raise ValueError(f"`beta` must be a number above 0, got {beta!r}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"`label_smoothing` must be from 0 to less than 0.5, got {label_smoothing}")
 
