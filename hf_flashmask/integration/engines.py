@@ -40,7 +40,7 @@ _WAY_OUT = (
 
 def refuse_ring() -> None:
     """Refuse torch's `context_parallel`: attention would stay within this rank's part of the sequence."""
-    if _is_in_ring():
+    if _is_of_ring(functional.scaled_dot_product_attention):
         raise NotImplementedError(
             "torch's `context_parallel` (also accelerate's `cp_size`) replaces scaled_dot_product_attention only: with "
             'attn_implementation="flashmask" each rank would attend to its own part of the sequence. It needs "sdpa". '
@@ -49,9 +49,8 @@ def refuse_ring() -> None:
 
 
 @torch.compiler.assume_constant_result
-def _is_in_ring() -> bool:
-    """In a graph the answer is that of the time when it was traced."""
-    function = functional.scaled_dot_product_attention
+def _is_of_ring(function: Callable) -> bool:
+    """In a graph the answer is a constant, for this function: where it is another one, a guard fails."""
     is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
     return is_replaced and function.__module__.startswith("torch.distributed.")
 
