@@ -251,6 +251,21 @@ def test_an_engine_that_drops_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model(**batch, attention_mask=mask)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_under_an_engine_that_drops_masks(monkeypatch: pytest.MonkeyPatch, fullgraph: bool) -> None:
+    """Without `fullgraph`, an error of traced code would only end the graph."""
+
+    def drop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+        return hf_flashmask.integration.flashmask_attention_forward(module, query, key, value, None)
+
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    batch["attention_mask"] = bounds.from_position_ids(batch["position_ids"])
+    compiled = torch.compile(tiny_models.build("llama"), backend="eager", fullgraph=fullgraph)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flashmask", drop)
+    with pytest.raises(Exception, match=r"is compiled without a mask, under an engine .*hf_flashmask.keep_masks"):
+        compiled(**batch)
+
+
 def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
     model = tiny_models.build("llama")
     batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
