@@ -27,6 +27,7 @@ from hf_flashmask.bounds import (
     families,
     fork_and_join,
     frame_causal,
+    from_prefix_tree,
     from_splits,
     gist_tokens,
     hstu,
@@ -702,6 +703,16 @@ def test_families_trace_in_one_graph_for_every_length():
         for got, expected in zip(compiled(*inputs), traceable(*inputs), strict=True):
             assert torch.equal(got, expected)
     assert counter.frame_count == 1
+
+
+def test_lists_are_constants_of_a_graph():
+    def make():
+        splits = from_splits([[2, 3, 1], [4]], [["causal", "full", "noise"], ["full"]], document_lens=[[5, 1], [4]])
+        return splits, from_prefix_tree([-1, 0, 0], [2, 2, 1])
+
+    compiled = torch.compile(make, fullgraph=True, backend="eager")
+    for got, expected in zip(compiled(), make(), strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_families_read_nothing_back_to_the_host():

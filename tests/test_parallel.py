@@ -18,8 +18,10 @@ import torch.distributed as dist
 import transformers
 from parallel_answers import ANSWER_CASES
 from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import create_causal_mask
 
@@ -227,6 +229,21 @@ def test_an_engine_that_drops_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     model(**batch, attention_mask=mask)
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_under_an_engine_that_drops_masks(monkeypatch: pytest.MonkeyPatch, fullgraph: bool) -> None:
+    """Without `fullgraph`, an error of traced code would only end the graph."""
+
+    def drop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> Any:
+        return hf_flashmask.integration.flashmask_attention_forward(module, query, key, value, None)
+
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    batch["attention_mask"] = bounds.from_position_ids(batch["position_ids"])
+    compiled = torch.compile(tiny_models.build("llama"), backend="eager", fullgraph=fullgraph)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flashmask", drop)
+    with pytest.raises(Exception, match=r"is compiled without a mask, under an engine .*hf_flashmask.keep_masks"):
+        compiled(**batch)
+
+
 def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
     model = tiny_models.build("llama")
     batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
@@ -240,14 +257,26 @@ def test_a_mask_of_fewer_tokens_than_the_layer_has() -> None:
         hf_flashmask.integration.flashmask_attention_forward(layer, heads, heads, heads, mask)
 
 
-# Models that read positions elsewhere than in `position_ids`
-
-
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[Any]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_a_model_that_was_compiled_before_a_ring(one_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    compiled = torch.compile(tiny_models.build("llama"), backend="eager")
+    expected = compiled(**batch).logits
+    ring = context_parallel(init_device_mesh("cpu", (1,)), buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1])
+    with ring, pytest.raises(NotImplementedError, match="torch's `context_parallel`"):
+        compiled(**batch)
+    original = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args: original(*args))
+    assert torch.equal(compiled(**batch).logits, expected)
+
+
+# Models that read positions elsewhere than in `position_ids`
 
 
 TINY = {

@@ -23,7 +23,7 @@ def from_prefix_tree(
 
     One plane is enough: causal, and LTS = end of the subtree. A list of roots is packed documents, a root with two
     leaves a preference pair, a root with many leaves a group of answers. Tensors with a `kv_len` are read nowhere but
-    on their device, and can be traced; lists are read on the host.
+    on their device, and can be traced; lists are read on the host, and are constants of a graph.
 
     Args:
         parents: for each node the index of its parent, or -1 for a root, in depth-first order. A list of such lists,
@@ -57,7 +57,7 @@ def from_prefix_tree(
             f"`parents` and `lengths` must have as many rows, got {len(parent_rows)} and {len(length_rows)}"
         )
     ends = [_subtree_ends(parent_row, length_row) for parent_row, length_row in zip(parent_rows, length_rows)]
-    longest = max((sum(row) for row in length_rows), default=0)
+    longest = max([0, *(sum(row) for row in length_rows)])
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")

@@ -40,7 +40,7 @@ _WAY_OUT = (
 
 def refuse_ring() -> None:
     """Refuse torch's `context_parallel`: attention would stay within this rank's part of the sequence."""
-    if _is_in_ring():
+    if _is_of_ring(functional.scaled_dot_product_attention):
         raise NotImplementedError(
             "torch's `context_parallel` (also accelerate's `cp_size`) replaces scaled_dot_product_attention only: with "
             'attn_implementation="flashmask" each rank would attend to its own part of the sequence. It needs "sdpa". '
@@ -49,9 +49,8 @@ def refuse_ring() -> None:
 
 
 @torch.compiler.assume_constant_result
-def _is_in_ring() -> bool:
-    """In a graph the answer is that of the time when it was traced."""
-    function = functional.scaled_dot_product_attention
+def _is_of_ring(function: Callable) -> bool:
+    """In a graph the answer is a constant, for this function: where it is another one, a guard fails."""
     is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
     return is_replaced and function.__module__.startswith("torch.distributed.")
 
@@ -178,6 +177,8 @@ def refuse_dropped_mask(
     mask. The layer knows `is_causal`, its window and the documents in `position_ids`.
     """
     if torch.compiler.is_compiling():
+        if is_causal:  # a layer of a vision tower is given no mask by its model
+            _refuse_in_graph(type(module).__name__)
         return
     config, num_rows = getattr(module, "config", None), query.shape[2]
     of_model = [(mask, call) for mask, call in _alive.made.items() if call.config is config]
@@ -194,6 +195,16 @@ def refuse_dropped_mask(
             "such an engine causal masks, sliding windows, documents that `position_ids` tell apart and padding after "
             f"the last token work. {_WAY_OUT}."
         )
+
+
+@torch.compiler.assume_constant_result
+def _refuse_in_graph(name: str) -> None:
+    """As a constant, so that the error ends the compilation: an error of traced code would run that code uncompiled."""
+    raise NotImplementedError(
+        f"{name} is compiled without a mask, under an engine that puts a function of its own in the place of "
+        "flashmask's: whether the engine has dropped a mask is not known in a graph. Call "
+        "hf_flashmask.keep_masks(model, group), or do not compile the model."
+    )
 
 
 def _takes_dict(config: Any) -> bool:

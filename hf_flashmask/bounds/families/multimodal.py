@@ -31,7 +31,7 @@ def from_splits(
 
     Args:
         split_lens: tokens of each split. A list of lists makes a batch. The arguments are read on the host, and the
-            copy to the device does not wait.
+            copy to the device does not wait. In a graph of `torch.compile` lists are constants.
         attn_modes: "causal", "full" or "noise" for each split, as in `split_lens`.
         document_lens: tokens of each sample, which ends where a split ends. Default: one sample for each row.
         kv_len: length to pad to; padding is hidden, and its rows see nothing. Default: the longest row.
@@ -61,11 +61,11 @@ def from_splits(
             "`split_lens`, `attn_modes` and `document_lens` must have as many rows, got "
             f"{len(length_rows)}, {len(mode_rows)} and {len(document_rows)}"
         )
-    longest = max((sum(row) for row in length_rows), default=0)
+    longest = max([0, *(sum(row) for row in length_rows)])
     kv_len = longest if kv_len is None else kv_len
     if kv_len < longest:
         raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
-    splits = max((len(row) for row in length_rows), default=0)
+    splits = max([0, *(len(row) for row in length_rows)])
     planes = torch.tensor(
         [_planes(*row, splits, kv_len) for row in zip(length_rows, mode_rows, document_rows)],
         dtype=torch.int32,
@@ -80,13 +80,13 @@ def _planes(
     lengths: list[int], modes: list[str], documents: list[int], splits: int, kv_len: int
 ) -> list[tuple[int, int, int]]:
     """LTS, UTE and up to which key the triangle hides rows, for each split and for padding."""
-    if len(lengths) != len(modes) or min(lengths, default=0) < 0 or not set(modes) <= set(_MODES):
+    if len(lengths) != len(modes) or min([0, *lengths]) < 0 or not set(modes) <= set(_MODES):
         raise ValueError(
             f"`attn_modes` must be one of {_MODES} for each length of 0 or more, got {modes} for the lengths {lengths}"
         )
     ends = [*accumulate(lengths)]
     document_ends = [*accumulate(documents)]
-    is_ascending = min(documents, default=0) >= 0
+    is_ascending = min([0, *documents]) >= 0
     if not is_ascending or (ends or [0])[-1] != (document_ends or [0])[-1] or not set(document_ends) <= {0, *ends}:
         raise ValueError(
             f"`document_lens` must not be negative and must end where splits end, got {documents} for {lengths}"
