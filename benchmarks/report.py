@@ -1059,8 +1059,8 @@ def rivals_headline(runs: list[Json]) -> list[str]:
         body.append([f"{shape[1]}, {shape[2]}/{shape[3]} heads", *ratios])
     return [
         f"**Beside the fastest CUDA kernels**: how many times as fast flashmask is, forward and backward, on an "
-        f"{run['environment']['device']}, {run['settings']['dtype']}, {length:,} tokens. The geometric mean over the "
-        "masks that both can express, and the range; below 1 the other is faster. Each mask: "
+        f"{run['environment']['device']}, {run['settings']['dtype']}, {length:,} tokens. The median over the masks "
+        "that both can express, and the range; below 1 the other is faster. Each mask: "
         f"[performance](docs/performance.md). {rivals_versions(run['environment'])}",
         "",
         *table(["size of a head", *pairs], body),
@@ -1080,7 +1080,7 @@ def ratio_over_masks(runs: Iterable[dict[str, dict[str, Json]]], ours: str, thei
         if {ours, theirs} <= found.keys()
     }
     ratios = by_mask.values()
-    return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-"
 
 
 def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[str]:
