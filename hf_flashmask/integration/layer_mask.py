@@ -231,7 +231,7 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
     if not is_readable:
         torch._assert_async(~looks_dense, reason)
     elif bool(looks_dense):
-        raise ValueError(reason)
+        raise ValueError(f"{reason}. It is {list(mask.shape)}, with {q_len} queries")
 
 
 def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> None:
