@@ -26,20 +26,23 @@ from hf_flashmask import (
 )
 
 
+def arguments_of(folder: Path, **options: Any) -> TrainingArguments:
+    """Of four examples a step, as the collator makes them."""
+    return TrainingArguments(
+        str(folder),
+        report_to="none",
+        remove_unused_columns=False,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+
+
 def num_input_tokens_seen(model: Any, examples: list[dict[str, Any]], collator: Any, folder: Path) -> int:
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            str(folder),
-            use_cpu=True,
-            report_to="none",
-            remove_unused_columns=False,
-            num_train_epochs=1,
-            per_device_train_batch_size=4,
-            save_strategy="no",
-            disable_tqdm=True,
-            include_num_input_tokens_seen="non_padding",
-        ),
+        args=arguments_of(folder, use_cpu=True, num_train_epochs=1, include_num_input_tokens_seen="non_padding"),
         train_dataset=examples,
         data_collator=collator,
     )
@@ -87,15 +90,10 @@ def logged(
     device: str = "cpu",
 ) -> Any:
     """The logs of a training of two steps with four examples each, without those at its end."""
-    arguments = TrainingArguments(
-        str(folder),
+    arguments = arguments_of(
+        folder,
         use_cpu=device == "cpu",
-        report_to="none",
-        remove_unused_columns=False,
         max_steps=2,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        disable_tqdm=True,
         logging_steps=1,
         train_sampling_strategy="sequential",
         eval_strategy="no" if evaluated is None else "steps",
