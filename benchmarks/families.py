@@ -37,21 +37,28 @@ def packed_ids(length: int, document_length: int, device: str) -> Tensor:
     return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None].to(device)
 
 
+def sees_block_diffusion(document: Tensor, block: Tensor) -> Callable[..., Tensor]:
+    """FlexAttention's predicate of a row `[x_t | x_0]`, whose halves have these documents and blocks, int32 `[L]`."""
+    count = len(document)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q_clean, k_clean = q >= count, k >= count
+        q, k = q % count, k % count
+        before, same = block[q] > block[k], block[q] == block[k]
+        by_noisy = torch.where(k_clean, before, same)
+        by_clean = k_clean & (before | same)
+        return torch.where(q_clean, by_clean, by_noisy) & (document[q] == document[k])
+
+    return visible
+
+
 def block_diffusion(length: int, block_size: int, documents: int | None) -> Callable[[int, str], Family]:
     def family(divisor: int, device: str) -> Family:
         count = length // divisor
         ids = None if documents is None else packed_ids(count, documents // divisor, device)
         document = torch.zeros(count, dtype=torch.int32, device=device) if ids is None else ids[0]
         place = torch.arange(count, device=device) - torch.searchsorted(document, document)
-        block = (place // block_size).int()
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            q_clean, k_clean = q >= count, k >= count
-            q, k = q % count, k % count
-            before, same = block[q] > block[k], block[q] == block[k]
-            by_noisy = torch.where(k_clean, before, same)
-            by_clean = k_clean & (before | same)
-            return torch.where(q_clean, by_clean, by_noisy) & (document[q] == document[k])
+        visible = sees_block_diffusion(document, (place // block_size).int())
 
         def make() -> Tensor:
             return bounds.block_diffusion(block_size, document_ids=ids, length=count, device=device)
@@ -76,28 +83,37 @@ def block_diffusion_decoder(divisor: int, device: str) -> Family:
     return Family(response, encoder + response, make, visible)
 
 
+def sees_anchored_blocks(
+    document: Tensor, anchor: Tensor, block_size: int, window: int | None = None
+) -> Callable[..., Tensor]:
+    """FlexAttention's predicate of blocks after anchors `[N]` in a context of these documents, int32 `[S]`."""
+    ctx_len = len(document)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        block = q // block_size
+        at, key = anchor[block], k.clamp(max=ctx_len - 1)
+        in_context = (k < at) & (document[at] == document[key])
+        if window is not None:
+            in_context = in_context & (k >= at - window)
+        return torch.where(k < ctx_len, in_context, (k - ctx_len) // block_size == block)
+
+    return visible
+
+
 def anchored_blocks(anchors: int, block_size: int, window: int | None = None) -> Callable[[int, str], Family]:
     """A context of 4,096 tokens in packed documents; anchors are drawn at random."""
 
     def family(divisor: int, device: str) -> Family:
         ctx_len, count = 4096 // divisor, anchors // divisor
         ids = packed_ids(ctx_len, 1024 // divisor, device)
-        document = ids[0]
+        near = None if window is None else window // divisor
         drawn = torch.randperm(ctx_len, generator=torch.Generator().manual_seed(0))[:count].sort().values
         anchor = drawn.int().to(device)
 
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            block = q // block_size
-            at, key = anchor[block], k.clamp(max=ctx_len - 1)
-            in_context = (k < at) & (document[at] == document[key])
-            if window is not None:
-                in_context = in_context & (k >= at - window // divisor)
-            return torch.where(k < ctx_len, in_context, (k - ctx_len) // block_size == block)
-
         def make() -> Tensor:
-            near = None if window is None else window // divisor
             return bounds.anchored_blocks(anchor[None], block_size, ctx_len, document_ids=ids, sliding_window=near)
 
+        visible = sees_anchored_blocks(ids[0], anchor, block_size, near)
         return Family(count * block_size, ctx_len + count * block_size, make, visible)
 
     return family

@@ -27,9 +27,10 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from masks import Varlen
@@ -67,6 +68,7 @@ LONGEST_TRIED = 1 << 20
 # Between two results in bfloat16. If documents see each other, both tensors are off by more than half.
 TOLERANCES = {"loss": 1e-3, "hidden_states": 0.1, "gradient": 0.2}
 KEY = ("shape", "length", "implementation", "workload")
+Batch = TypeVar("Batch")
 
 
 def varlen_attention(
@@ -82,9 +84,15 @@ def varlen_attention(
 def no_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Sums that take almost no time, and that need the projections of query, key and value, forward and backward."""
-    groups = query.shape[1] // key.shape[1]
-    return (query + (key + value).repeat_interleave(groups, dim=1)).transpose(1, 2), None
+    """Sums that take almost no time, and that need the projections of query, key and value, forward and backward.
+
+    The last keys are those of the queries.
+    """
+    groups, others = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
+    sums = key + value
+    if others:
+        sums = sums[:, :, others:] + sums[:, :, :others].mean(dim=2, keepdim=True)
+    return (query + sums.repeat_interleave(groups, dim=1)).transpose(1, 2), None
 
 
 # Without a mask function of that name, Transformers makes no mask.
@@ -244,19 +252,19 @@ def relative_error(trainee: Trainee, implementation: str, batch: dict[str, Any])
     return trainee.first_step([batch]).check(truth)
 
 
-def time_steps(trainee: Trainee, batches: list[dict[str, Any]]) -> dict[str, Any]:
+def time_steps(step: Callable[[Batch], None], batches: list[Batch], tokens: Callable[[Batch], int]) -> dict[str, Any]:
     for batch in batches[:WARM_UP]:
-        trainee.step(batch)
+        step(batch)
     torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
     speeds: list[float] = []
     for batch in batches[WARM_UP:]:
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        trainee.step(batch)
+        step(batch)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        speeds.append(batch["input_ids"].numel() / seconds[-1])
+        speeds.append(tokens(batch) / seconds[-1])
         if len(seconds) >= 4 and sum(seconds) > SECONDS:
             break
     low, median, high = statistics.quantiles(seconds, n=4)
@@ -339,7 +347,7 @@ def main() -> None:
                     if peer != FLOOR:
                         row["relative_error"] = relative_error(trainee, peer, batches[0])
                     trainee.use(peer)
-                    row |= time_steps(trainee, batches)
+                    row |= time_steps(trainee.step, batches, lambda batch: batch["input_ids"].numel())
                 except Exception as error:  # whatever a peer raises is its result
                     row["error"] = f"{type(error).__name__}: {error}"[:500]
                     trainee.optimizer.zero_grad(set_to_none=True)

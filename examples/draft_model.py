@@ -106,10 +106,10 @@ def read(target: LlamaForCausalLM, input_ids: Tensor, position_ids: Tensor | Non
 # Training
 
 
-def draw_anchors(args: argparse.Namespace, rows: Rows, generator: torch.Generator) -> Tensor:
-    """Places in the rows, ascending, `[B, N]`."""
+def draw_anchors(count: int, rows: Rows, generator: torch.Generator) -> Tensor:
+    """Places in the rows, ascending, `[B, count]`."""
     draw = torch.rand(rows.input_ids.shape, generator=generator)
-    return draw.topk(args.anchors).indices.sort().values.to(DEVICE)
+    return draw.topk(count).indices.sort().values.to(DEVICE)
 
 
 def dense_mask(rows: Rows, anchors: Tensor, block_size: int) -> Tensor:
@@ -125,21 +125,20 @@ def dense_mask(rows: Rows, anchors: Tensor, block_size: int) -> Tensor:
 
 def draft_loss(
     drafter: Drafter,
-    target: LlamaForCausalLM,
+    features: Tensor,
     rows: Rows,
     anchors: Tensor,
     mask: Tensor,
     block_size: int,
     mask_id: int,
 ) -> Tensor:
-    """Cross-entropy of the tokens after each anchor, up to the end of its document."""
+    """Cross-entropy of the tokens after each anchor, up to the end of its document; `features` are the target's."""
     offset = torch.arange(block_size, device=DEVICE)
     place = (anchors[..., None] + offset).flatten(1)
     inside = place.clamp(max=rows.input_ids.shape[1] - 1)
     label = rows.input_ids.gather(1, inside)
     is_anchor = offset.repeat(anchors.shape[1]) == 0
     position = (rows.position_ids.gather(1, anchors)[..., None] + offset).flatten(1)
-    _, features = read(target, rows.input_ids, rows.position_ids)
     logits = drafter(
         features,
         label.where(is_anchor, torch.full_like(label, mask_id)),
@@ -229,14 +228,18 @@ def main() -> None:
 
     drafter, dense_drafter = drafter_under("flashmask"), drafter_under("sdpa")
 
+    def features_of(batch: Rows) -> Tensor:
+        return read(target, batch.input_ids, batch.position_ids)[1]
+
     def loss_of(batch: Rows, generator: torch.Generator) -> Tensor:
-        anchors = draw_anchors(args, batch, generator)
+        anchors = draw_anchors(args.anchors, batch, generator)
         mask = bounds.anchored_blocks(anchors, size, args.length, document_ids=batch.document_ids)
-        return draft_loss(drafter, target, batch, anchors, mask, size, mask_id)
+        return draft_loss(drafter, features_of(batch), batch, anchors, mask, size, mask_id)
 
     def dense_loss_of(batch: Rows, generator: torch.Generator) -> Tensor:
-        anchors = draw_anchors(args, batch, generator)
-        return draft_loss(dense_drafter, target, batch, anchors, dense_mask(batch, anchors, size), size, mask_id)
+        anchors = draw_anchors(args.anchors, batch, generator)
+        mask = dense_mask(batch, anchors, size)
+        return draft_loss(dense_drafter, features_of(batch), batch, anchors, mask, size, mask_id)
 
     before, _ = acceptance(target, drafter, held_out, args, tokenizer)
     ours = train("flashmask", args, drafter, rows, loss_of)
@@ -249,7 +252,7 @@ def main() -> None:
     print(tokenizer.decode(plain[0][:PROMPT]) + "[...]" + tokenizer.decode(plain[0][PROMPT:]))
 
     batch = rows[: args.batch_size]
-    anchors = draw_anchors(args, batch, torch.Generator().manual_seed(args.seed))
+    anchors = draw_anchors(args.anchors, batch, torch.Generator().manual_seed(args.seed))
     mask = bounds.anchored_blocks(anchors, size, args.length, document_ids=batch.document_ids)
     draw_mask(mask[:1], args.output / "mask.png", title="Draft tokens of one row", q_len=args.anchors * size)
     figures = {"acceptance": {"before": before, "after": after}, "is_same_text": is_same_text}
