@@ -42,7 +42,6 @@ from training_gpu import (
     IMPLEMENTATIONS,
     SHAPES,
     VOCABULARY,
-    WARM_UP,
     FirstStep,
     Trainee,
     free_memory,
@@ -59,7 +58,7 @@ import block_diffusion
 import draft_model
 from _packed_text import DEVICE, Rows, pack
 
-STEPS = 6  # timed
+WARM_UP, STEPS = 1, 6  # two more are checked before
 MASK_ID = VOCABULARY - 1
 TARGET_LAYERS = 5  # whose hidden states a draft model sees, as in DFlash
 PEERS = ("flashmask", "flex_attention", "sdpa", FLOOR)
@@ -336,20 +335,22 @@ def check(example: Example, peer: str, batches: list[Batch], truth: FirstStep) -
 
 def time_peer(example: Example, peer: str, batches: list[Batch]) -> dict[str, Any]:
     example.use(IMPLEMENTATIONS[peer])
-    times = time_steps(lambda batch: example.step(peer, batch), batches, lambda batch: batch.tokens)
+    times = time_steps(lambda batch: example.step(peer, batch), batches, lambda batch: batch.tokens, WARM_UP)
     return times if peer == FLOOR else times | {"mask_milliseconds": example.mask_milliseconds(peer, batches[-1])}
 
 
 def smoke(peers: list[str]) -> None:
     """Check all that can be checked on this device: FlexAttention has no gradients on a CPU."""
+    print("checking on", DEVICE.type, flush=True)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     for name, workload in SMOKE_WORKLOADS.items():
+        torch._dynamo.reset()
         example = example_of(workload, dtype)
         batches = [example.batch(seed) for seed in range(2)]
         truth = example.first_step(TRUTH, batches[0])
         for peer in peers:
             if peer != FLOOR and (peer != "flex_attention" or DEVICE.type == "cuda"):
-                print(name, peer, check(example, peer, batches, truth), flush=True)
+                print(f"{name}: {peer}", check(example, peer, batches, truth), flush=True)
 
 
 def main() -> None:
@@ -389,13 +390,14 @@ def measure(workload: Workload, rows: dict[str, dict[str, Any]], run: Run, deadl
     free_memory()
     example = example_of(workload, torch.bfloat16)
     batches = [example.batch(seed) for seed in range(WARM_UP + STEPS)]
-    truth = None if list(rows) == [FLOOR] else example.first_step(TRUTH, batches[0])
+    truth: FirstStep | None = None
     for peer, row in rows.items():
         if deadline.is_over():
             break
         free_memory()
         try:
-            if peer != FLOOR and truth is not None:
+            if peer != FLOOR:
+                truth = truth or example.first_step(TRUTH, batches[0])
                 row["relative_error"] = check(example, peer, batches, truth)
             row |= time_peer(example, peer, batches)
         except Exception as error:  # whatever a peer raises is its result

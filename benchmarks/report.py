@@ -287,6 +287,35 @@ def families_section() -> list[str]:
     ]
 
 
+def example_steps_section(run: Json) -> list[str]:
+    """A training step of the examples at the sizes of projects."""
+    environment, rows = run["environment"], measured(run)
+    steps: dict[str, dict[str, Json]] = {}
+    for row in rows:
+        steps.setdefault(row["workload"], {})[row["implementation"]] = row
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    body = []
+    for workload, found in steps.items():
+        cells = [
+            f"{found[name]['milliseconds']:.0f} ({found[name]['peak_mib'] / 1024:.0f})" if name in found else "-"
+            for name in names
+        ]
+        ours, flex = found.get(OURS), found.get(FLEX)
+        ratio = f"{flex['milliseconds'] / ours['milliseconds']:.2f}" if ours and flex else "-"
+        making = [f"{row['mask_milliseconds']:.2f}" if row else "-" for row in (ours, flex)]
+        is_checkpointed = run["settings"]["workloads"][workload]["is_checkpointed"]
+        body.append([workload + (", checkpointing" if is_checkpointed else ""), *cells, ratio, *making])
+    return [
+        f"**{environment['device']}**, a training step of [block_diffusion.py](../examples/block_diffusion.py) and of "
+        f"[draft_model.py](../examples/draft_model.py) at the sizes of projects ([example_steps_gpu.py]"
+        "(../benchmarks/example_steps_gpu.py)), which makes its mask anew: ms (peak GiB), "
+        f"{run['settings']['dtype']}, AdamW, random weights; and ms to make the mask, of host and device together, "
+        f"with flashmask's schedules. {versions(environment)}",
+        "",
+        *table(["a step", *names, f"times {FLEX}", f"mask: {OURS}", "compiled `create_block_mask`"], body),
+    ]
+
+
 def shape_of(row: Json) -> tuple[int, int, int, int]:
     return row["length"], row["head_dim"], row["heads"], row["kv_heads"]
 
@@ -1089,12 +1118,13 @@ def times(ours: float, speeds: dict[str, float], peers: Iterable[str]) -> list[s
 
 def speed_sections() -> list[str]:
     """Every table of speed that is not of the paper's protocol."""
-    attention, training = headline_run(), training_run()
+    attention, training, steps = headline_run(), training_run(), latest_run("example_steps_gpu")
     masking, rivals = RESULTS / "masking_gpu.json", rivals_runs()
     sections = (
         attention_section(attention) if attention else [],
         [*rivals_section(rivals), *(failures(rivals[-1], "bar") if rivals[-1] != attention else [])] if rivals else [],
         families_section(),
+        example_steps_section(steps) if steps else [],
         decoding_section(results("decoding_gpu")),
         masking_section(results(masking.stem)) if masking.exists() else [],
         training_section(training) if training else [],

@@ -252,13 +252,15 @@ def relative_error(trainee: Trainee, implementation: str, batch: dict[str, Any])
     return trainee.first_step([batch]).check(truth)
 
 
-def time_steps(step: Callable[[Batch], None], batches: list[Batch], tokens: Callable[[Batch], int]) -> dict[str, Any]:
-    for batch in batches[:WARM_UP]:
+def time_steps(
+    step: Callable[[Batch], None], batches: list[Batch], tokens: Callable[[Batch], int], warm_up: int = WARM_UP
+) -> dict[str, Any]:
+    for batch in batches[:warm_up]:
         step(batch)
     torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
     speeds: list[float] = []
-    for batch in batches[WARM_UP:]:
+    for batch in batches[warm_up:]:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         step(batch)

@@ -7,6 +7,7 @@ found, that pieces of a run come together, and that the report says what the row
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from itertools import accumulate
@@ -30,6 +31,7 @@ sys.path.append(str(BENCHMARKS))  # its files import each other by name
 
 import attention_gpu  # noqa: E402
 import decoding_gpu  # noqa: E402
+import example_steps_gpu  # noqa: E402
 import families  # noqa: E402
 import masking_gpu  # noqa: E402
 import masks  # noqa: E402
@@ -595,6 +597,93 @@ def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
     assert not any(torch.equal(old, new) for old, new in zip(weights, trainee.model.parameters()))
 
 
+# Steps of examples
+
+
+@pytest.mark.parametrize("workload", example_steps_gpu.SMOKE_WORKLOADS.values(), ids=example_steps_gpu.SMOKE_WORKLOADS)
+def test_steps_of_examples_compute_the_same_under_each_mask(workload: example_steps_gpu.Workload) -> None:
+    example = example_steps_gpu.example_of(workload, torch.float32)
+    batches = [example.batch(seed) for seed in range(2)]
+    truth = example.first_step(example_steps_gpu.TRUTH, batches[0])
+    assert truth.hidden_states.shape == (workload.q_len, 64)
+    for peer in ("flashmask", "sdpa"):
+        assert max(example_steps_gpu.check(example, peer, batches, truth).values()) < 1e-4
+    for batch in batches:
+        drawn, losses = example.draw(batch), []
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # FlexAttention has no gradients on a CPU
+            for peer in ("flex_attention", "sdpa"):
+                example.use(peer)
+                losses.append(float(example.loss(batch, drawn, example.make_mask(peer, batch, drawn))))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    ids = batches[0].rows.document_ids
+    together = batches[0]._replace(rows=dataclasses.replace(batches[0].rows, document_ids=ids * 0))
+    with pytest.raises(ValueError, match="wrong result"):
+        example.first_step("flashmask", together).check(truth)
+    # The floor does everything but attention.
+    example.use(training_gpu.IMPLEMENTATIONS[training_gpu.FLOOR])
+    example.gradients(training_gpu.FLOOR, batches[0])
+    trained = [parameter for parameter in example.model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_steps_of_examples_have_the_shapes_of_the_families() -> None:
+    for workload, name in zip(
+        example_steps_gpu.WORKLOADS.values(),
+        ("block diffusion", "block diffusion, packed", "anchored blocks"),
+        strict=True,
+    ):
+        family = families.FAMILIES[name](1, "cpu")
+        assert (workload.q_len, workload.kv_len) == (family.q_len, family.kv_len)
+
+
+def test_the_command_checks_steps_of_examples_anywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["example_steps_gpu.py", "--smoke"])
+    example_steps_gpu.main()
+    printed = capsys.readouterr().out
+    for workload in example_steps_gpu.SMOKE_WORKLOADS:
+        assert f"{workload}: flashmask" in printed
+
+
+def test_steps_of_examples_from_the_command_line_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_steps_gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(example_steps_gpu, "WORKLOADS", example_steps_gpu.SMOKE_WORKLOADS)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 20)
+    measured = []
+
+    def measure(peers: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
+        arguments = ["--missing", "--output", str(tmp_path), "--peers", *peers]
+        monkeypatch.setattr(sys, "argv", ["example_steps_gpu.py", *arguments])
+        example_steps_gpu.main()
+        (path,) = tmp_path.iterdir()
+        return {(row["workload"], row["implementation"]): row for row in json.loads(path.read_text())["rows"]}
+
+    time_peer = example_steps_gpu.time_peer
+
+    def counted(example: Any, peer: str, batches: list[Any]) -> dict[str, Any]:
+        measured.append(peer)
+        if peer == "sdpa":
+            raise torch.OutOfMemoryError("too large")
+        return time_peer(example, peer, batches)
+
+    monkeypatch.setattr(example_steps_gpu, "time_peer", counted)
+    rows = measure(["flashmask", "sdpa", training_gpu.FLOOR])
+    for workload in example_steps_gpu.SMOKE_WORKLOADS:
+        ours, sdpa, floor = (rows[workload, peer] for peer in ("flashmask", "sdpa", training_gpu.FLOOR))
+        assert max(ours["relative_error"].values()) < 0.1
+        assert ours["mask_milliseconds"] > 0
+        assert ours["tokens_per_second"] == pytest.approx(192e3 / ours["milliseconds"], rel=0.5)
+        assert "milliseconds" not in sdpa
+        assert "OutOfMemoryError" in sdpa["error"]
+        assert floor["peak_mib"] == 3
+    measured.clear()
+    measure(["flashmask", "sdpa", training_gpu.FLOOR])
+    assert measured == ["sdpa"] * 2
+
+
 # Several GPUs
 
 
@@ -1023,6 +1112,30 @@ def test_the_table_of_training() -> None:
     assert f"| {name} | 32,768 | 45,000 (20) | 40,000 (20) | - | 1.12 |" in text
     assert f"| {name} | up to 32,768, whole documents | 44,000 (20) | 35,000 (20) | - | 1.26 |" in text
     assert f"| {name} | longest row | 196,608 | - | - |  |" in text
+
+
+def test_the_table_of_steps_of_examples() -> None:
+    row = {"milliseconds": 200.0, "peak_mib": 20480, "mask_milliseconds": 0.25}
+    _, diffusion, drafter = example_steps_gpu.WORKLOADS
+    flex = {**row, "implementation": "flex_attention", "milliseconds": 250.0, "mask_milliseconds": 1.5}
+    floor = {"implementation": "no attention", "milliseconds": 150.0, "peak_mib": 19456}
+    result = {
+        "environment": {"device": "A GPU", "torch": "2.11", "triton": "3.6", "date": "2026-01-01"},
+        "settings": {
+            "dtype": "bfloat16",
+            "workloads": {name: workload._asdict() for name, workload in example_steps_gpu.WORKLOADS.items()},
+        },
+        "rows": [
+            {**row, "workload": diffusion, "implementation": "flashmask"},
+            {**flex, "workload": diffusion},
+            {**floor, "workload": diffusion},
+            {**row, "workload": drafter, "implementation": "flashmask"},
+            {"workload": drafter, "implementation": "flex_attention", "error": "ValueError: wrong result"},
+        ],
+    }
+    text = "\n".join(report.example_steps_section(result))
+    assert f"| {diffusion}, checkpointing | 200 (20) | 250 (20) | 150 (19) | 1.25 | 0.25 | 1.50 |" in text
+    assert f"| {drafter} | 200 (20) | - | - | - | 0.25 | - |" in text
 
 
 def test_pictures(speed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
