@@ -23,6 +23,7 @@ includes the kernels' schedules. Tokens per second are those of the rows, each o
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -58,7 +59,7 @@ import block_diffusion
 import draft_model
 from _packed_text import DEVICE, Rows, pack
 
-WARM_UP, STEPS = 1, 6  # two more are checked before
+WARM_UP, STEPS = 2, 6  # after two more that are checked
 MASK_ID = VOCABULARY - 1
 TARGET_LAYERS = 5  # whose hidden states a draft model sees, as in DFlash
 PEERS = ("flashmask", "flex_attention", "sdpa", FLOOR)
@@ -327,10 +328,16 @@ def peers_of(workload: Workload, peers: list[str]) -> list[str]:
     return [peer for peer in peers if peer != "sdpa" or workload.kv_len <= LONGEST_DENSE_MASK]
 
 
-def check(example: Example, peer: str, batches: list[Batch], truth: FirstStep) -> dict[str, float]:
+def truth_of(example: Example, batches: list[Batch]) -> Callable[[], FirstStep]:
+    """The first batch under the dense mask, computed once when it is asked for."""
+    return functools.cache(functools.partial(example.first_step, TRUTH, batches[0]))
+
+
+def check(example: Example, peer: str, batches: list[Batch], truth: Callable[[], FirstStep]) -> dict[str, Any]:
     """Errors of the first batch, after one of the second: what is compiled for one mask must take another as well."""
+    expected = truth()
     example.first_step(peer, batches[1])
-    return example.first_step(peer, batches[0]).check(truth)
+    return {"relative_error": example.first_step(peer, batches[0]).check(expected)}
 
 
 def time_peer(example: Example, peer: str, batches: list[Batch]) -> dict[str, Any]:
@@ -347,7 +354,7 @@ def smoke(peers: list[str]) -> None:
         torch._dynamo.reset()
         example = example_of(workload, dtype)
         batches = [example.batch(seed) for seed in range(2)]
-        truth = example.first_step(TRUTH, batches[0])
+        truth = truth_of(example, batches)
         for peer in peers:
             if peer != FLOOR and (peer != "flex_attention" or DEVICE.type == "cuda"):
                 print(f"{name}: {peer}", check(example, peer, batches, truth), flush=True)
@@ -390,22 +397,29 @@ def measure(workload: Workload, rows: dict[str, dict[str, Any]], run: Run, deadl
     free_memory()
     example = example_of(workload, torch.bfloat16)
     batches = [example.batch(seed) for seed in range(WARM_UP + STEPS)]
-    truth: FirstStep | None = None
-    for peer, row in rows.items():
-        if deadline.is_over():
-            break
+    truth = truth_of(example, batches)
+
+    def attempt(row: dict[str, Any], measurement: Callable[[], dict[str, Any]]) -> None:
         free_memory()
         try:
-            if peer != FLOOR:
-                truth = truth or example.first_step(TRUTH, batches[0])
-                row["relative_error"] = check(example, peer, batches, truth)
-            row |= time_peer(example, peer, batches)
+            row |= measurement()
         except Exception as error:  # whatever a peer raises is its result
             row["error"] = f"{type(error).__name__}: {error}"[:500]
             example.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()  # raises here if the error has left the device unusable
+
+    # All are checked before the first one is timed, which changes the weights.
+    for peer, row in rows.items():
+        if peer != FLOOR:
+            attempt(row, functools.partial(check, example, peer, batches, truth))
+    del truth
+    for peer, row in rows.items():
+        if deadline.is_over():
+            break
+        if "error" not in row:
+            attempt(row, functools.partial(time_peer, example, peer, batches))
         run.add(row)
         print(row, flush=True)
-        torch.cuda.synchronize()  # raises here if the error has left the device unusable
 
 
 if __name__ == "__main__":

@@ -604,10 +604,11 @@ def test_the_first_step_of_training_tells_right_from_wrong_attention() -> None:
 def test_steps_of_examples_compute_the_same_under_each_mask(workload: example_steps_gpu.Workload) -> None:
     example = example_steps_gpu.example_of(workload, torch.float32)
     batches = [example.batch(seed) for seed in range(2)]
-    truth = example.first_step(example_steps_gpu.TRUTH, batches[0])
-    assert truth.hidden_states.shape == (workload.q_len, 64)
+    truth = example_steps_gpu.truth_of(example, batches)
+    assert truth().hidden_states.shape == (workload.q_len, 64)
     for peer in ("flashmask", "sdpa"):
-        assert max(example_steps_gpu.check(example, peer, batches, truth).values()) < 1e-4
+        errors = example_steps_gpu.check(example, peer, batches, truth)["relative_error"]
+        assert max(errors.values()) < 1e-4
     for batch in batches:
         drawn, losses = example.draw(batch), []
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # FlexAttention has no gradients on a CPU
@@ -618,7 +619,7 @@ def test_steps_of_examples_compute_the_same_under_each_mask(workload: example_st
     ids = batches[0].rows.document_ids
     together = batches[0]._replace(rows=dataclasses.replace(batches[0].rows, document_ids=ids * 0))
     with pytest.raises(ValueError, match="wrong result"):
-        example.first_step("flashmask", together).check(truth)
+        example.first_step("flashmask", together).check(truth())
     # The floor does everything but attention.
     example.use(training_gpu.IMPLEMENTATIONS[training_gpu.FLOOR])
     example.gradients(training_gpu.FLOOR, batches[0])
