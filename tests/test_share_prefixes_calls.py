@@ -9,6 +9,7 @@ import io
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,60 @@ def test_a_warning_says_that_nothing_was_shared(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING):
         refused(model, NotImplementedError, "`inputs_embeds`", input_ids=None, inputs_embeds=torch.zeros(2, 3, 32))
     assert not caplog.records
+
+
+def generate(model: nn.Module, num_rows: int, **options: Any) -> None:
+    prompts = torch.tensor([[5, 6, 7]]).repeat(num_rows, 1)
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 3, "pad_token_id": 0, **options}
+    model.generate(prompts, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}])
+def test_a_warning_says_that_generation_shares_nothing(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers.logging.enable_propagation()
+    model = build("llama").eval()
+    with caplog.at_level(logging.WARNING), share_prefixes(model) as shared:
+        for _ in range(2):
+            generate(model, 2, **options)
+        assert not [record for record in caplog.records if "share_prefixes" in record.message]
+    assert shared.given_tokens == 0
+    (message,) = [record.message for record in caplog.records if "share_prefixes" in record.message]
+    assert "shared nothing in 2 calls with a cache" in message
+    assert "use_cache=False" in message
+
+
+def test_generation_that_is_never_switched_off_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    transformers.logging.enable_propagation()
+    model = build("llama").eval()
+    shared = share_prefixes(model)
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for _ in range(101):
+            model(torch.tensor([[1, 2], [1, 2]]), use_cache=True)
+        assert caplog.text.count("share_prefixes shared nothing in 100 calls with a cache") == 1
+        shared.remove()
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: generate(model, 1),  # a single row
+        lambda model: generate(model, 2, use_cache=False),  # shares
+        lambda model: [generate(model, 2), model.train()(torch.tensor([[1, 2], [1, 2]]))],  # generation beside training
+        lambda model: [model.train()(torch.tensor([[1, 2], [1, 2]]), use_cache=None) for _ in range(3)],
+        lambda model: model(torch.tensor([[1], [1]]), use_cache=True),  # no token could be shared
+    ],
+)
+def test_where_something_or_nothing_can_be_shared_there_is_no_warning(
+    call: Callable[[nn.Module], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers.logging.enable_propagation()
+    model = build("llama").eval()
+    with caplog.at_level(logging.WARNING), share_prefixes(model):
+        call(model)
+    assert "share_prefixes" not in caplog.text
 
 
 # What cannot be exact

@@ -46,7 +46,7 @@ class share_prefixes:
     counted by windows and positions as the model counts them. Calls with a cache, and so generation, are left alone, as
     are single rows, 4-D masks, batches with nothing to save, and rows of Llama 4's `floor_scale` tokens and more. Rows
     padded on the left share prefixes in models with rotary embeddings, which only see distances; in models with learned
-    positions they need `position_ids` that agree.
+    positions they need `position_ids` that agree. A warning says so where all calls were left alone.
 
     Copies of a model share as the model does. A model that is pickled (`torch.save`) does not share once it is loaded.
 
@@ -74,6 +74,8 @@ class share_prefixes:
         self.given_tokens = 0
         self.computed_tokens = 0
         self._num_calls = 0
+        self._num_calls_with_cache = 0
+        self._has_warned = False
         self._running = _RunningCalls()
         self._handles: list[RemovableHandle] = []
         for model in given:
@@ -88,7 +90,7 @@ class share_prefixes:
         """Switch sharing off again, also for copies of the models."""
         if self._handles and self.given_tokens:
             logger.log(WARNING if self._num_calls >= _CALLS_OF_A_TRAINING else INFO, self.summary)
-        elif self._handles and self._num_calls < _CALLS_BEFORE_A_WARNING:
+        elif self._handles:
             self._warn_when_nothing_was_shared()
         while self._handles:
             self._handles.pop().remove()
@@ -103,11 +105,20 @@ class share_prefixes:
         )
 
     def _warn_when_nothing_was_shared(self) -> None:
-        if self._num_calls and not self.given_tokens:
+        if self.given_tokens or self._has_warned:
+            return
+        if self._num_calls:
             logger.warning(
                 f"share_prefixes shared nothing in {self._num_calls} calls without a cache (`given_tokens` is 0): they "
                 "had a single row or a 4-D mask, or computed hidden states without calling the backbone as a module"
             )
+        elif self._num_calls_with_cache:
+            logger.warning(
+                f"share_prefixes shared nothing in {self._num_calls_with_cache} calls with a cache (`given_tokens` is "
+                "0): it leaves them alone, and so `generate`. Train, or compute log-probabilities, without a cache "
+                "(use_cache=False); generation needs no share_prefixes"
+            )
+        self._has_warned = self._num_calls + self._num_calls_with_cache > 0
 
     def __enter__(self) -> share_prefixes:
         return self
@@ -116,7 +127,7 @@ class share_prefixes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._num_calls = 0  # the error says more than a warning
+            self._num_calls = self._num_calls_with_cache = 0  # the error says more than a warning
         self.remove()
 
     def _count_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,12 +136,25 @@ class share_prefixes:
             if self._num_calls == _CALLS_BEFORE_A_WARNING:  # sharing may never be switched off
                 self._warn_when_nothing_was_shared()
 
+    def _count_call_with_cache(self, arguments: Mapping[str, Any]) -> None:
+        """If its rows could have a prefix in common: those of one token, as in a step of generation, have none."""
+        input_ids = arguments.get("input_ids")
+        if input_ids is not None and input_ids.ndim == 2 and min(input_ids.shape) > 1:
+            self._num_calls_with_cache += 1
+            if self._num_calls_with_cache == _CALLS_BEFORE_A_WARNING:
+                self._warn_when_nothing_was_shared()
+
     def _merge(
         self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], traits: Traits
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._running.take(backbone)
         arguments = {**dict(zip(traits.arguments, args)), **kwargs}
-        if not self._handles or has_cache(arguments) or not is_padded_batch(arguments):
+        if not self._handles:
+            return None
+        if has_cache(arguments):
+            self._count_call_with_cache(arguments)
+            return None
+        if not is_padded_batch(arguments):
             return None
         tree = self.merge(backbone, arguments, traits)
         if tree is None:
