@@ -1,4 +1,6 @@
-"""Derivatives in other forms than a backward pass: second ones, which are refused, and the transforms of torch.func."""
+"""Derivatives in other forms than a backward pass: second ones and forward mode, which are refused, and the transforms
+of torch.func.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from attention_checks import model_tensor
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +21,7 @@ from flashmask_kernels import flashmask_attention, reference_attention
 
 LENGTH = 37
 REFUSAL = "flashmask_attention has no second derivative"
+FORWARD_REFUSAL = "flashmask_attention has no derivative in forward mode"
 
 
 def inputs(dtype: torch.dtype = torch.float32, length: int = LENGTH, is_interpreted: bool = False) -> list[Tensor]:
@@ -114,13 +118,88 @@ def test_transforms_of_functions(is_interpreted: bool, interpreted: Callable[...
     for one, other in zip(*(torch.func.grad(of, argnums=(0, 1, 2, 3))(*tensors) for of in (ours, truth))):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
     queries = torch.randn(2, *query.shape)
-    for transform in (torch.vmap, lambda of: torch.vmap(torch.func.grad(of))):
+    for transform in (
+        torch.vmap,
+        lambda of: torch.vmap(torch.func.grad(of)),
+        lambda of: torch.func.grad(lambda queries: torch.vmap(of)(queries).sum()),
+    ):
         one, other = (transform(lambda query, of=of: of(query, *tensors[1:]))(queries) for of in (ours, truth))
         assert_close(one, other, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match=REFUSAL):
         torch.func.grad(lambda query: torch.func.grad(ours)(query, *tensors[1:]).sum())(query)
-    with pytest.raises(NotImplementedError, match="forward mode"):
-        torch.func.jvp(lambda query: ours(query, *tensors[1:]), (query,), (query,))
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("differentiated", [0, 1, 2, -1])
+@pytest.mark.parametrize("name", FORMS)
+def test_tangents_are_refused(
+    name: str, differentiated: int, has_gradients: bool, interpreted: Callable[..., None]
+) -> None:
+    loss, tensors, mode = form_of(name, interpreted)
+    for tensor in tensors:
+        tensor.requires_grad_(has_gradients)
+    with forward_ad.dual_level(), mode:
+        assert forward_ad.unpack_dual(loss(*tensors)).tangent is None
+        tensors[differentiated] = forward_ad.make_dual(
+            tensors[differentiated], torch.ones_like(tensors[differentiated])
+        )
+        with pytest.raises(NotImplementedError, match=FORWARD_REFUSAL):
+            loss(*tensors)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_tangents_of_output_gradients_are_refused(
+    name: str, create_graph: bool, interpreted: Callable[..., None]
+) -> None:
+    loss, tensors, mode = form_of(name, interpreted)
+    with mode:
+        total = loss(*[tensor.requires_grad_() for tensor in tensors])
+        with forward_ad.dual_level():
+            weight = forward_ad.make_dual(torch.ones_like(total), torch.ones_like(total))
+            with pytest.raises(NotImplementedError, match=FORWARD_REFUSAL):
+                torch.autograd.grad(total, tensors, weight, create_graph=create_graph)
+
+
+def compiled_jvp(of: Callable[..., Tensor], backend: str) -> Callable[[Tensor], Tensor]:
+    return torch.compile(lambda query: torch.func.jvp(of, (query,), (query,))[1], backend=backend)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], Tensor], Any]] = {
+    "jvp": lambda of, query: torch.func.jvp(of, (query,), (query,)),
+    "jacfwd": lambda of, query: torch.func.jacfwd(of)(query),
+    "linearize": lambda of, query: torch.func.linearize(of, query)[1](query),
+    "jvp of vmap": lambda of, query: torch.func.jvp(torch.vmap(of), (query[None],), (query[None],)),
+    "vmap of jvp": lambda of, query: torch.vmap(lambda row: torch.func.jvp(of, (row,), (row,)))(query[None]),
+    "jvp of grad": lambda of, query: torch.func.jvp(torch.func.grad(of), (query,), (query,)),
+    "grad of jvp": lambda of, query: torch.func.grad(lambda row: torch.func.jvp(of, (row,), (row,))[1])(query),
+    "jvp of vjp": lambda of, query: torch.func.jvp(torch.func.vjp(of, query)[1], (torch.ones(()),), (torch.ones(()),)),
+    "compiled": lambda of, query: compiled_jvp(of, "eager")(query),
+    "compiled by AOT": lambda of, query: compiled_jvp(of, "aot_eager")(query),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch, about constants of `linearize`
+@pytest.mark.parametrize("q_len", [1, LENGTH])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_in_forward_mode_are_refused(name: str, q_len: int) -> None:
+    query, key, value = inputs()
+
+    def loss(query: Tensor) -> Tensor:
+        return flashmask_attention(query, key, value, bounds()).square().sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(NotImplementedError, match=FORWARD_REFUSAL):
+        TRANSFORMS[name](loss, query[:, :, :q_len])
+
+
+def test_forward_mode_beside_attention_is_right() -> None:
+    tensors, factor = inputs(), torch.tensor(2.0)
+    out, _ = reference_attention(*tensors, bounds())
+    _, ours = torch.func.jvp(
+        lambda factor: factor**2 * flashmask_attention(*tensors, bounds()), (factor,), (torch.ones(()),)
+    )
+    assert_close(ours, 4 * out)
 
 
 def test_batches_of_gradients_are_refused() -> None:

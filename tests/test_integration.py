@@ -12,6 +12,7 @@ import torch
 import transformers
 from tiny_models import build, config_of, cumulative_lengths, eager_twin, packed, random_documents
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
@@ -612,3 +613,25 @@ def test_a_gap_in_the_positions_is_not_the_end_of_a_document(name: str, use_cach
     # With a cache eager attention does not look for documents.
     expected = torch.cat([eager_twin(model)(**part, use_cache=True).logits for part in (first, second)], dim=1)
     torch.testing.assert_close(model(**row, use_cache=use_cache).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+@pytest.mark.parametrize("is_decoding", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_forward_mode_is_refused(name: str, is_decoding: bool, has_gradients: bool) -> None:
+    """Where SDPA would compute, too."""
+    model = build(name).eval().requires_grad_(has_gradients)
+    cache = model(torch.randint(1, 50, (2, 9)), use_cache=True)[1] if is_decoding else None
+    cached = {"past_key_values": cache} if is_decoding else {"use_cache": False}
+    embeddings = torch.randn(2, 1 if is_decoding else 20, model.config.hidden_size)
+
+    def logits(embeddings: Tensor) -> Tensor:
+        return model(inputs_embeds=embeddings, **cached).logits
+
+    with torch.set_grad_enabled(has_gradients):
+        with pytest.raises(NotImplementedError, match=r"no derivative in forward mode.*eager"):
+            torch.func.jvp(logits, (embeddings,), (embeddings,))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(embeddings, embeddings)
+            with pytest.raises(NotImplementedError, match=r"no derivative in forward mode.*eager"):
+                logits(dual)

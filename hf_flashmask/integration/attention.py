@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.profiler import record_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -123,7 +124,7 @@ def flashmask_attention_forward(
     if scaling is not None and scaling < 0:  # the kernels refuse it, and SDPA on the CPU turns what it hides into NaN
         query, scaling = -query, -scaling
     output: Tensor | None = None
-    may_be_sdpa = softcap is None and s_aux is None and dropout == 0
+    may_be_sdpa = softcap is None and s_aux is None and dropout == 0 and not _may_have_tangents()
     if may_be_sdpa and are_few_rows(query, key, value, mask):
         with _named_for_profilers():
             output = attend_few_rows(query, key, value, mask, scaling)
@@ -154,6 +155,11 @@ def asks_for_determinism(argument: bool | None = None) -> bool:
     call, or else by the environment.
     """
     return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
+
+
+def _may_have_tangents() -> bool:
+    """Whether this is in forward mode, which SDPA and the kernels refuse: the latter say what to do."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _named_for_profilers() -> contextlib.AbstractContextManager[Any]:

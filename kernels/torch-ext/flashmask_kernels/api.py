@@ -7,12 +7,18 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .dispatch import DECODING, Plan, family_of, kind_of, plans, remember, tiles_of
 from .dropout import draw_seed
-from .ops import FlashMaskAttention, TransformedAttention, forward_operator, schedule_operator, with_dense_rows
+from .ops import (
+    FlashMaskAttention,
+    TransformedAttention,
+    forward_operator,
+    refuse_tangents,
+    schedule_operator,
+    with_dense_rows,
+)
 from .schedules import Schedules, home_of
 
 MAX_INTERVALS = 16
@@ -164,6 +170,7 @@ def _attend_eagerly(
     deterministic: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    refuse_tangents(query, key, value, sinks)
     needs_gradients = _needs_gradients(query, key, value, sinks)
     kind = (
         kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p, deterministic, needs_gradients,
@@ -216,8 +223,6 @@ def _runs_as_operator(query: Tensor) -> bool:
 
 
 def _needs_gradients(*tensors: Tensor | None) -> bool:
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return True  # tangents, which the autograd functions refuse and kernels would lose
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Size, Tensor
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .dispatch import DECODING, Family, Plan, plan_of, tiles_of
@@ -143,6 +145,7 @@ class FlashMaskAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         _refuse_batches(d_out, d_lse)
+        refuse_tangents(d_out, d_lse)
         if torch.is_grad_enabled():  # somebody may differentiate the gradients
             return _refusing_gradients(saved, d_out, d_lse, lambda: _planned_gradients(ctx, saved, d_out, d_lse))
         return _planned_gradients(ctx, saved, d_out, d_lse)
@@ -201,6 +204,23 @@ class _SecondDerivative(torch.autograd.Function):
 def _refuse_second_derivative(*_: Any) -> NoReturn:
     raise RuntimeError(
         "flashmask_attention has no second derivative. To differentiate its gradients, as a gradient penalty does, use "
+        "attn_implementation='eager' or reference_attention"
+    )
+
+
+def refuse_tangents(*arguments: Any) -> None:
+    """Of forward mode, which kernels would lose."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        _refuse_forward_mode()
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "flashmask_attention has no derivative in forward mode, got tensors with tangents (torch.func.jvp, jacfwd, "
+        "linearize, torch.autograd.forward_ad). Use torch.func.vjp or jacrev, which go backward, or "
         "attn_implementation='eager' or reference_attention"
     )
 
@@ -314,6 +334,23 @@ forward_operator.register_autograd(_backward_in_graph, setup_context=_setup_cont
 backward_operator.register_autograd(_refuse_second_derivative)
 
 
+def _refuse_tangents_of(operator: Any) -> None:
+    """Operators that are defined in Python lose tangents silently, unless a gradient is recorded too."""
+    record_gradient = make_autograd_impl(operator._opoverload, operator)
+
+    def refuse_and_record(keys: Any, *arguments: Any) -> Any:
+        refuse_tangents(*arguments)
+        return record_gradient(keys, *arguments)
+
+    for device in ("CPU", "CUDA", "Meta"):
+        _library.impl(operator._opoverload, refuse_and_record, f"Autograd{device}", with_keyset=True)
+
+
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_refuse_tangents_of(forward_operator)
+_refuse_tangents_of(backward_operator)
+
+
 class TransformedAttention(torch.autograd.Function):
     """The forward operator for the transforms of `torch.func`, which do not see the gradient of an operator that is
     defined in Python. `vmap` calls the operators once for each element.
@@ -325,7 +362,15 @@ class TransformedAttention(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return forward_operator(*arguments)
 
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup_context(ctx, inputs, output)
+        query, key, value, bounds, sinks, _, seed, *_ = inputs
+        ctx.save_for_forward(query, key, value, bounds, sinks, seed, *output)  # else `vmap` fails before it calls `jvp`
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        _refuse_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
