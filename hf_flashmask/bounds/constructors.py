@@ -23,6 +23,7 @@ from .form import (
     from_blocks,
     host_lists,
     is_bottom_right,
+    length_of_rows,
     previous,
     resolve_call,
     rows_of_keys,
@@ -417,10 +418,7 @@ def from_block_mask(
             raise ValueError(f"`lengths` must hold a length of 0 or more for each of {mask.shape[3]} blocks, got {row}")
     if 1 not in (mask.shape[0], len(length_rows)) and mask.shape[0] != len(length_rows):
         raise ValueError(f"`mask` has a batch of {mask.shape[0]}, but `lengths` has {len(length_rows)} rows")
-    longest = max((sum(row) for row in length_rows), default=0)
-    kv_len = longest if kv_len is None else kv_len
-    if kv_len < longest:
-        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+    kv_len = length_of_rows(length_rows, kv_len)
 
     # Padding is one more block, and so is key 0, the only key without rows before it. Within a block, all keys have
     # then as many hidden intervals, which differ by the triangle alone.

@@ -197,6 +197,14 @@ def host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list
     return [[int(value) for value in rows]]
 
 
+def length_of_rows(lengths: list[list[int]], kv_len: int | None) -> int:
+    """`kv_len`, by default the sum of the lengths in the longest row."""
+    longest = max([0, *map(sum, lengths)])
+    if kv_len is not None and kv_len < longest:
+        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+    return longest if kv_len is None else kv_len
+
+
 def check_lengths(q_len: int, kv_len: int) -> None:
     if q_len < 0 or kv_len < 0:
         raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .form import NO_END, check_bounds, check_int_tensor, check_intervals, from_blocks, host_lists, refuse
+from .form import (
+    NO_END,
+    check_bounds,
+    check_int_tensor,
+    check_intervals,
+    from_blocks,
+    host_lists,
+    length_of_rows,
+    refuse,
+)
 
 
 def from_prefix_tree(
@@ -57,10 +66,7 @@ def from_prefix_tree(
             f"`parents` and `lengths` must have as many rows, got {len(parent_rows)} and {len(length_rows)}"
         )
     ends = [_subtree_ends(parent_row, length_row) for parent_row, length_row in zip(parent_rows, length_rows)]
-    longest = max([0, *(sum(row) for row in length_rows)])
-    kv_len = longest if kv_len is None else kv_len
-    if kv_len < longest:
-        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+    kv_len = length_of_rows(length_rows, kv_len)
     # Padding follows the last token, and stands for the nodes that only other rows have.
     lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
     token_ends = pad_sequence(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .arguments import by_name
 from .mask import Mask
 from .name import NAME
 
@@ -44,8 +45,7 @@ def _add_text_positions(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook: `position_ids` `[3, B, S]` or `[B, S]` become `[4, B, S]`."""
-    if args:
-        kwargs = {**dict(zip(list(inspect.signature(model.forward).parameters), args)), **kwargs}
+    kwargs = by_name(model, args, kwargs)
     position_ids = kwargs.get("position_ids")
     if not isinstance(position_ids, Tensor) or model.config._attn_implementation != NAME:
         return None

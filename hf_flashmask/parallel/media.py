@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..integration import Mask
+from ..integration.arguments import by_name
 from ..integration.whole_sequence import Exchange, WholeSequence
 
 __all__ = ["cut_call", "find_text_model", "media_of", "with_positions"]
@@ -89,8 +90,7 @@ def cut_call(
     text_model: PreTrainedModel, args: tuple[Any, ...], call: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook on a text model, whose call is cut to the tokens of this rank."""
-    if args:
-        call = {**dict(zip(inspect.signature(text_model.forward).parameters, args)), **call}
+    call = by_name(text_model, args, call)
     exchange = _exchange_of(call.get("attention_mask"))
     if exchange is None or not exchange.takes_whole_rows:
         return None

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.mrope import takes_text_positions
-from ..sharing.backbone import Traits, meeting_places, source_of
+from ..sharing.backbone import Traits, meeting_places, source_of, takes_positions
 from .exchanges import kv_heads_on_the_wire
 from .media import media_of
 
@@ -60,8 +60,9 @@ def check_model(base: PreTrainedModel) -> Traits:
             f"sequence_parallel does not serve the pooler of {name}, which reads the first token of a row: build the "
             "model without it (add_pooling_layer=False)"
         )
-    traits = Traits.of(cast(PreTrainedModel, base.base_model))
-    if "position_ids" not in traits.arguments:
+    backbone = cast(PreTrainedModel, base.base_model)
+    traits = Traits.of(backbone)
+    if not takes_positions(backbone):
         raise NotImplementedError(
             f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
         )

@@ -91,10 +91,14 @@ def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") ->
     modules = [sys.modules[base.__module__] for base in type(backbone).__mro__ if issubclass(base, PreTrainedModel)]
     if not any(hasattr(module, creator) for module in modules for creator in _MASK_CREATORS):
         raise NotImplementedError(f"{asking} cannot give {name} a mask: it makes its own")
-    if "position_ids" not in _arguments_of(backbone):
+    if not takes_positions(backbone):
         raise NotImplementedError(
             f"{asking} cannot tell {name} the positions of tokens: its forward takes no `position_ids`"
         )
+
+
+def takes_positions(backbone: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(type(backbone).forward).parameters
 
 
 def meeting_places(model: PreTrainedModel) -> str:
@@ -110,7 +114,6 @@ class Traits(NamedTuple):
     """What a forward pass needs to know of a backbone.
 
     Attributes:
-        arguments: names of the arguments of the forward method, in order.
         key_ranges: how many keys a query sees at most in layers that do not see all.
         relative_up_to: positions of rows up to this length matter only by their distances; 0 when they always matter.
         packs_up_to: rows up to this length can be packed. From some column on, Llama 4 scales scores by the column of
@@ -119,7 +122,6 @@ class Traits(NamedTuple):
         counts_by_token_ids: whether it counts positions by which token ids are padding, when none are given.
     """
 
-    arguments: tuple[str, ...]
     key_ranges: tuple[int, ...]
     relative_up_to: float
     packs_up_to: float
@@ -133,7 +135,6 @@ class Traits(NamedTuple):
         scales_by_column = getattr(config, "attn_temperature_tuning", False)
         sources = [source_of(layer) for layer in backbone.modules()]
         return cls(
-            arguments=_arguments_of(backbone),
             key_ranges=tuple(limit for limit in limits if limit is not None),
             relative_up_to=_relative_up_to(backbone),
             packs_up_to=config.floor_scale - 1 if scales_by_column else float("inf"),
@@ -208,7 +209,3 @@ def _sources_of_classes(text: str) -> dict[str, str]:
     classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
     starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in classes]
     return {node.name: "\n".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}
-
-
-def _arguments_of(backbone: PreTrainedModel) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(backbone).forward).parameters)[1:]

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput, logging
 
 from ..bounds import MAX_INTERVALS
 from ..integration import register_tree
+from ..integration.arguments import by_name
 from ..integration.conversion import Tree
 from .backbone import Traits, check_backbone, find_backbone
 from .call import check_call, has_cache, is_padded_batch, positions_of
@@ -148,7 +149,7 @@ class share_prefixes:
         self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], traits: Traits
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._running.take(backbone)
-        arguments = {**dict(zip(traits.arguments, args)), **kwargs}
+        arguments = by_name(backbone, args, kwargs)
         if not self._handles:
             return None
         if has_cache(arguments):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..integration import NAME, register_tree
 from ..integration.conversion import Tree
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.support import has_key_ranges
 from ..sharing.backbone import find_backbone
 
 
@@ -52,9 +52,7 @@ def _narrow_trees(
 
 @torch.compiler.disable  # the compiler would catch the error and go on without the window
 def _refuse_windows(backbone: PreTrainedModel, bounds: Tensor) -> None:
-    config = backbone.config.get_text_config()
-    limits = [getattr(config, limit, None) for limit in KEY_RANGE_OF_LAYER_TYPE.values()]
-    if any(limit is not None and limit < bounds.shape[-1] for limit in limits):
+    if has_key_ranges(backbone.config.get_text_config(), bounds):
         raise NotImplementedError(
             "rows with shared prompts do not work under torch.compile for models with sliding windows or chunks that "
             f"are shorter than a row, here {bounds.shape[-1]} tokens: train without it"

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..form import from_blocks, host_lists
+from ..form import from_blocks, host_lists, length_of_rows
 
 Rows: TypeAlias = "Sequence[int] | Sequence[Sequence[int]] | Tensor"
 
@@ -61,10 +61,7 @@ def from_splits(
             "`split_lens`, `attn_modes` and `document_lens` must have as many rows, got "
             f"{len(length_rows)}, {len(mode_rows)} and {len(document_rows)}"
         )
-    longest = max([0, *(sum(row) for row in length_rows)])
-    kv_len = longest if kv_len is None else kv_len
-    if kv_len < longest:
-        raise ValueError(f"`kv_len` is {kv_len}, but the longest row has {longest} tokens")
+    kv_len = length_of_rows(length_rows, kv_len)
     splits = max([0, *(len(row) for row in length_rows)])
     planes = torch.tensor(
         [_planes(*row, splits, kv_len) for row in zip(length_rows, mode_rows, document_rows)],
