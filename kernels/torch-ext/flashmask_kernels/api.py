@@ -116,6 +116,7 @@ def flashmask_attention(
     arguments = is_causal, scale, softcap, float(dropout_p), deterministic
     if schedules is not None:
         schedules.check(bounds, query.shape[-2])
+    refuse_tangents(query, key, value, sinks)
     if _runs_as_operator(query):
         out, lse = _attend_in_graph(query, key, value, bounds, sinks, schedules, *arguments)
         return (out, lse) if return_lse else out
@@ -170,7 +171,6 @@ def _attend_eagerly(
     deterministic: bool,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    refuse_tangents(query, key, value, sinks)
     needs_gradients = _needs_gradients(query, key, value, sinks)
     kind = (
         kind_of(query, key, value, bounds, sinks), is_causal, scale, softcap, dropout_p, deterministic, needs_gradients,

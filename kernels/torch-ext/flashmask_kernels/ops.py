@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Size, Tensor
-from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -209,10 +208,14 @@ def _refuse_second_derivative(*_: Any) -> NoReturn:
 
 
 def refuse_tangents(*arguments: Any) -> None:
-    """Of forward mode, which kernels would lose."""
+    """Of forward mode, which kernels and operators would lose; in a graph, forward mode itself."""
     if forward_ad._current_level < 0:
         return
+    if torch.compiler.is_compiling():
+        _refuse_forward_mode()
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch._C._are_functorch_transforms_active():
+        return  # `TransformedAttention` refuses them
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         _refuse_forward_mode()
 
@@ -309,6 +312,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_tangents(d_out, d_lse)
     *_, family = ctx.choices
 
     def backward(
@@ -332,23 +336,6 @@ def _backward_in_graph(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> 
 
 forward_operator.register_autograd(_backward_in_graph, setup_context=_setup_context)
 backward_operator.register_autograd(_refuse_second_derivative)
-
-
-def _refuse_tangents_of(operator: Any) -> None:
-    """Operators that are defined in Python lose tangents silently, unless a gradient is recorded too."""
-    record_gradient = make_autograd_impl(operator._opoverload, operator)
-
-    def refuse_and_record(keys: Any, *arguments: Any) -> Any:
-        refuse_tangents(*arguments)
-        return record_gradient(keys, *arguments)
-
-    for device in ("CPU", "CUDA", "Meta"):
-        _library.impl(operator._opoverload, refuse_and_record, f"Autograd{device}", with_keyset=True)
-
-
-_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_refuse_tangents_of(forward_operator)
-_refuse_tangents_of(backward_operator)
 
 
 class TransformedAttention(torch.autograd.Function):
