@@ -27,7 +27,8 @@ AREAS = {
     "hf_flashmask/visualization": ("Drawing masks", "See [debugging a mask](how_to/debugging.md)."),
     "hf_flashmask/integration": (
         "Calling a model",
-        "Pass one of: a 2-D mask `[B, S]` of 0 and 1, [bounds](concepts/bounds.md), `position_ids` that restart, or "
+        "Pass one of: a 2-D mask `[B, S]` of 0 and 1, or of [ids](concepts/documents.md#ids-in-a-2-d-mask), "
+        "[bounds](concepts/bounds.md), `position_ids` that restart, or "
         "`cu_seq_lens_q`. What cannot be expressed needs `attn_implementation=\"sdpa\"` or `\"eager\"`.",
     ),
     "hf_flashmask/integration/engines.py": (

@@ -82,6 +82,7 @@ def _cases() -> Iterator[Case]:
         # Of 45 tokens only the last rank of Ulysses has some past 40.
         for rope, changes in (("longrope", longrope(40)), ("dynamic_rope", dynamic_rope(40))):
             yield Case(f"{mode}-{rope}", "llama", "one_document", mode, changes=changes)
+        yield Case(f"{mode}-document_ids", "mistral", "document_ids", mode)
         yield Case(f"{mode}-bounds", "llama", "bounds", mode)
         yield Case(f"{mode}-bounds_of_heads", "llama", "bounds_of_heads", mode)
         yield Case(f"{mode}-bounds_of_layer_types", "gemma3", "bounds_of_layer_types", mode)
@@ -187,6 +188,8 @@ def make_example(kind: str, config: Any) -> Example:
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     if kind == "one_document":
         del batch["position_ids"]
+    elif kind == "document_ids":  # the distances in the row are those in the document
+        batch["attention_mask"] = (batch.pop("position_ids") == 0).cumsum(1)
     elif kind == "encoder":
         del batch["labels"]
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])

@@ -670,6 +670,9 @@ def _ulysses_batch(kind: str, model: transformers.PreTrainedModel) -> dict[str, 
         end = PADDING + LENGTHS[0][0]
         batch["position_ids"][0, :end] = torch.arange(end)
         batch["attention_mask"] = nn.functional.pad(torch.ones(1, length, dtype=torch.long), (PADDING, 0))
+    if kind == "document ids":
+        batch["attention_mask"] = (batch["position_ids"] == 0).cumsum(1)
+        batch["position_ids"] = torch.arange(length)[None]
     if kind == "image bounds":
         types = torch.cat([token_types(document) for document in documents_of(0)], dim=1)
         starts = (types == 1) & (nn.functional.pad(types, (1, 0))[:, :-1] == 0)
@@ -796,6 +799,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 ("llama", "right padding"),
                 ("llama", "left padding"),
                 ("llama", "left padding of a whole part"),
+                ("llama", "document ids"),
                 ("llama", "bounds"),
                 ("llama", "heads"),
                 ("gemma3", "bounds"),
@@ -812,6 +816,7 @@ CASES: dict[int, dict[str, Callable[..., dict[str, Any]]]] = {
                 ("llama", "packed"),
                 ("gemma3", "packed"),
                 ("gpt_oss", "packed"),
+                ("llama", "document ids"),
                 ("llama", "padded"),
                 ("llama", "bounds"),
                 ("llama", "heads"),

@@ -6,6 +6,7 @@ import doctest
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from hf_flashmask.bounds import (
     chunked,
     concatenate_keys,
     document_ends,
+    document_ends_of_mask,
     document_starts,
     explain,
     from_cu_seqlens,
@@ -1070,3 +1072,25 @@ def test_document_ends_beside_padding(rows, dtype):
     same = (ends[:, :, None] == ends[:, None, :]) & is_token[:, None, :]
     assert_mask(made, same[:, None].numpy(), 7)
     assert_mask(hide_keys(from_document_ends(ends), ~is_token), same.tril()[:, None].numpy(), 7)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=3),
+    st.lists(st.integers(0, 3), min_size=7, max_size=7),
+    st.sampled_from([torch.int64, torch.int32, torch.uint8, torch.float32]),
+)
+def test_document_ends_of_a_mask_of_ids(rows, positions, dtype):
+    """A document starts at a token whose id is not that of the token before it, and where the positions say so."""
+    mask = torch.tensor(rows, dtype=dtype)
+    padded = torch.nn.functional.pad(mask, (1, 2), value=1)[:, 1:-2]  # not contiguous
+    position_ids = torch.tensor([positions])
+    ends = document_ends_of_mask(padded)
+    both = document_ends(position_ids, mask != 0, mask)
+    of_positions = document_ends(position_ids, mask != 0)
+    assert ends.dtype == both.dtype == torch.int32
+    for row, row_ends, row_both, row_positions in zip(rows, ends.tolist(), both.tolist(), of_positions.tolist()):
+        tokens = [index for index in range(7) if row[index]]
+        borders = [now for before, now in itertools.pairwise(tokens) if row[now] != row[before]]
+        assert row_ends == [min((border for border in borders if border > index), default=7) for index in range(7)]
+        first = tokens[0] if tokens else 7
+        assert row_both[first:] == [min(pair) for pair in zip(row_ends[first:], row_positions[first:])]

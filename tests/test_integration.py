@@ -571,14 +571,14 @@ class MaskOperations(TorchDispatchMode):
         return any(name in file for file in files for name in self.FILES) and not in_kernels
 
 
-# At most so many launches for a whole model: of documents alone, beside padding, and with `cu_seq_lens_q` as well.
+# At most so many launches for a whole model: of documents alone, beside a 2-D mask, and with `cu_seq_lens_q` as well.
 LAUNCHES = {
-    "llama": (8, 16, 26),
-    "mistral": (11, 19, 29),
-    "gemma2": (11, 20, 34),  # layers of two kinds
-    "gpt_oss": (11, 39, 20),  # the same, and the mask function is not told about `position_ids`
-    "llama4": (22, 31, 45),
-    "bert": (11, 28, 8),
+    "llama": (8, 18, 26),
+    "mistral": (11, 21, 29),
+    "gemma2": (11, 23, 34),  # layers of two kinds
+    "gpt_oss": (11, 44, 20),  # the same, and the mask function is not told about `position_ids`
+    "llama4": (22, 33, 45),
+    "bert": (11, 34, 8),
 }
 
 
@@ -594,6 +594,7 @@ def test_making_masks_takes_few_launches_and_never_waits_for_the_device(name: st
         ({"use_cache": True}, alone),
         ({"use_cache": False, "attention_mask": ones}, padded),
         ({"use_cache": True, "attention_mask": ones.index_fill(1, torch.tensor([13, 14]), 0)}, padded),
+        ({"use_cache": False, "attention_mask": ones.index_fill(1, torch.tensor([13, 14]), 2)}, padded),
         ({"use_cache": False, **ends}, with_lengths),
     ):
         with torch.no_grad(), MaskOperations() as operations:

@@ -70,6 +70,7 @@ LOSS, GRADIENTS = 1e-6, 1e-5
 REFUSED = {
     "ulysses llama left padding": "DeepSpeed's Ulysses does this.* has dropped the padding",
     "ulysses llama left padding of a whole part": "has dropped the padding",
+    "ulysses llama document ids": "has dropped the documents in `attention_mask`",
     "ulysses llama bounds": "has dropped the bounds or the tree.*Use hf_flashmask.sequence_parallel",
     "ulysses llama heads": "has dropped the bounds or the tree",
     "ulysses gemma3 bounds": "has dropped the masks for its types of layers",

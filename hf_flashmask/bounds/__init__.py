@@ -52,6 +52,7 @@ from .constructors import (
 from .dense import from_dense, from_mask_mod, from_tiles
 from .documents import (
     document_ends,
+    document_ends_of_mask,
     document_starts,
     from_cu_seqlens,
     from_document_ends,
@@ -93,6 +94,7 @@ __all__ = [
     "chunked",
     "concatenate_keys",
     "document_ends",
+    "document_ends_of_mask",
     "document_starts",
     "explain",
     "fork_and_join",

@@ -88,7 +88,7 @@ def from_position_ids(
     return from_runs(ends, None, call, is_causal)
 
 
-def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tensor:
+def document_ends(position_ids: Tensor, is_token: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
     """Past-the-last position of each position's document, the LTS of `from_position_ids`.
 
     Positions that do not decrease form a run. A document starts at every position of a run that equals its first one,
@@ -109,6 +109,8 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
     Args:
         position_ids: integers below 2^30, or floats, `[B or 1, S]` or `[S]`.
         is_token: bool `[B, S]`, False for padding. Padding starts no document, and belongs to the one before it.
+        document_ids: numbers `[B, S]`, beside `is_token`: a document also starts at a token whose id is not that of the
+            token before it, as in `document_ends_of_mask`.
 
     Returns:
         int32 `[B, S]`.
@@ -121,7 +123,7 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
     [[1, 4, 4, 4, 6, 6]]
     """
     position_ids = check_per_position("position_ids", position_ids)
-    of_token = position_ids
+    of_token, ids = position_ids, None
     if is_token is not None:
         # Tokens get smaller numbers than all padding, which takes the number of the last token before it. Padding
         # before the first token keeps a larger one, so that a document starts at that token.
@@ -131,12 +133,56 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None) -> Tenso
             if position_ids.element_size() < 4:  # too small for such numbers
                 position_ids = position_ids.to(torch.int32)
             position_ids = torch.add(position_ids, is_token, alpha=-FAR)
-        tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
-        of_token = position_ids.gather(1, torch.searchsorted(tokens, tokens).expand_as(position_ids))
+        last = _last_tokens(is_token)
+        of_token = position_ids.gather(1, last.expand_as(position_ids))
+        if document_ids is not None:
+            ids = document_ids.gather(1, last)
     runs = run_numbers(torch.lt, of_token, previous(of_token))
     first_of_run = of_token.gather(1, torch.searchsorted(runs, runs))
+
+    def is_start(positions: Tensor, first: Tensor, out: Tensor) -> Tensor:
+        torch.eq(positions, first, out=out)
+        if ids is not None:
+            out[:, 1:].logical_or_(ids[:, 1:] != ids[:, :-1])
+        return out
+
     # On the left side padding has its own number, which no token has: it starts no document.
-    return run_ends(run_numbers(torch.eq, position_ids, first_of_run))
+    return run_ends(run_numbers(is_start, position_ids, first_of_run))
+
+
+def document_ends_of_mask(attention_mask: Tensor, is_token: Tensor | None = None) -> Tensor:
+    """Past-the-last position of each position's document, by the values of a 2-D mask that holds document ids.
+
+    A document starts at a token whose value is not that of the token before it. Padding belongs to the document before
+    it, and before the first token to the first one: a mask of 0 and 1 is one document.
+
+    Args:
+        attention_mask: numbers `[B, S]`, 0 for padding.
+        is_token: bool `[B, S]`, where the mask is not 0, if that is known.
+
+    Returns:
+        int32 `[B, S]`.
+
+    Raises:
+        TypeError: when `attention_mask` is not a tensor of numbers.
+        ValueError: when it is not `[B, S]`.
+
+    >>> document_ends_of_mask(torch.tensor([[0, 1, 1, 2, 0, 2, 3, 0]])).tolist()
+    [[3, 3, 3, 6, 6, 6, 8, 8]]
+    """
+    check_int_tensor("attention_mask", attention_mask, (2,), "[B, S]", allow_bool=True, allow_float=True)
+    ids = attention_mask.gather(1, _last_tokens(attention_mask != 0 if is_token is None else is_token))
+
+    def is_start(ids: Tensor, before: Tensor, out: Tensor) -> Tensor:
+        return torch.ne(ids, before, out=out).logical_and_(before)  # before the first token ids are 0
+
+    return run_ends(run_numbers(is_start, ids, previous(ids)))
+
+
+def _last_tokens(is_token: Tensor) -> Tensor:
+    """The place of the last token up to each position, 0 where there is none, `[B, S]`."""
+    tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
+    return torch.searchsorted(tokens, tokens)
 
 
 def document_starts(document_ends: Tensor) -> Tensor:
@@ -154,18 +200,29 @@ def document_starts(document_ends: Tensor) -> Tensor:
     return torch.searchsorted(document_ends, document_ends, out_int32=True)
 
 
-def from_document_ends(document_ends: Tensor, *, is_causal: bool = True) -> Tensor:
-    """Packed documents from the result of `bounds.document_ends`, S_q = S_k = S.
+def from_document_ends(
+    document_ends: Tensor,
+    *,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    is_causal: bool = True,
+    q_offset: Offset | None = None,
+    kv_offset: Offset = 0,
+) -> Tensor:
+    """Packed documents from the result of `bounds.document_ends`.
 
     Args:
-        document_ends: int32 `[B or 1, S]`.
+        document_ends: int32 `[B or 1, S]`, for the positions 0 to S - 1 of the sequence, as in `from_document_ids`.
 
     Returns:
-        int32 `[B or 1, 1, C, S]`, C = 1 when causal, else 2.
+        int32 `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
 
     >>> from_document_ends(torch.tensor([[3, 3, 3, 5, 5]], dtype=torch.int32), is_causal=False).tolist()
     [[[[3, 3, 3, 5, 5], [0, 0, 0, 3, 3]]]]
     """
+    if q_len is not None or kv_len is not None:
+        call = resolve_call(document_ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
+        return from_runs(document_ends, None, call, is_causal)
     if is_causal:
         return document_ends[:, None, None].contiguous()
     return torch.stack([document_ends, document_starts(document_ends)], dim=1)[:, None]

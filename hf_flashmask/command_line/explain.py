@@ -73,7 +73,7 @@ def masks_of(content: Any) -> dict[str, Tensor]:
     if isinstance(ends, Tensor):
         parts["cu_seq_lens_q"] = bounds_of.from_cu_seqlens(ends, int(ends[-1]))
     if isinstance(mask, Tensor):
-        parts["attention_mask"] = bounds_of.from_padding_mask(mask)
+        parts["attention_mask"] = _bounds_of_2d(mask)
     if not parts:
         others = [name for name, value in content.items() if isinstance(value, Tensor) and value.ndim == 4]
         if others:
@@ -88,12 +88,18 @@ def masks_of(content: Any) -> dict[str, Tensor]:
     return {" and ".join(parts): whole}
 
 
+def _bounds_of_2d(mask: Tensor) -> Tensor:
+    """0 is padding; other values are ids of documents."""
+    documents = bounds_of.from_document_ends(bounds_of.document_ends_of_mask(mask), is_causal=False)
+    return bounds_of.intersect(documents, bounds_of.from_padding_mask(mask))
+
+
 def _bounds_of_tensor(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.int32 and tensor.ndim == 4:
         bounds_of.check_bounds(tensor)
         return tensor
     if tensor.ndim == 2 and tensor.dtype != torch.bool:
-        return bounds_of.from_padding_mask(tensor)
+        return _bounds_of_2d(tensor)
     if tensor.is_floating_point():  # an additive mask
         tensor = tensor == 0
     while tensor.ndim < 4:

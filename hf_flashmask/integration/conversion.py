@@ -61,7 +61,7 @@ def from_mask_function(
     mask_function: Callable,
     *,
     document_ends: Tensor | None = None,
-    counted_from: Tensor | None = None,
+    counted_from: Callable[[Tensor], Tensor] | None = None,
     is_token: Tensor | None = None,
     batch_size: int,
     q_len: int,
@@ -82,7 +82,8 @@ def from_mask_function(
             row of each token's own (`bounds.document_ends`). Functions are given the positions in a document, as if it
             were alone; what they look up in a tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up
             at the row of the token.
-        counted_from: `[B or 1, S_k]`, the index at which each key's document starts. Default: that of `document_ends`.
+        counted_from: called with the left padding `[B]` that chunks are counted from: the index at which each key's
+            document starts, `[B or 1, S_k]`. Default: that of `document_ends`.
         is_token: bool `[B, S_k]`, False for padding, which functions are not asked about beside documents. The bounds
             need not hide it.
         batch_size: B, the range of the function's first argument.
@@ -254,8 +255,9 @@ def _read(mask_function: Callable, call: Call) -> Tensor:
     """By structure if that is known, otherwise by evaluation, which may need fewer intervals."""
     ends = call.document_ends
     try:
-        if ends is not None and mask_function is masking_utils.causal_mask_function:
-            return bounds.from_document_ends(ends)
+        if ends is not None and is_plain(mask_function):
+            is_causal = mask_function is masking_utils.causal_mask_function
+            return bounds.from_document_ends(ends, is_causal=is_causal)
         visible = convert(mask_function, call, None, is_causal=False)
         if ends is None:
             return visible

@@ -1,4 +1,6 @@
-"""Which tokens of a call belong to one packed document: by `position_ids`, by `cu_seq_lens_q`, beside a cache."""
+"""Which tokens of a call belong to one packed document: by `position_ids`, by `cu_seq_lens_q`, by ids in the 2-D mask,
+beside a cache.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ __all__ = [
     "after_cache",
     "are_of_tokens",
     "check_lengths_beside_cache",
+    "document_ids_of",
     "documents_of_cross_attention",
     "documents_of_layer",
+    "ids_beside_cache",
     "is_cross_attention",
 ]
 
@@ -200,6 +204,75 @@ def check_lengths_beside_cache(place: Place) -> None:
             "`cu_seq_lens_q` does not say which document the keys in the cache belong to: pass `cu_seq_lens_k` with "
             "the lengths of all keys, or `position_ids` alone",
         )
+
+
+def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:
+    """The 2-D mask, `[B, S]`, where its values may tell documents apart: `(1, 1, 2, 2, 2, 0)` is two and padding.
+
+    A mask of bool has none, one of 0 and 1 is one document in each row.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
+        return None
+    return attention_mask.to(device)
+
+
+def ids_beside_cache(
+    ids: Tensor, is_token: Tensor, place: Place, *, has_static_cache: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a 2-D mask tells queries behind cached tokens, whose rows are its last columns.
+
+    Args:
+        ids: numbers `[B, S]`, of all tokens so far.
+        is_token: bool `[B, S]`, where they are not 0.
+
+    Returns:
+        * bool `[B, S]`, False for what is padding to all queries: to a single one all tokens of other documents are.
+          None where the host knows that it sees every key.
+        * int32 `[B, S]`, for several queries past-the-last token of each one's document. None where the host knows that
+          each row is one document.
+
+    Raises:
+        NotImplementedError: for documents beside a static cache, and for the ids that `generate` appends.
+    """
+    if has_static_cache or isinstance(place.q_offset, Tensor):
+        _refuse_beside_static_cache(ids, place)
+        return is_token, None
+    so_far = place.q_offset + place.q_len
+    ids, is_token = ids[:, :so_far], is_token[:, :so_far]
+    values = _read(ids)
+    if values == [1, 1] and place.q_len == 1 and ids.shape[1] == so_far:
+        return None, None
+    if values is not None and values[0] >= 0 and values[1] <= 1:
+        return is_token, None
+    ends = _bounds.document_ends_of_mask(ids, is_token)
+    starts = (ends[:, 1:] != ends[:, :-1]) & (ids[:, 1:] == 1)
+    _refuse(
+        starts[:, -place.q_len :],
+        "`attention_mask` holds document ids, and a new token beside the cache has id 1 after another id, as generate "
+        "appends it: it would see no token before it. Give each prompt a row of the batch, with a mask of 0 and 1; in "
+        "a loop of your own append the id of the document that goes on",
+    )
+    return (is_token & (ends == ends[:, -1:]), None) if place.q_len == 1 else (is_token, ends)
+
+
+def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:
+    """In a step of one token nothing waits for the device, which asserts it."""
+    reason = (
+        "`attention_mask` holds document ids, which do not work beside a static cache: pass a mask of 0 and 1, and "
+        "`position_ids` that restart with every document"
+    )
+    if place.q_len == 1 and ids.is_cuda:
+        torch._assert_async((ids <= 1).all(), reason)
+    else:
+        _refuse(ids > 1, reason)
+
+
+def _read(ids: Tensor) -> list[float] | None:
+    """The least and the largest id, where the host may know them."""
+    if not may_be_read(ids) or ids.numel() == 0:
+        return None
+    values: list[float] = torch.stack(torch.aminmax(ids)).tolist()
+    return values
 
 
 def _refuse(refused: Tensor, reason: str) -> None:

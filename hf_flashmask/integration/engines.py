@@ -134,6 +134,7 @@ class _Made(NamedTuple):
         position_ids: `[B or 1, num_rows]`.
         mask_function: None for final masks.
         is_token: bool `[B, num_rows]`, False for padding, until a layer has found that no token sees it.
+        document_ids: `[B, num_rows]`, the 2-D mask, until a layer has found that it holds no ids of documents.
     """
 
     config: Any
@@ -141,6 +142,7 @@ class _Made(NamedTuple):
     position_ids: Tensor | None
     mask_function: Callable | None
     is_token: Tensor | None
+    document_ids: Tensor | None
 
 
 class _AliveMasks(threading.local):
@@ -154,11 +156,16 @@ _alive = _AliveMasks()
 
 
 def note_made(
-    mask: Mask, config: Any, num_rows: int, position_ids: Tensor | None, mask_function: Callable | None
+    mask: Mask,
+    config: Any,
+    num_rows: int,
+    position_ids: Tensor | None,
+    mask_function: Callable | None,
+    document_ids: Tensor | None = None,
 ) -> Mask:
     """Remember, as long as the mask exists, that a model has it. Nothing else reads this than `refuse_dropped_mask`."""
     if config is not None and not torch.compiler.is_compiling():
-        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function, mask.is_token)
+        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function, mask.is_token, document_ids)
     return mask
 
 
@@ -221,10 +228,14 @@ def _lost(
     for mask, call in made:
         if mask.is_final:
             return "the bounds or the tree in `attention_mask`"
+        if call.document_ids is not None:
+            if bool((call.document_ids > 1).any()):
+                return "the documents in `attention_mask`"
+            _alive.made[mask] = call = call._replace(document_ids=None)  # the other layers need not read it again
         if call.is_token is not None:
             if _sees_padding(call.is_token, call.position_ids, gathered, is_causal):
                 return "the padding in `attention_mask`"
-            _alive.made[mask] = call._replace(is_token=None)  # the other layers need not read it again
+            _alive.made[mask] = call._replace(is_token=None)
         assert call.mask_function is not None
         seen = range_of(call.mask_function)
         if seen is None:

@@ -26,7 +26,7 @@ class Call:
     device: torch.device | str
     has_user_functions: bool
     document_ends: Tensor | None = None
-    counted_from: Tensor | None = None
+    counted_from: Callable[[Tensor], Tensor] | None = None
     is_token: Tensor | None = None
 
     @property

@@ -171,6 +171,9 @@ class Hints:
         document_ends: int32 `[B or 1, S]`, where queries and keys are the same tokens: past-the-last row of the
             document of each.
         position_ids: `[B or 1, S_q]`. Beside a cache the documents among the queries are not yet found.
+        document_ids: numbers `[B, S]`, the 2-D mask, where its values may tell documents apart.
+        ends_of_ids: int32 `[B, S]`, past-the-last token of the document of each token so far, by its values, where
+            `document_ends` does not hold it.
         tree: the prefix tree of the row.
         exchange: where the tokens of the call are a part of the sequence that the hints describe.
         has_token_types: whether the model was called with token types of that sequence all the same.
@@ -186,6 +189,8 @@ class Hints:
         is_token: Tensor | None = None,
         document_ends: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        ends_of_ids: Tensor | None = None,
         tree: Tree | None = None,
         exchange: Exchange | None = None,
         has_token_types: bool = False,
@@ -193,6 +198,7 @@ class Hints:
         self.exchange, self.has_token_types = exchange, has_token_types
         self.shape, self.device = torch.Size(shape), device
         self.is_token, self.document_ends, self.position_ids, self.tree = is_token, document_ends, position_ids, tree
+        self.document_ids, self.ends_of_ids = document_ids, ends_of_ids
 
     def cumsum(self, dim: int) -> Tensor:
         if self.is_token is None or self.document_ends is not None:

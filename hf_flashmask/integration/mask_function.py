@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
 
 from .. import bounds as _bounds
+from .closures import is_plain
 from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
-from .documents import after_cache, are_of_tokens, first_slots
+from .documents import after_cache, are_of_tokens, document_ids_of, first_slots, ids_beside_cache
 from .engines import note_made
 from .final_bounds import refuse_bounds_of_encoder, refuse_mask_of_flex_attention, warn_of_meeting_documents
 from .mask import Hints, Mask, Place
@@ -22,6 +23,8 @@ from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
 from .whole_sequence import WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
+
+T = TypeVar("T")
 
 
 def prepare(
@@ -37,7 +40,8 @@ def prepare(
 ) -> tuple:
     """What Transformers' `_preprocess_mask_arguments` returns, with `Hints` in the place of the 2-D mask.
 
-    Here, and nowhere else, one sees that the user gave one mask for all layers, and `position_ids` beside a cache.
+    Here, and nowhere else, one sees that the user gave one mask for all layers, its values, and `position_ids` beside a
+    cache.
     Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
     always found.
 
@@ -85,23 +89,32 @@ def prepare(
     place = Place(*sizes)
     if is_token is not None and place.is_square:
         _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
-    if length == 1 or not are_of_tokens(position_ids, batch, length):
+    ids = None if is_cross_attention else document_ids_of(attention_mask, inputs_embeds.device)
+    positions = position_ids if are_of_tokens(position_ids, batch, length) else None
+
+    def once(what: str, build: Callable[[], T]) -> T:
+        """What is the same for all types of layers. Another model makes it anew."""
+        sources = tuple(source for source in (position_ids, attention_mask, inputs_embeds) if source is not None)
+        return recent.get((what, id(config)), sources, creator, build, inputs_embeds.device)
+
+    ends_of_ids = None
+    if ids is not None and is_token is not None and not place.is_square:
+        split = functools.partial(ids_beside_cache, ids, is_token, place, has_static_cache=has_static_cache)
+        (is_token, ends_of_ids), ids = once("document ids", split), None
+    if length == 1 or (positions is None and ids is None and ends_of_ids is None):
         return early_exit, is_token, None, *sizes
     shape = (batch, place.kv_len) if is_token is None else tuple(is_token.shape)
+    known = functools.partial(Hints, shape, inputs_embeds.device, is_token=is_token, position_ids=positions)
     if not place.is_square:
-        hints = Hints(shape, inputs_embeds.device, is_token=is_token, position_ids=position_ids)
-        return early_exit, hints, None, *sizes
-    of_keys = _of_keys(is_token, place)
-    # Those of all types of layers are the same. Another model makes them anew.
-    ends = recent.get(
-        ("document ends", id(config)),
-        tuple(source for source in (position_ids, attention_mask, inputs_embeds) if source is not None),
-        creator,
-        lambda: _bounds.document_ends(position_ids, of_keys),
-        inputs_embeds.device,
-    )
-    hints = Hints(shape, inputs_embeds.device, is_token=is_token, document_ends=ends, position_ids=position_ids)
-    return early_exit, hints, None, *sizes
+        return early_exit, known(ends_of_ids=ends_of_ids), None, *sizes
+    of_keys, ids = _of_keys(is_token, place), _of_keys(ids, place)
+    known = functools.partial(known, document_ids=ids)
+    if positions is None:
+        assert ids is not None
+        ends = once("ends of ids", lambda: _bounds.document_ends_of_mask(ids, of_keys))
+        return early_exit, known(ends_of_ids=ends), None, *sizes
+    ends = once("document ends", lambda: _bounds.document_ends(positions, of_keys, ids))
+    return early_exit, known(document_ends=ends), None, *sizes
 
 
 def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
@@ -176,6 +189,7 @@ def flashmask_mask(
         num_rows=q_length,
         position_ids=hints.position_ids,
         mask_function=mask_function,
+        document_ids=hints.document_ids,
     )
     if hints.tree is not None:
         if hints.tree.max_branches is None and not may_be_read(hints.tree.bounds):
@@ -212,12 +226,16 @@ def flashmask_mask(
                 exchange=hints.exchange,
             )
             return note(mask)
-    has_documents = hints.document_ends is not None
-    of_cache = None if has_documents else hints.position_ids
+    is_apart = hints.document_ends is not None
+    of_cache = None if is_apart else hints.position_ids
+    document_ends, ends_of_ids = hints.document_ends, hints.ends_of_ids
+    has_later_documents = of_cache is not None or ends_of_ids is not None
+    if place.is_square and is_plain(mask_function) and ends_of_ids is not None:  # fewer launches than to intersect
+        document_ends, ends_of_ids = ends_of_ids, None
     bounds = from_mask_function(
         mask_function,
-        document_ends=hints.document_ends,
-        counted_from=None if of_cache is None else first_slots(of_cache, hints.is_token, place),
+        document_ends=document_ends,
+        counted_from=functools.partial(_counted_from, hints, place) if has_later_documents else None,
         is_token=is_token,
         batch_size=batch_size,
         q_len=q_length,
@@ -230,7 +248,10 @@ def flashmask_mask(
     has_ranges = mask_function is not masking_utils.causal_mask_function and (local_size or 0) < kv_offset + kv_length
     if of_cache is not None:
         apart = after_cache(of_cache, is_token, place, has_ranges=has_ranges)
-        bounds, has_documents = _bounds.intersect(bounds, apart, q_len=q_length), True
+        bounds = _bounds.intersect(bounds, apart, q_len=q_length)
+    if ends_of_ids is not None:
+        apart = _apart_by_ids(ends_of_ids, place, is_causal=bounds.shape[2] == 1)
+        bounds = _bounds.intersect(bounds, apart, q_len=q_length)
     if is_token is not None:
         bounds = _hide_padding(bounds, is_token)
     mask = Mask(
@@ -238,12 +259,37 @@ def flashmask_mask(
         kv_len=kv_length,
         device=device,
         has_ranges=has_ranges,
-        has_documents=has_documents,
+        has_documents=is_apart or of_cache is not None,
         is_token=is_token,
         place=place,
         exchange=hints.exchange,
     )
     return note(mask)
+
+
+def _apart_by_ids(ends_of_ids: Tensor, place: Place, *, is_causal: bool) -> Tensor:
+    if place.is_square:
+        return _bounds.from_document_ends(ends_of_ids, is_causal=is_causal)
+    return _bounds.from_document_ends(
+        ends_of_ids,
+        q_len=place.q_len,
+        kv_len=place.kv_len,
+        is_causal=is_causal,
+        q_offset=place.q_offset,
+        kv_offset=place.kv_offset,
+    )
+
+
+def _counted_from(hints: Hints, place: Place, left_padding: Tensor) -> Tensor:
+    """The index at which each key's document starts; that of the row's first token is `left_padding`, `[B]`."""
+    first = left_padding[:, None]
+    if hints.position_ids is not None:
+        first = first_slots(hints.position_ids, hints.is_token, place)
+    if hints.ends_of_ids is None:
+        return first
+    starts = _of_keys(_bounds.document_starts(hints.ends_of_ids), place)
+    assert starts is not None
+    return torch.where(starts > 0, torch.maximum(first, starts), first)
 
 
 def _check_whole_sequence(hints: Hints, mask_function: Callable, place: Place, *, has_user_functions: bool) -> None:

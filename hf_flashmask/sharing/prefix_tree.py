@@ -88,7 +88,8 @@ def merge_prefixes(
         The sequences in depth-first order; a branch that appears first in the batch comes first.
 
     Raises:
-        ValueError: for wrong shapes, and for `position_ids` that do not increase within a row.
+        ValueError: for wrong shapes, for `position_ids` that do not increase within a row, and for ids of documents in
+            `attention_mask`.
     """
     _check_batch(input_ids, attention_mask, position_ids)
     num_sequences = input_ids.shape[0]
@@ -100,12 +101,17 @@ def merge_prefixes(
     if position_ids is not None:
         identity = identity.long() * 2**32 + position_ids
     first_difference = _first_differences(_left_aligned(identity, is_token, depth))
-    counts = is_token.sum(1), is_visible.sum(1), _restarts(position_ids, is_visible)
+    packed = _restarts(position_ids, is_visible), _ids_above_1(attention_mask, is_visible)
+    counts = is_token.sum(1), is_visible.sum(1), *packed
     # The only read-back. From here on the tensors are small, and cost less on the host than launches would.
     figures = torch.cat([first_difference, torch.stack(counts, 1)], 1).cpu()
-    shared, lengths, num_visible, restarts = figures.split([num_sequences, 1, 1, 1], dim=1)
+    shared, lengths, num_visible, restarts, document_ids = figures.split([num_sequences, 1, 1, 1, 1], dim=1)
     if restarts.any():
         raise ValueError("`position_ids` must increase within a row: rows of packed documents cannot be merged")
+    if document_ids.any():
+        raise ValueError(
+            "`attention_mask` holds ids of documents: rows of packed documents cannot be merged, pass a mask of 0 and 1"
+        )
     shared = torch.minimum(shared, torch.minimum(lengths, lengths.T))
     if one_label_per_token:
         is_same = (shared == lengths) & (shared == lengths.T)
@@ -160,6 +166,11 @@ def _first_differences(tokens: Tensor) -> Tensor:
     column = torch.arange(longest, device=tokens.device)
     step = max(1, _COMPARED_AT_ONCE // (num_rows * longest))
     return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
+
+
+def _ids_above_1(attention_mask: Tensor | None, is_visible: Tensor) -> Tensor:
+    """How many tokens of each row the mask puts in another document than the first, `[R]`."""
+    return (torch.zeros_like(is_visible) if attention_mask is None else attention_mask > 1).sum(1)
 
 
 def _restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
