@@ -1135,8 +1135,8 @@ def test_the_table_of_steps_of_examples() -> None:
         ],
     }
     text = "\n".join(report.example_steps_section(result))
-    assert f"| {diffusion}, checkpointing | 200 (20) | 250 (20) | 150 (19) | 1.25 | 0.25 | 1.50 |" in text
-    assert f"| {drafter} | 200 (20) | - | - | - | 0.25 | - |" in text
+    assert f"| {diffusion}, checkpointing | 200 (20) | 250 (20) | 150 (19) | 1.25 | 1.67 | 0.25 | 1.50 |" in text
+    assert f"| {drafter} | 200 (20) | - | - | - | - | 0.25 | - |" in text
 
 
 def test_pictures(speed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
