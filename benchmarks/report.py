@@ -251,26 +251,47 @@ def rivals_versions(environment: dict[str, str]) -> str:
     return ", ".join([*found, versions(environment)])
 
 
-def families_section() -> list[str]:
-    """The masks of `families.py` at the shapes of their projects, each from the newest run of both implementations."""
+def families() -> dict[str, tuple[Json, Json]]:
+    """By mask of `families.py`, the rows of flashmask and FlexAttention in the newest run of both."""
     pairs: dict[str, tuple[Json, Json]] = {}
     for run in runs_of("attention_families_gpu"):
         cells = {(row["mask"], row["implementation"]): row for row in run["rows"] if "tflops" in row}
         both = dict.fromkeys(mask for mask, _ in cells if {(mask, OURS), (mask, FLEX)} <= cells.keys())
         pairs |= {mask: (cells[mask, OURS], cells[mask, FLEX]) for mask in both}
+    return pairs
+
+
+def families_headline() -> list[str]:
+    """In a sentence: what attention under all of them gains."""
+    ratios = [flex["milliseconds"]["total"] / ours["milliseconds"]["total"] for ours, flex in families().values()]
+    if not ratios:
+        return []
+    return [
+        f"**Masks of block diffusion, draft models, video and packed images** at the sizes of projects, "
+        f"{len(ratios)} of them: {statistics.median(ratios):.2f} times FlexAttention in the median, "
+        f"{min(ratios):.2f} to {max(ratios):.2f}. [Each of them](docs/performance.md).",
+    ]
+
+
+def families_section() -> list[str]:
+    """The masks of `families.py` at the shapes of their projects."""
+    pairs = families()
     if not pairs:
         return []
+    run = runs_of("attention_families_gpu")[-1]
     body = []
     for mask, (ours, flex) in pairs.items():
         size = f"{ours['length']:,} x {ours.get('kv_length', ours['length']):,}"
         speeds = [f"{row['tflops']['total']:.0f}" for row in (ours, flex)]
         making = [f"{row['milliseconds']['mask']:.2f}" for row in (ours, flex)]
         ratio = flex["milliseconds"]["total"] / ours["milliseconds"]["total"]
-        body.append([mask, size, f"{ours['visible']:.1%}", *speeds, f"{ratio:.2f}", *making])
+        count = f"{ours['heads']}/{ours['kv_heads']}"
+        body.append([mask, size, count, f"{ours['visible']:.1%}", *speeds, f"{ratio:.2f}", *making])
     environment = run["environment"]
     header = [
         "mask",
         "rows x keys",
+        "heads",
         "visible",
         OURS,
         FLEX,
@@ -279,9 +300,9 @@ def families_section() -> list[str]:
         "compiled `create_block_mask`",
     ]
     return [
-        f"**{environment['device']}**, masks of block diffusion and of drafters at the shapes of their projects, "
-        f"{heads(run['settings'] | HEADLINE)}: forward and backward, TFLOP/s over the visible pairs, and the device's "
-        f"time to make the mask. {versions(environment)}",
+        f"**{environment['device']}**, the masks that people train today at the shapes of their projects, "
+        f"{run['settings']['dtype']}, query and key heads of size {HEADLINE['head_dim']}: forward and backward, "
+        f"TFLOP/s over the visible pairs, and the device's time to make the mask. {versions(environment)}",
         "",
         *table(header, body),
     ]
@@ -1026,6 +1047,7 @@ def readme_section() -> str:
     sections = (
         steps_section(training, shared) if training else [],
         masks_section(attention) if attention else [],
+        families_headline(),
         rivals_headline(rivals) if rivals else [],
     )
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
