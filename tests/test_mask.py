@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from random_trees import random_sequences
 from tiny_models import build, cumulative_lengths, eager_twin, logits_alone, packed, padded, random_documents
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +22,9 @@ from transformers import DynamicCache, StaticCache, masking_utils
 
 from hf_flashmask import bounds
 from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
+from hf_flashmask.integration.final_bounds import are_prefix_trees
 from hf_flashmask.integration.mask import Hints, Place, register_tree
+from hf_flashmask.sharing.prefix_tree import from_sequences
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 LENGTHS = [5, 1, 9]
@@ -506,3 +509,23 @@ def test_a_dense_mask_of_integers_that_all_queries_share_is_no_bounds() -> None:
         eager_twin(model)(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,
         **TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prefix_trees_are_told_from_other_bounds(seed: int) -> None:
+    """By what each token sees: a path on which its positions count, from any start, with padding around."""
+    tree = from_sequences(random_sequences(seed, 7, 50))
+    padded = torch.nn.functional.pad(tree.bounds, (seed % 3, seed % 4))
+    shift = (torch.arange(padded.shape[3]) < seed % 3 + tree.bounds.shape[3]) * (seed % 3)
+    mask = (padded + shift).int()
+    mask[..., : seed % 3] = 0
+    positions = torch.nn.functional.pad(tree.position_ids + 5 * (seed % 2), (seed % 3, seed % 4))
+    assert are_prefix_trees(mask, positions)
+    has_parent = bounds.to_dense(mask)[0, 0].sum(1) > 1
+    token = int(has_parent.nonzero()[seed % 2])
+    assert not are_prefix_trees(mask, positions.index_add(1, torch.tensor([token]), torch.tensor([[100]])))
+    length = 12 + seed
+    row = torch.arange(length)[None]
+    assert are_prefix_trees(bounds.causal(length), row)
+    assert not are_prefix_trees(bounds.sliding_window(3 + seed % 5, length), row)
+    assert not are_prefix_trees(bounds.sinks_and_window(1, 3 + seed % 5, length=length), row)

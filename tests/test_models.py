@@ -186,6 +186,33 @@ def test_windows_and_chunks_of_a_user_s_tree_are_counted_along_its_branches(name
         torch.testing.assert_close(logits[places], twin(tree.input_ids[:, places]).logits[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("positions", ["given", "made by the model"])
+@pytest.mark.parametrize("what", ["sinks and window", "evictions", "a tree without its positions"])
+def test_bounds_of_one_plane_that_are_no_tree_are_final(what: str, positions: str) -> None:
+    """A window of the model that is shorter than what they show does not narrow them."""
+    model = build("mistral")
+    length = 4 * WINDOW + 1
+    mask = {
+        "sinks and window": bounds.sinks_and_window(2, 2 * WINDOW, length=length),
+        "evictions": torch.maximum(torch.randint(length, (length,)), torch.arange(length) + 1).int()[None, None, None],
+        "a tree without its positions": bounds.from_prefix_tree([-1, 0, 0], [length - 2 * WINDOW, WINDOW, WINDOW]),
+    }[what]
+    assert mask.shape[2] == 1
+    row = {"input_ids": random_documents([length])[0]}
+    if positions == "given":
+        row["position_ids"] = torch.arange(length)[None]
+    logits = model(**row, attention_mask=mask, use_cache=False).logits
+    expected = eager_twin(model)(**row, attention_mask=additive(bounds.to_dense(mask)), use_cache=False).logits
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+def test_bounds_of_one_plane_that_are_no_tree_are_refused_for_layers_that_see_different_keys() -> None:
+    tokens = random_documents([4 * WINDOW])[0]
+    mask = bounds.sinks_and_window(2, 2 * WINDOW, length=4 * WINDOW)
+    with pytest.raises(ValueError, match=r"pass a dict .*layer types.*full_attention"):
+        build("gemma2")(tokens, attention_mask=mask)
+
+
 def test_a_tree_is_refused_where_the_mask_is_not_told_the_positions() -> None:
     tree = from_sequences([[1, 2, 3, 4, 5], [1, 2, 3, 6, 7]])
     with pytest.raises(ValueError, match=r"a dict with bounds for each of its layer types.*or, for prefix trees"):

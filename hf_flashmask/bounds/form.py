@@ -44,10 +44,12 @@ def check_bounds(
         ValueError: when their shape is not that of bounds, or shape or device do not fit the call.
     """
     if dtype_or_type(bounds) != torch.int32:
-        raise TypeError(
-            f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {dtype_or_type(bounds)}; a tensor is "
-            "converted with .to(torch.int32)"
+        came = dtype_or_type(bounds)
+        is_dense = came == torch.bool or (isinstance(came, torch.dtype) and came.is_floating_point)
+        way = (
+            "bounds.from_dense converts a dense bool mask" if is_dense else "integers become bounds by .to(torch.int32)"
         )
+        raise TypeError(f"`{name}` must be an int32 tensor [B or 1, H or 1, C, S_k], got {came}; {way}")
     planes = bounds.shape[2] if bounds.ndim == 4 else 0
     if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
         raise ValueError(

@@ -14,7 +14,12 @@ from .documents import are_of_tokens
 from .name import logger
 from .reading import may_be_read
 
-__all__ = ["refuse_bounds_of_encoder", "refuse_mask_of_flex_attention", "warn_of_meeting_documents"]
+__all__ = [
+    "are_prefix_trees",
+    "refuse_bounds_of_encoder",
+    "refuse_mask_of_flex_attention",
+    "warn_of_meeting_documents",
+]
 
 _MOST_STARTS = 64
 """Documents that are looked at in a call. All of them leak, or none does, if bounds and positions do not match."""
@@ -25,6 +30,29 @@ _seen: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 _of_self_attention: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """The bounds that models were called with for attention within one sequence, as long as they exist."""
+
+
+def are_prefix_trees(bounds: Tensor, position_ids: Tensor) -> bool:
+    """Whether the tokens that each token sees are a path from a root, along which its positions count.
+
+    Where they are, a layer with a window counts it along the path, as it would in the sequence alone. Packed documents
+    are trees without branches. Other bounds of one plane, such as windows with sinks, are final.
+
+    Args:
+        bounds: int32 `[B or 1, 1, 1, S]`, causal.
+        position_ids: `[B or 1, S]`.
+    """
+    end = bounds[:, 0, 0]
+    key = torch.arange(end.shape[1], dtype=torch.int32, device=end.device)
+    is_token = end > key  # padding does not even see itself
+    begun = is_token.cumsum(1, dtype=torch.int32)
+    ended = torch.zeros_like(torch.nn.functional.pad(end, (0, 1)))
+    ended.scatter_add_(1, end.clamp(0, end.shape[1]).long(), is_token.int())
+    num_seen = begun - is_token.int() - ended[:, :-1].cumsum(1, dtype=torch.int32)
+    root = torch.where(is_token & (num_seen == 0), key, 0).cummax(1).values.long()
+    before_root = position_ids - num_seen
+    at_root = before_root.gather(1, root.expand_as(before_root))
+    return bool(((before_root == at_root) | ~is_token).all())
 
 
 def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention: bool) -> None:

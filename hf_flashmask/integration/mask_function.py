@@ -15,7 +15,12 @@ from .closures import is_plain
 from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
 from .documents import after_cache, are_of_tokens, document_ids_of, first_slots, ids_beside_cache
 from .engines import note_made
-from .final_bounds import refuse_bounds_of_encoder, refuse_mask_of_flex_attention, warn_of_meeting_documents
+from .final_bounds import (
+    are_prefix_trees,
+    refuse_bounds_of_encoder,
+    refuse_mask_of_flex_attention,
+    warn_of_meeting_documents,
+)
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .reading import may_be_read
@@ -134,7 +139,8 @@ def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -
         return Mask.of_user(tree.bounds, tree)
     if has_key_ranges(config, tree.bounds):
         raise NotImplementedError(
-            "windows and chunks inside prefix trees do not work in torch.compile: run this model without it"
+            "windows and chunks inside prefix trees, bounds of one plane, do not work in torch.compile: run this model "
+            "without it, or pass bounds that hold the windows, which have more than one plane"
         )
     return Mask.of_user(tree.bounds)
 
@@ -144,8 +150,11 @@ def _tree_of_user(config: Any, mask: Tensor, position_ids: Tensor | None) -> Tre
     if position_ids is None or not has_key_ranges(config, mask):
         return None
     batch, heads, num_planes, length = mask.shape
-    is_tree = mask.dtype == torch.int32 and heads == num_planes == 1
-    if not is_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
+    may_be_tree = mask.dtype == torch.int32 and heads == num_planes == 1
+    if not may_be_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
+        return None
+    # What cannot be read is taken for a tree, whose windows are refused there.
+    if may_be_read(mask) and not are_prefix_trees(mask, position_ids):
         return None
     return Tree(mask, position_ids.expand(batch, -1))
 

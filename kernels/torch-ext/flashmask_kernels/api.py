@@ -295,7 +295,10 @@ def _check_bounds(
     bounds: Tensor, query: Tensor, batch_size: int, num_heads: int, kv_heads: int, kv_len: int, is_causal: bool
 ) -> None:
     if bounds.dtype != torch.int32 or bounds.device != query.device:
-        raise TypeError(f"`bounds` must be int32 on {query.device}, got {bounds.dtype} on {bounds.device}")
+        raise TypeError(
+            f"`bounds` must be int32 on {query.device}, got {bounds.dtype} on {bounds.device}; a dense mask is not "
+            "bounds, hf_flashmask.bounds.from_dense converts it"
+        )
     if bounds.ndim != 4 or bounds.shape[3] != kv_len:
         raise ValueError(
             f"`bounds` must be [B or 1, H or 1, C, S_k] with the key length {kv_len} last, got {tuple(bounds.shape)}"
