@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, modeling_utils
 from ..sharing.prefix_tree import from_sequences
 from .packing import PackingStrategy, pack_lengths
 from .preference_examples import TruncationMode, common_columns, tokenize, truncate
-from .preference_rows import ExampleTree, Row, labels_of, pad
+from .preference_rows import ExampleTree, Row, labels_of, stack_padded
 from .token_counts import count_tokens_in_trainer
 
 
@@ -109,7 +109,7 @@ class SharedPromptDataCollator:
             row_length += -row_length % self.pad_to_multiple_of
 
         def pad_row(name: str, value: int) -> Any:
-            values = pad([getattr(row, name) for row in rows], value)
+            values = stack_padded([getattr(row, name) for row in rows], value)
             return nn.functional.pad(values, (0, row_length - values.shape[1]), value=value)
 
         pad_token = getattr(self.tokenizer, "pad_token_id", None)

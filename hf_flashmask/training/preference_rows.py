@@ -83,7 +83,9 @@ class Row(NamedTuple):
 def labels_of(rows: Sequence[Row], columns: set[str], examples: Sequence[Mapping[str, Any]]) -> AnswerLabels:
     padding = {"positions": 0, "tokens": IGNORED, "answers": NOTHING, "ends": NOTHING, "last": NOTHING}
     padding["example"] = NOTHING
-    labels = AnswerLabels({name: pad([getattr(row, name) for row in rows], value) for name, value in padding.items()})
+    labels = AnswerLabels(
+        {name: stack_padded([getattr(row, name) for row in rows], value) for name, value in padding.items()}
+    )
     if "chosen" in columns:
         labels["pairs"] = _index_pairs(labels["example"])
     if "ref_logps" in columns:
@@ -98,7 +100,8 @@ def labels_of(rows: Sequence[Row], columns: set[str], examples: Sequence[Mapping
     return labels
 
 
-def pad(values: Sequence[Tensor], value: int) -> Tensor:
+def stack_padded(values: Sequence[Tensor], value: int) -> Tensor:
+    """Rows of different lengths as one tensor, `value` after the shorter ones."""
     return pad_sequence(list(values), batch_first=True, padding_value=value)
 
 
