@@ -1,4 +1,4 @@
-"""What the site has besides docs/*.md: README.md as its first page, the changelog, an index of messages.
+"""What the site has besides docs/*.md: README.md as its first page, and the changelog.
 
 Pages link to files of the repository as they do on disk, and so work in a clone; on the site such links lead to the
 repository.
@@ -7,17 +7,12 @@ repository.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from posixpath import normpath, relpath
 from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
-
-sys.path.append(str(Path(__file__).parent))
-
-from messages import section
 
 ROOT = Path(__file__).resolve().parents[1]
 FROM_THE_ROOT = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
@@ -39,10 +34,7 @@ def from_docs(link: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    source = page.file.src_uri
-    if source == "troubleshooting.md":
-        markdown = f"{markdown}\n{section()}"
-    folder = Path("docs", source).parent.as_posix()
+    folder = Path("docs", page.file.src_uri).parent.as_posix()
 
     def resolve(link: re.Match[str]) -> str:
         path = normpath(f"{folder}/{link[0]}")

@@ -1,18 +1,24 @@
 """Every error and warning that the packages raise, read off their source, and what to do about each group of them.
 
-The documentation site appends what `section()` returns to docs/troubleshooting.md: see docs/hooks.py. A new message
-needs nothing. A file in a place that `AREAS` does not name needs a line there; tests/test_messages.py says so.
+python docs/messages.py          # write them into docs/troubleshooting.md, between its markers
+python docs/messages.py --check  # fail when the page does not hold them
+
+A file in a place that `AREAS` does not name needs a line there.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+BEGIN, END = "<!-- messages:begin -->", "<!-- messages:end -->"
 PACKAGES = (ROOT / "hf_flashmask", ROOT / "kernels/torch-ext/flashmask_kernels")
 VALUE = "…"
 """Stands for what a message says of the case at hand."""
@@ -199,3 +205,22 @@ def section() -> str:
 
 def _code(text: str) -> str:
     return f"`` {text} ``"
+
+
+def updated(page: str) -> str:
+    """The page with today's index between its markers."""
+    return f"{page.split(BEGIN)[0]}{BEGIN}\n{section()}{END}{page.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    text = PAGE.read_text()
+    if not parser.parse_args().check:
+        PAGE.write_text(updated(text))
+    elif updated(text) != text:
+        sys.exit(f"{PAGE.name} differs from the messages in the source: run python docs/messages.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,11 @@ def test_every_message_has_an_entry_and_an_advice(found: list[messages.Message])
         assert f"- {message.kind}: `` {message.text} ``\n" in section
 
 
+def test_the_page_holds_the_index() -> None:
+    page = messages.PAGE.read_text()
+    assert messages.updated(page) == page, "run `python docs/messages.py`"
+
+
 def test_every_place_that_is_named_raises_something(found: list[messages.Message]) -> None:
     used = {message.area() for message in found}
     assert used == set(messages.AREAS.values())

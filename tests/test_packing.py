@@ -178,7 +178,9 @@ def test_fill_counts_all_batches() -> None:
     assert collator.fill == 15 / 30
 
 
-def test_workers_pack_the_same_batches_and_count_for_themselves() -> None:
+def test_workers_pack_the_same_batches_and_count_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_flashmask.training.packing.logger.warning", warnings.append)
     examples = Corpus(LENGTHS).examples("list")
     collator, copied = PackedDataCollator(20), PackedDataCollator(20)
     expected = list(DataLoader(examples, batch_size=4, collate_fn=collator))
@@ -187,7 +189,9 @@ def test_workers_pack_the_same_batches_and_count_for_themselves() -> None:
     for batch, other in zip(batches, expected, strict=True):
         torch.testing.assert_close(batch, other, rtol=0, atol=0)
     assert 0 < collator.fill <= 1
+    assert not warnings
     assert math.isnan(copied.fill)
+    assert "FlashMaskCallback" in warnings[0]
 
 
 # Too long

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .. import bounds
 from .labels import IGNORED
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["Overflow", "PackedDataCollator", "PackingStrategy", "pack_lengths"]
+
+logger = logging.get_logger(__name__)
 
 PackingStrategy: TypeAlias = Literal["first_fit_decreasing", "in_order"]
 Overflow: TypeAlias = Literal["error", "truncate", "split"]
@@ -89,9 +92,18 @@ class PackedDataCollator:
     def fill(self) -> float:
         """Fraction of positions that hold tokens, over all batches that this object has packed; nan before the first.
 
-        The workers of a DataLoader (`num_workers` > 0) pack with copies of this object, which count for themselves.
+        The workers of a DataLoader (`dataloader_num_workers` > 0 in Trainer) pack with copies of this object, which
+        count for themselves: in the main process it stays nan, and a warning says so. `FlashMaskCallback` logs the fill
+        of the batches that a model got, wherever they were packed.
         """
-        return self._num_tokens / self._num_positions if self._num_positions else math.nan
+        if self._num_positions:
+            return self._num_tokens / self._num_positions
+        logger.warning(
+            "PackedDataCollator.fill is nan: this object has packed no batch. The workers of a DataLoader pack with "
+            "copies of it: use FlashMaskCallback, which logs the fill of each batch that the model gets, or no workers "
+            "(dataloader_num_workers=0)"
+        )
+        return math.nan
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pack one batch of examples."""
