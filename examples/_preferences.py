@@ -14,6 +14,7 @@ import torch
 from _two_runs import (
     StepRecorder,
     conclude,
+    describe_speed,
     device_name,
     draw_losses,
     draw_mask,
@@ -249,7 +250,7 @@ def print_figures(content: dict[str, Any]) -> None:
         f"accuracy of the last {last} steps": [f"{mean(run['accuracy'][-last:]):.1%}" for run in runs],
     }
     print_table(rows)
-    print(f"Tokens saved: {content['tokens_saved']:.0%}. Speed: {content['speedup']:.1f} times.")
+    print(f"Tokens saved: {content['tokens_saved']:.0%}. {describe_speed(content)}")
 
 
 def draw_loss(content: dict[str, Any], path: Path) -> None:

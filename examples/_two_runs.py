@@ -109,6 +109,14 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
+def describe_speed(report: Mapping[str, Any]) -> str:
+    """How the two runs compare, and what that says on this device."""
+    compared = f"Speed: {report['speedup']:.1f} times."
+    if torch.cuda.is_available():
+        return compared
+    return f"{compared} That says little: this is a CPU, and the kernels are made for GPUs (tables in README.md)."
+
+
 def print_table(rows: Mapping[str, Sequence[str]], *, label_width: int = 36, width: int = 18) -> None:
     print()
     for label, columns in rows.items():

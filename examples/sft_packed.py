@@ -29,6 +29,7 @@ import torch
 from _two_runs import (
     StepRecorder,
     conclude,
+    describe_speed,
     device_name,
     draw_losses,
     draw_mask,
@@ -237,7 +238,7 @@ def print_report(report: dict[str, Any]) -> None:
             "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
         }
     )
-    print(f"Padding saved: {report['padding_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
+    print(f"Padding saved: {report['padding_saved']:.0%}. {describe_speed(report)}")
     print("\nLosses of a few batches with the trained weights:", end="")
     print_table({name: [f"{loss:.6f}" for loss in losses] for name, losses in report["sdpa"].items()})
     print(f"Packed with sdpa, documents see each other: its losses are off by up to {report['leak']:.1e}.\n")

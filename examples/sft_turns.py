@@ -28,6 +28,7 @@ import torch
 from _two_runs import (
     StepRecorder,
     conclude,
+    describe_speed,
     device_name,
     draw_losses,
     draw_mask,
@@ -219,7 +220,7 @@ def print_report(report: dict[str, Any]) -> None:
         "loss of the last step": [f"{run['loss'][-1]:.4f}" for run in runs],
     }
     print_table(rows, width=24)
-    print(f"Tokens saved: {report['tokens_saved']:.0%}. Speed: {report['speedup']:.1f} times.")
+    print(f"Tokens saved: {report['tokens_saved']:.0%}. {describe_speed(report)}")
 
 
 def draw(report: dict[str, Any], batch: dict[str, Any], folder: Path) -> None:
