@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import inspect
 import re
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from processes import run_python
 from tiny_models import build, packed, random_documents
 
 from flashmask_kernels import configs
+from hf_flashmask import bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -65,6 +69,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_an_empty_folder")
 @pytest.mark.parametrize("snippet", snippets(), ids=str)
 def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> None:
+    if "from trl import" in snippet.code:
+        pytest.importorskip("trl", reason="TRL needs Python 3.11")
+        warnings.simplefilter("default", FutureWarning)  # its trainers use names that Transformers deprecates
     script = tmp_path / "snippet.py"
     script.write_text(snippet.code)
     runpy.run_path(str(script), run_name="__main__")
@@ -106,6 +113,23 @@ def test_embeddings_are_trained_on_packed_rows(tmp_path: Path, monkeypatch: pyte
     packed = done["model"].encode(texts, convert_to_tensor=True)
     torch.testing.assert_close(packed, padded.encode(texts, convert_to_tensor=True))
     assert rows[-1] == (17, 5)
+
+
+CALL_OF_A_ROW = re.compile(r"`(bounds\.\w+\(.*?)`")
+"""In docs/masks.md; what is in brackets after other arguments is optional, and `name=` stands for `name=name`."""
+
+
+def test_the_calls_in_the_list_of_masks_fit_the_functions() -> None:
+    calls = CALL_OF_A_ROW.findall((ROOT / "docs/masks.md").read_text())
+    assert len(calls) > 30
+    for call in calls:
+        code = re.sub(r"\[, (.*?)\]", r", \1", call)
+        tree = ast.parse(re.sub(r"(\w+)=(?=[,)])", r"\1=\1", code), mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("bounds."):
+                function = getattr(bounds, ast.unparse(node.func).removeprefix("bounds."))
+                keywords = {keyword.arg or "": None for keyword in node.keywords}
+                inspect.signature(function).bind(*node.args, **keywords)
 
 
 CALLS = {
