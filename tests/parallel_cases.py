@@ -196,7 +196,8 @@ def make_example(kind: str, config: Any) -> Example:
         calls = [{"token_type_ids": torch.ones_like(document)} for document in documents]
         return Example(batch, [(document, document) for document in documents], calls)
     elif kind == "cu_seq_lens":
-        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = tiny_models.cumulative_lengths(documents)
+        ends = tiny_models.cumulative_lengths(documents).repeat_interleave(2)  # documents without tokens among them
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends
         batch["num_items_in_batch"] = int((batch["labels"] != IGNORED).sum())
         batch["max_length_q"] = batch["max_length_k"] = max(lengths)
     elif kind.startswith("bounds"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from random_trees import random_sequences
+from random_trees import padded_batch, random_sequences
 from tiny_models import (
     MODELS,
     VOCABULARY,
@@ -60,6 +60,30 @@ def test_documents_from_cu_seq_lens(name: str) -> None:
     lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 9, "max_length_k": 9}
     expected = logits_alone(eager_twin(model), documents)
     torch.testing.assert_close(model(**packed(documents), **lengths).logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
+def test_documents_without_tokens_shift_no_other(name: str) -> None:
+    model = build(name)
+    documents = random_documents(LENGTHS)
+    ends = cumulative_lengths(documents).repeat_interleave(torch.tensor([2, 1, 3, 1, 1, 2]))
+    expected = logits_alone(eager_twin(model), documents)
+    logits = model(**packed(documents), cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "bert"])
+def test_rows_of_padding_alone_shift_no_other(name: str, side: str) -> None:
+    model = build(name)
+    rows: list[list[int]] = [[], [5, 6, 7, 8, 9], [], [5, 3], []]
+    input_ids, mask = padded_batch(rows, side)
+    logits = model(input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    assert logits.isfinite().all()
+    for number, row in enumerate(rows):
+        if row:
+            expected = eager_twin(model)(torch.tensor([row])).logits[0]
+            torch.testing.assert_close(logits[number, mask[number] == 1], expected, **TOLERANCE)
 
 
 def test_cu_seq_lens_need_no_position_ids() -> None:

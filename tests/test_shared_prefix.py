@@ -86,6 +86,30 @@ def test_prompts_padded_left_and_answers_right() -> None:
     assert shared.computed_tokens == 4 + 2 + 2 + 1 + 5 + 3
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_rows_of_padding_alone(name: str) -> None:
+    """The other rows keep their places, whose logits and gradients are those of eager attention."""
+    model = build(name)
+    twin = eager_twin(model)
+    rows: list[list[int]] = [[], [5, 6, 7, 8, 9], [], [5, 6, 7, 3], []]
+    for side in ("left", "right"):
+        input_ids, mask = padded_batch(rows, side)
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        shared = assert_same_logits_and_gradients(model, twin, batch, mask)
+        assert (shared.given_tokens, shared.computed_tokens) == (9, 6)
+        model.zero_grad()
+        twin.zero_grad()
+
+
+def test_a_batch_of_padding_alone_is_left_as_it_is() -> None:
+    model = build("llama")
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "attention_mask": torch.zeros(3, 4, dtype=torch.long)}
+    with share_prefixes(model) as shared:
+        logits = model(**batch, use_cache=False).logits
+    torch.testing.assert_close(logits, model(**batch, use_cache=False).logits)
+    assert (shared.given_tokens, shared.computed_tokens) == (0, 0)
+
+
 def batch_with_holes() -> tuple[dict[str, Tensor], Tensor]:
     """Padding between prompt and answer, hidden turns, padding on both sides; and where that on the sides is not."""
     prompt = [11, 12, 13, 14, 15, 16, 17, 18, 19]

@@ -608,3 +608,12 @@ def test_a_batch_without_turns_is_refused() -> None:
     collator = TurnsDataCollator(tokenizer_of("chatml"), LLAMA)
     with pytest.raises(ValueError, match="the batch has no turn to train: none of its 2 examples"):
         collator([{"messages": [user("q")]}, {"messages": [user("q"), assistant("a", train=False)]}])
+
+
+def test_a_conversation_without_turns_changes_nothing() -> None:
+    collator = TurnsDataCollator(tokenizer_of("chatml"), LLAMA)
+    conversations = [{"messages": [user("q"), assistant(text)]} for text in ("a", "aa")]
+    nothing: list[dict[str, Any]] = [{"messages": []}, {"messages": [user("q")]}]
+    batch = collator([nothing[0], conversations[0], nothing[1], conversations[1]])
+    for name, expected in collator(conversations).items():
+        assert torch.equal(batch[name], expected), name

@@ -172,7 +172,7 @@ class share_prefixes:
         return (), arguments
 
     def merge(self, backbone: PreTrainedModel, arguments: Mapping[str, Any], traits: Traits) -> PrefixTree | None:
-        """The rows of a padded batch as one row, or None where that has no fewer tokens."""
+        """The rows of a padded batch as one row, or None where that has no fewer tokens, or none at all."""
         check_call(backbone, arguments)
         input_ids = arguments["input_ids"]
         length = input_ids.shape[1]
@@ -185,7 +185,8 @@ class share_prefixes:
             max_branches=MAX_INTERVALS - 1 if has_windows else None,
         )
         num_rows = tree.input_ids.shape[1]
-        is_shared = num_rows < input_ids.numel() and max(num_rows, length) <= traits.packs_up_to
+        # Models do not take a row without tokens, which padding alone would be merged into.
+        is_shared = 0 < num_rows < input_ids.numel() and max(num_rows, length) <= traits.packs_up_to
         self.given_tokens += tree.num_tokens
         self.computed_tokens += num_rows if is_shared else tree.num_tokens
         return tree if is_shared else None
