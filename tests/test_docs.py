@@ -8,11 +8,13 @@ import importlib
 import inspect
 import re
 import runpy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from packaging.version import Version
@@ -82,6 +84,11 @@ def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
 
 
+def code_of_embeddings() -> str:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / EMBEDDINGS).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return str(code)
+
+
 @pytest.mark.embeddings
 @pytest.mark.usefixtures("in_an_empty_folder")
 def test_embeddings_are_trained_on_packed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +102,8 @@ def test_embeddings_are_trained_on_packed_rows(tmp_path: Path, monkeypatch: pyte
         return forward(self, input_ids, **inputs)
 
     monkeypatch.setattr(transformers.BertModel, "forward", functools.wraps(forward)(note))
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / EMBEDDINGS).read_text(), flags=re.MULTILINE | re.DOTALL)
     script = tmp_path / "snippet.py"
-    script.write_text(code)
+    script.write_text(code_of_embeddings())
     done = runpy.run_path(str(script), run_name="__main__")
     assert {length for length, _ in rows} == {1}, "one row of all texts"
     assert done["found"] == list(range(16))
@@ -130,6 +136,67 @@ def test_the_calls_in_the_list_of_masks_fit_the_functions() -> None:
                 function = getattr(bounds, ast.unparse(node.func).removeprefix("bounds."))
                 keywords = {keyword.arg or "": None for keyword in node.keywords}
                 inspect.signature(function).bind(*node.args, **keywords)
+
+
+@pytest.fixture
+def packed_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_an_empty_folder: None) -> Any:
+    """A module with the class of the page. The folder "tiny" has a model whose tokenizer adds no special tokens."""
+    (tmp_path / "packed_texts.py").write_text(code_of_embeddings().partition("# A tiny model")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "packed_texts", raising=False)
+    tokens = ["[PAD]", "[UNK]", "cats", "dogs", "run", "red", "cat", "blue", "dog"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained("tiny")
+    build("llama").base_model.save_pretrained("tiny")
+    return importlib.import_module("packed_texts")
+
+
+def embedder(transformer: Any, implementation: str) -> Any:
+    library = importlib.import_module("sentence_transformers")
+    module = transformer("tiny", model_kwargs={"attn_implementation": implementation})
+    pooling = library.sentence_transformer.modules.Pooling(module.get_embedding_dimension())
+    return library.SentenceTransformer(modules=[module, pooling], device="cpu")
+
+
+@pytest.mark.embeddings
+def test_texts_without_tokens_have_no_place_in_a_packed_row(packed_texts: Any) -> None:
+    model = embedder(packed_texts.PackedTransformer, "flashmask")
+    eager = embedder(packed_texts.Transformer, "eager")
+    columns = [["cats", "dogs run", "blue dog"], ["red cat", "blue", "dog dog run cats"]]
+    losses = [
+        packed_texts.MultipleNegativesRankingLoss(one)([one.preprocess(texts) for texts in columns], None)
+        for one in (model, eager)
+    ]
+    torch.testing.assert_close(*losses)
+    texts = ["cats", "", "dogs run"]
+    with pytest.raises(ValueError, match="text 2 of 3 in the batch has no token"):
+        model.preprocess(texts)
+    with pytest.raises(ValueError, match="has no token"):
+        model.encode(texts)
+    model[0].unpad_inputs = False
+    torch.testing.assert_close(model.encode(texts), eager.encode(texts))
+    padded, expected = (one.encode(columns[0], output_value="token_embeddings") for one in (model, eager))
+    torch.testing.assert_close(padded, expected)
+
+
+@pytest.mark.embeddings
+def test_embedding_models_are_loaded_for_packed_rows(packed_texts: Any) -> None:
+    model = embedder(packed_texts.PackedTransformer, "flashmask")
+    model.save("saved")
+    load = functools.partial(type(model), "saved", trust_remote_code=True, device="cpu")
+    call = 'SentenceTransformer("saved", trust_remote_code=True, model_kwargs={"attn_implementation": "flashmask"})'
+    assert f"`{call}`" in (ROOT / EMBEDDINGS).read_text()
+    loaded = load(model_kwargs={"attn_implementation": "flashmask"})
+    with pytest.warns(UserWarning, match="rows are padded: pass model_kwargs"):
+        padded = load()
+    texts = ["cats", "dogs run"]
+    assert "cu_seq_lens_q" in loaded.preprocess(texts)
+    assert "cu_seq_lens_q" not in padded.preprocess(texts)
+    for other in (loaded, padded):
+        torch.testing.assert_close(other.encode(texts), model.encode(texts))
 
 
 CALLS = {
