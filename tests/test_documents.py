@@ -206,6 +206,30 @@ def test_new_tokens_see_the_cached_ones_of_their_document(name: str, new: int) -
         check_documents(name, eager_twin(model), batch, torch.cat([first, second], dim=1))
 
 
+def test_compiled_chunks_start_with_each_document_beside_a_cache() -> None:
+    """By ids, and by positions: a document that starts below those of the call is alone."""
+    torch._dynamo.reset()
+    model = build("llama4", num_hidden_layers=1, layer_types=["chunked_attention"])
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    ids = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2], [1] * 9 + [2] * 6])
+    columns_as_positions = torch.arange(15).expand(2, -1)
+    for mask, positions in (
+        (ids, columns_as_positions),
+        (ids.clamp(max=1), columns_as_positions - 8 * (ids == 2)),
+    ):
+        tokens, cache = torch.randint(1, VOCABULARY, ids.shape), DynamicCache(config=model.config)
+        pieces = []
+        with torch.no_grad():
+            for called, new in ((model, slice(0, 5)), (compiled, slice(5, 15))):
+                part = {"position_ids": positions[:, new], "attention_mask": mask[:, : new.stop]}
+                pieces.append(called(tokens[:, new], **part, past_key_values=cache).logits)
+        logits = torch.cat(pieces, dim=1)
+        for row in range(2):
+            for columns in documents_of(ids[row]):
+                expected = eager_twin(model)(tokens[row, None, columns], position_ids=positions[row, None, columns])
+                torch.testing.assert_close(logits[row, None, columns], expected.logits, **TOLERANCE)
+
+
 def test_ids_that_generate_appends_are_refused() -> None:
     model = model_of("llama")
     batch = batch_of(torch.tensor([[0, 1, 1, 2, 2], [1, 1, 1, 1, 1]]))

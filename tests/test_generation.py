@@ -153,6 +153,25 @@ def test_a_cache_is_continued_by_several_tokens_at_once(name: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize(("name", "cache"), with_caches(KINDS, ["dynamic", "static"]))
+def test_several_tokens_continue_a_row_padded_on_the_left(name: str, cache: str) -> None:
+    """Positions count the columns, as models do that are given none: chunks still begin at the first token."""
+    model = build(name)
+    tokens = torch.randint(1, VOCABULARY, (2, 17))
+    mask = torch.ones_like(tokens)
+    mask[0, :2] = 0
+    expected = eager_twin(model)(tokens, attention_mask=mask).logits
+    length = {"max_cache_len": 20} if cache == "static" else {}
+    past = {"dynamic": transformers.DynamicCache, "static": transformers.StaticCache}[cache](
+        config=model.config, **length
+    )
+    pieces, ends = tokens.split([6, 1, 7, 3], dim=1), (6, 7, 14, 17)
+    masks = [mask[:, :end] for end in ends]
+    logits = [model(piece, attention_mask=part, past_key_values=past).logits for piece, part in zip(pieces, masks)]
+    is_token = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, dim=1)[is_token], expected[is_token], **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_generation_with_a_static_cache(name: str) -> None:
     model = build(name)

@@ -98,8 +98,8 @@ def _convert_leaf(leaf: _Leaf, call: Call, is_causal: bool) -> Tensor:
             first = torch.arange(call.kv_len, device=call.device) - leaf.position_ids
         elif call.document_ends is not None:
             first = bounds.document_starts(call.document_ends)
-        elif call.counted_from is not None:
-            first = call.counted_from(first)
+        elif call.starts_later_by is not None:
+            first = first[:, None] + call.starts_later_by()
         chunk_size = arguments["chunk_size"]
         return bounds.chunked(chunk_size, left_padding=first, is_causal=is_causal, device=call.device, **call.place)
     if factory == "sliding_window_bidirectional_overlay" and arguments["sliding_window"] >= 0:

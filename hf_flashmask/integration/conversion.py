@@ -61,7 +61,7 @@ def from_mask_function(
     mask_function: Callable,
     *,
     document_ends: Tensor | None = None,
-    counted_from: Callable[[Tensor], Tensor] | None = None,
+    starts_later_by: Callable[[], Tensor] | None = None,
     is_token: Tensor | None = None,
     batch_size: int,
     q_len: int,
@@ -82,8 +82,8 @@ def from_mask_function(
             row of each token's own (`bounds.document_ends`). Functions are given the positions in a document, as if it
             were alone; what they look up in a tensor that is as long as the row, `ids[batch_idx, q_idx]`, is looked up
             at the row of the token.
-        counted_from: called with the left padding `[B]` that chunks are counted from: the index at which each key's
-            document starts, `[B or 1, S_k]`. Default: that of `document_ends`.
+        starts_later_by: where `document_ends` are not given, how far behind the first token of its row each key's
+            document starts, `[B or 1, S_k]`: chunks are counted from there.
         is_token: bool `[B, S_k]`, False for padding, which functions are not asked about beside documents. The bounds
             need not hide it.
         batch_size: B, the range of the function's first argument.
@@ -107,7 +107,7 @@ def from_mask_function(
         device,
         has_user_functions,
         document_ends,
-        counted_from,
+        starts_later_by,
         is_token,
     )
     if not torch.compiler.is_dynamo_compiling() or is_plain(mask_function):

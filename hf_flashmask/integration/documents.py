@@ -23,6 +23,7 @@ __all__ = [
     "documents_of_layer",
     "ids_beside_cache",
     "is_cross_attention",
+    "starts_of_later_documents",
 ]
 
 
@@ -126,18 +127,21 @@ def is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any
     )
 
 
-def first_slots(position_ids: Tensor, is_token: Tensor | None, place: Place) -> Tensor:
-    """The index that each key's document would have position 0 at, `[B or 1, S_k]`, beside a cache.
+def starts_of_later_documents(position_ids: Tensor, is_token: Tensor | None, place: Place) -> Tensor:
+    """The index at which each key's document starts, beside a cache, `[B or 1, S_k]`; 0 in the first one of the row.
+
+    The first document of the call goes on with the tokens in the cache. Positions do not tell where those begin: a
+    model counts them from the padding on the left, or from the first token.
 
     Args:
         position_ids: `[B or 1, S_q]`.
-        is_token: bool `[B, S]`, False for padding, for all tokens so far.
+        is_token: bool `[B, S_k]`, False for padding.
     """
-    index = torch.arange(place.kv_len, device=position_ids.device) + place.kv_offset
-    row = index - place.q_offset
-    of_call = index - position_ids[:, row.clamp(0, place.q_len - 1)]
-    in_cache = torch.zeros_like(of_call[:, :1]) if is_token is None else is_token.byte().argmax(1, keepdim=True)
-    return torch.where(row < 0, in_cache, of_call)
+    rows = _documents_among_rows(position_ids, is_token, place)
+    starts = _bounds.document_starts(rows.ends)
+    of_call = torch.where(starts > rows.first, starts + place.q_offset, 0)
+    row_of_key = _row_of_each_key(place, position_ids.device)
+    return torch.where(row_of_key < 0, 0, of_call[:, row_of_key.clamp(0, place.q_len - 1)])
 
 
 def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, has_ranges: bool) -> Tensor:
@@ -158,16 +162,10 @@ def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, 
         NotImplementedError: for a second continuation under a window or chunks, and for one after a document that is
             alone. In a graph it is an assertion on the device.
     """
-    q_len, device = place.q_len, position_ids.device
-    row = torch.arange(q_len, device=device)
-    row_of_key = torch.arange(place.kv_len, device=device) + (place.kv_offset - place.q_offset)
-    first_row, is_row_token = row[None, :1], None
-    if is_token is not None:
-        key_of_row = (row + (place.q_offset - place.kv_offset)).clamp(0, place.kv_len - 1)
-        is_row_token = is_token[:, key_of_row]
-        position_ids = position_ids.expand(is_token.shape[0], -1)
-        first_row = is_row_token.byte().argmax(1, keepdim=True)
-    ends = _bounds.document_ends(position_ids, is_row_token)
+    q_len = place.q_len
+    ends, first_row, is_row_token = _documents_among_rows(position_ids, is_token, place)
+    position_ids = position_ids.expand(len(ends), -1)
+    row = torch.arange(q_len, device=ends.device)
     starts = nn.functional.pad(ends[:, :-1] == row[1:], (1, 0)) & (row > first_row)
     if is_row_token is not None:
         starts = starts & is_row_token  # a row of padding alone has no first token
@@ -187,9 +185,38 @@ def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, 
                 "`position_ids` pack a continuation of the cached tokens behind a document of its own: put the "
                 "continuations first",
             )
+    row_of_key = _row_of_each_key(place, ends.device)
     of_call = ends[:, row_of_key.clamp(0, q_len - 1)]
     lts = torch.where(row_of_key < 0, first_alone, of_call).to(torch.int32)
     return torch.stack([lts, torch.zeros_like(lts)], dim=1)[:, None]
+
+
+class _Rows(NamedTuple):
+    """The documents among the queries of a call beside a cache.
+
+    Attributes:
+        ends: int32 `[B or 1, S_q]`, past-the-last row of the document of each.
+        first: `[B or 1, 1]`, the row of the first token.
+        is_token: bool `[B, S_q]`, False for padding.
+    """
+
+    ends: Tensor
+    first: Tensor
+    is_token: Tensor | None
+
+
+def _documents_among_rows(position_ids: Tensor, is_token: Tensor | None, place: Place) -> _Rows:
+    if is_token is None:
+        return _Rows(_bounds.document_ends(position_ids), position_ids.new_zeros(1, 1), None)
+    key_of_row = torch.arange(place.q_len, device=is_token.device) + (place.q_offset - place.kv_offset)
+    is_row_token = is_token[:, key_of_row.clamp(0, place.kv_len - 1)]
+    first = is_row_token.byte().argmax(1, keepdim=True)
+    return _Rows(_bounds.document_ends(position_ids.expand(len(is_token), -1), is_row_token), first, is_row_token)
+
+
+def _row_of_each_key(place: Place, device: torch.device) -> Tensor:
+    """Negative for the tokens in the cache."""
+    return torch.arange(place.kv_len, device=device) + (place.kv_offset - place.q_offset)
 
 
 def check_lengths_beside_cache(place: Place) -> None:

@@ -26,7 +26,7 @@ class Call:
     device: torch.device | str
     has_user_functions: bool
     document_ends: Tensor | None = None
-    counted_from: Callable[[Tensor], Tensor] | None = None
+    starts_later_by: Callable[[], Tensor] | None = None
     is_token: Tensor | None = None
 
     @property
@@ -137,8 +137,11 @@ def search(mask_function: Callable, call: Call) -> Tensor:
     # What the function gets for the keys and for the first and the last row of the search; plus `local` it is the row.
     if documents is None:
         key = torch.arange(call.kv_len, device=call.device)[None, None] + call.kv_offset
-        lowest = torch.zeros_like(key) + call.q_offset
-        highest, local = lowest + (call.q_len - 1), -call.q_offset
+        lowest, local = torch.zeros_like(key) + call.q_offset, -call.q_offset
+        if call.starts_later_by is not None:
+            later = call.starts_later_by()[:, None]
+            key, lowest, local = key - later, lowest - later, local + later
+        highest = lowest + (call.q_len - 1)
     else:
         key, local = documents.position_ids[:, None], documents.starts[:, None]
         lowest, highest = torch.zeros_like(key), (documents.ends - documents.starts - 1)[:, None]

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, masking_utils
 from .. import bounds as _bounds
 from .closures import is_plain
 from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
-from .documents import after_cache, are_of_tokens, document_ids_of, first_slots, ids_beside_cache
+from .documents import after_cache, are_of_tokens, document_ids_of, ids_beside_cache, starts_of_later_documents
 from .engines import note_made
 from .final_bounds import (
     are_prefix_trees,
@@ -244,7 +244,7 @@ def flashmask_mask(
     bounds = from_mask_function(
         mask_function,
         document_ends=document_ends,
-        counted_from=functools.partial(_counted_from, hints, place) if has_later_documents else None,
+        starts_later_by=functools.partial(_starts_later_by, hints, place) if has_later_documents else None,
         is_token=is_token,
         batch_size=batch_size,
         q_len=q_length,
@@ -289,16 +289,18 @@ def _apart_by_ids(ends_of_ids: Tensor, place: Place, *, is_causal: bool) -> Tens
     )
 
 
-def _counted_from(hints: Hints, place: Place, left_padding: Tensor) -> Tensor:
-    """The index at which each key's document starts; that of the row's first token is `left_padding`, `[B]`."""
-    first = left_padding[:, None]
+def _starts_later_by(hints: Hints, place: Place) -> Tensor:
+    """How far behind the first token of its row each key's document starts, `[B or 1, S_k]`."""
+    starts = torch.zeros(1, 1, dtype=torch.int64, device=hints.device)
     if hints.position_ids is not None:
-        first = first_slots(hints.position_ids, hints.is_token, place)
-    if hints.ends_of_ids is None:
-        return first
-    starts = _of_keys(_bounds.document_starts(hints.ends_of_ids), place)
-    assert starts is not None
-    return torch.where(starts > 0, torch.maximum(first, starts), first)
+        starts = starts_of_later_documents(hints.position_ids, _of_keys(hints.is_token, place), place)
+    if hints.ends_of_ids is not None:
+        of_ids = _of_keys(_bounds.document_starts(hints.ends_of_ids), place)
+        assert of_ids is not None
+        starts = torch.maximum(starts, of_ids)
+    if hints.is_token is None:
+        return starts
+    return (starts - hints.is_token.byte().argmax(1, keepdim=True)).clamp(min=0)
 
 
 def _check_whole_sequence(hints: Hints, mask_function: Callable, place: Place, *, has_user_functions: bool) -> None:
