@@ -286,10 +286,11 @@ def test_estimate_says_why_it_cannot_read_a_file(
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
         {"cu_seq_lens_q": torch.tensor([0, 3, 5], dtype=torch.int32)},
         {"position_ids": torch.arange(5)[None], "attention_mask": torch.tensor([[1, 1, 1, 2, 2]])},
+        {"position_ids": torch.arange(5)[None], "attention_mask": torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0]])},
         {"attention_mask": torch.tensor([[[[3, 3, 3, 5, 5]]]], dtype=torch.int32)},
         {"attention_mask": torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).tril().bool()[None, None]},
     ],
-    ids=["positions", "lengths", "document ids", "bounds", "dense"],
+    ids=["positions", "lengths", "document ids", "ids as float", "bounds", "dense"],
 )
 def test_explain_shows_the_mask_of_a_batch(batch: dict[str, torch.Tensor], tmp_path: Path) -> None:
     torch.save(batch, tmp_path / "batch.pt")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny_models import VOCABULARY, build, eager_twin
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import hf_flashmask
 
@@ -237,6 +237,17 @@ def test_ids_that_generate_appends_are_refused() -> None:
         model.generate(**batch, max_new_tokens=3, do_sample=False)
     with pytest.raises(NotImplementedError, match="do not work beside a static cache"):
         model.generate(**batch, max_new_tokens=3, do_sample=False, cache_implementation="static")
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_negative_ids_beside_a_static_cache_are_refused(new: int) -> None:
+    """They are ids as well: a static cache would take them for one document."""
+    model = model_of("llama")
+    ids = torch.tensor([[1, 1, 1, 1, -1, -1, -1, -1, -1]])
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(torch.randint(1, VOCABULARY, (1, 9 - new)), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="do not work beside a static cache"):
+        model(torch.randint(1, VOCABULARY, (1, new)), attention_mask=ids, past_key_values=cache)
 
 
 def test_generation_of_one_document_in_each_row_goes_on() -> None:

@@ -341,7 +341,8 @@ def test_router_losses_are_refused() -> None:
 
 def test_documents_in_rows_are_refused() -> None:
     refused(build("llama"), ValueError, "packed documents", position_ids=torch.tensor([[0, 1, 0]]))
-    refused(build("llama"), ValueError, "holds ids of documents", attention_mask=torch.tensor([[1, 1, 2], [1, 1, 1]]))
+    for ids in ([1, 1, 2], [1, 1, -1]):
+        refused(build("llama"), ValueError, "holds ids of documents", attention_mask=torch.tensor([ids, [1, 1, 1]]))
 
 
 def test_columns_that_no_layer_reads_are_passed_on() -> None:

@@ -91,7 +91,7 @@ def masks_of(content: Any) -> dict[str, Tensor]:
 def _bounds_of_2d(mask: Tensor) -> Tensor:
     """0 is padding; other values are ids of documents."""
     documents = bounds_of.from_document_ends(bounds_of.document_ends_of_mask(mask), is_causal=False)
-    return bounds_of.intersect(documents, bounds_of.from_padding_mask(mask))
+    return bounds_of.intersect(documents, bounds_of.from_padding_mask(mask != 0))
 
 
 def _bounds_of_tensor(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from .reading import may_be_read
 __all__ = [
     "Documents",
     "after_cache",
+    "are_ids",
     "are_of_tokens",
     "check_lengths_beside_cache",
     "document_ids_of",
@@ -243,6 +244,11 @@ def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:
     return attention_mask.to(device)
 
 
+def are_ids(attention_mask: Tensor) -> Tensor:
+    """Where a 2-D mask holds another value than 0 and 1."""
+    return attention_mask != attention_mask.bool()
+
+
 def ids_beside_cache(
     ids: Tensor, is_token: Tensor, place: Place, *, has_static_cache: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -289,9 +295,9 @@ def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:
         "`position_ids` that restart with every document"
     )
     if place.q_len == 1 and ids.is_cuda:
-        torch._assert_async((ids <= 1).all(), reason)
+        torch._assert_async(~are_ids(ids).any(), reason)
     else:
-        _refuse(ids > 1, reason)
+        _refuse(are_ids(ids), reason)
 
 
 def _read(ids: Tensor) -> list[float] | None:

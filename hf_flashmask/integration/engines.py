@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .conversion import range_of
-from .documents import Documents
+from .documents import Documents, are_ids
 from .mask import Mask
 
 __all__ = [
@@ -229,7 +229,7 @@ def _lost(
         if mask.is_final:
             return "the bounds or the tree in `attention_mask`"
         if call.document_ids is not None:
-            if bool((call.document_ids > 1).any()):
+            if bool(are_ids(call.document_ids).any()):
                 return "the documents in `attention_mask`"
             _alive.made[mask] = call = call._replace(document_ids=None)  # the other layers need not read it again
         if call.is_token is not None:

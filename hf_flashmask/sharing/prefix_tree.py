@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integration.documents import are_ids
+
 __all__ = ["PrefixTree", "from_sequences", "merge_prefixes"]
 
 _COMPARED_AT_ONCE = 2**26  # elements of the table that compares all pairs of sequences
@@ -101,7 +103,7 @@ def merge_prefixes(
     if position_ids is not None:
         identity = identity.long() * 2**32 + position_ids
     first_difference = _first_differences(_left_aligned(identity, is_token, depth))
-    packed = _restarts(position_ids, is_visible), _ids_above_1(attention_mask, is_visible)
+    packed = _restarts(position_ids, is_visible), _document_ids(attention_mask, is_visible)
     counts = is_token.sum(1), is_visible.sum(1), *packed
     # The only read-back. From here on the tensors are small, and cost less on the host than launches would.
     figures = torch.cat([first_difference, torch.stack(counts, 1)], 1).cpu()
@@ -168,9 +170,9 @@ def _first_differences(tokens: Tensor) -> Tensor:
     return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
 
 
-def _ids_above_1(attention_mask: Tensor | None, is_visible: Tensor) -> Tensor:
-    """How many tokens of each row the mask puts in another document than the first, `[R]`."""
-    return (torch.zeros_like(is_visible) if attention_mask is None else attention_mask > 1).sum(1)
+def _document_ids(attention_mask: Tensor | None, is_visible: Tensor) -> Tensor:
+    """How many tokens of each row have an id, `[R]`."""
+    return (torch.zeros_like(is_visible) if attention_mask is None else are_ids(attention_mask)).sum(1)
 
 
 def _restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
