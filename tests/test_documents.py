@@ -257,6 +257,42 @@ def test_generation_of_one_document_in_each_row_goes_on() -> None:
     assert torch.equal(model.generate(**batch, **options), eager_twin(model).generate(**batch, **options))
 
 
+# Models that take the mask for factors
+
+
+def test_models_that_multiply_states_by_the_mask_refuse_ids() -> None:
+    """Recurrent layers, and the embeddings of ESM. Masks of 0 and 1 remain."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    hybrid = transformers.Qwen3NextConfig(
+        **small,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    proteins = transformers.EsmConfig(
+        **small, num_hidden_layers=1, pad_token_id=0, mask_token_id=1, position_embedding_type="rotary"
+    )
+    for model_class, config in (
+        (transformers.Qwen3NextForCausalLM, hybrid),
+        (transformers.EsmForMaskedLM, proteins),
+    ):
+        model = model_class._from_config(config, attn_implementation="flashmask").eval()
+        batch = batch_of(torch.tensor([[1, 1, 1, 2, 2, 2, 0], [1] * 7]))
+        with pytest.raises(NotImplementedError, match="multiplies its states by the mask"):
+            model(**batch)
+        batch["attention_mask"].clamp_(max=1)
+        torch.testing.assert_close(model(**batch).logits[0, :6], eager_twin(model)(**batch).logits[0, :6], **TOLERANCE)
+
+
 # Encoder and decoder
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "documents_of_layer",
     "ids_beside_cache",
     "is_cross_attention",
+    "refuse_ids_as_factors",
     "starts_of_later_documents",
 ]
 
@@ -286,6 +287,15 @@ def ids_beside_cache(
         "a loop of your own append the id of the document that goes on",
     )
     return (is_token & (ends == ends[:, -1:]), None) if place.q_len == 1 else (is_token, ends)
+
+
+def refuse_ids_as_factors(ids: Tensor, model_type: str) -> None:
+    """Refuse ids in a model that multiplies states by the 2-D mask."""
+    _refuse(
+        are_ids(ids),
+        f"`attention_mask` holds document ids, and {model_type} multiplies its states by the mask: pass a mask of 0 "
+        "and 1, and `position_ids` that restart with every document",
+    )
 
 
 def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:

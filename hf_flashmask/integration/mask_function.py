@@ -13,7 +13,14 @@ from transformers import PreTrainedConfig, masking_utils
 from .. import bounds as _bounds
 from .closures import is_plain
 from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
-from .documents import after_cache, are_of_tokens, document_ids_of, ids_beside_cache, starts_of_later_documents
+from .documents import (
+    after_cache,
+    are_of_tokens,
+    document_ids_of,
+    ids_beside_cache,
+    refuse_ids_as_factors,
+    starts_of_later_documents,
+)
 from .engines import note_made
 from .final_bounds import (
     are_prefix_trees,
@@ -24,7 +31,7 @@ from .final_bounds import (
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .reading import may_be_read
-from .support import has_key_ranges, refuse_bounds_shared_by_layer_types
+from .support import has_key_ranges, multiplies_by_mask, refuse_bounds_shared_by_layer_types
 from .whole_sequence import WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
@@ -95,6 +102,8 @@ def prepare(
     if is_token is not None and place.is_square:
         _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
     ids = None if is_cross_attention else document_ids_of(attention_mask, inputs_embeds.device)
+    if ids is not None and length > 1 and multiplies_by_mask(config):
+        refuse_ids_as_factors(ids, config.model_type)
     positions = position_ids if are_of_tokens(position_ids, batch, length) else None
 
     def once(what: str, build: Callable[[], T]) -> T:

@@ -40,6 +40,16 @@ def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, b
         )
 
 
+def multiplies_by_mask(config: transformers.PreTrainedConfig) -> bool:
+    """Whether a model multiplies states by the 2-D mask: recurrent and convolutional layers do, and some embeddings."""
+    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    return config.model_type in _MULTIPLY_EMBEDDINGS or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
+
+
+_MULTIPLY_EMBEDDINGS = {"esm"}
+_OF_RECURRENT_LAYERS = ("apply_mask_to_padding_states", "create_recurrent_attention_mask")
+
+
 def check_support(model: PreTrainedModel) -> None:
     """Refuse, before it is built, a model that would compute something else with flashmask."""
     reason = _reason_against_config(model) or _reason_against_class(type(model))  # type: ignore[arg-type]
