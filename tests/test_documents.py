@@ -96,7 +96,7 @@ def check_documents(name: str, twin: PreTrainedModel, batch: dict[str, Tensor], 
             torch.testing.assert_close(logits[row, columns], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16, torch.float32])
 def test_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
     model = model_of("llama")
     batch = with_positions("llama", batch_of(torch.tensor(ROWS, dtype=dtype)))

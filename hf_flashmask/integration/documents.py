@@ -242,7 +242,8 @@ def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.dtype == torch.bool:
         return None
-    return attention_mask.to(device)
+    has_few_operations = attention_mask.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    return attention_mask.to(device, torch.int64 if has_few_operations else attention_mask.dtype)
 
 
 def are_ids(attention_mask: Tensor) -> Tensor:
