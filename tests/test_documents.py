@@ -64,7 +64,7 @@ def random_mask(length: int = 19) -> Tensor:
 def documents_of(row: Tensor) -> Iterator[Tensor]:
     """The columns of the tokens of each document, by the definition."""
     columns: list[int] = []
-    for column in row.nonzero().flatten().tolist():
+    for column in row.double().nonzero().flatten().tolist():
         if columns and row[column] != row[columns[-1]]:
             yield torch.tensor(columns)
             columns = []
