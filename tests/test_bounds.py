@@ -331,6 +331,27 @@ def test_from_cu_seqlens(documents, is_causal, cross, padding):
     assert_mask(result, expected, q_len)
 
 
+@pytest.mark.parametrize("wrong", [[5, 7], [0, 5, 20], [0, 7, 5], [-1, 5]])
+def test_lengths_that_are_not_cumulative_are_refused(wrong):
+    got = rf"must hold cumulative lengths: a leading 0, .*; got {re.escape(str(wrong))} for 12 tokens"
+    with pytest.raises(ValueError, match=rf"`cu_seqlens_q` \(of a model: `cu_seq_lens_q`\) {got}"):
+        from_cu_seqlens(torch.tensor(wrong), 12)
+    right = torch.tensor([0, *[12] * (len(wrong) - 1)])
+    with pytest.raises(ValueError, match=rf"`cu_seqlens_k` .*{got}"):
+        from_cu_seqlens(right, 12, cu_seqlens_k=torch.tensor(wrong))
+    in_graph = torch.compile(from_cu_seqlens, backend="eager", fullgraph=True)
+    in_graph(right, 12)
+    with pytest.raises(RuntimeError, match="must hold cumulative lengths"):  # as on a GPU, where the device asserts it
+        in_graph(torch.tensor(wrong), 12)
+
+
+def test_lengths_may_hold_empty_documents_and_leave_padding():
+    row = torch.arange(12)
+    document = torch.tensor([0] * 5 + [1] * 4 + [-1] * 3)
+    expected = (row[:, None] >= row) & (document[:, None] == document) & (document >= 0)
+    assert_mask(from_cu_seqlens(torch.tensor([0, 5, 5, 9]), 12), expected[None, None], 12)
+
+
 def test_cu_seqlens_and_a_static_cache_longer_than_the_documents():
     expected = np.zeros((5, 9), dtype=bool)
     expected[:3, :3] = np.tri(3)
@@ -349,7 +370,7 @@ def test_from_padding_mask(call, batch, is_causal, random):
             for row in real
         ]
     )
-    for dtype in (torch.bool, torch.int64):
+    for dtype in (torch.bool, torch.int64, torch.float32):
         mask = torch.tensor(real, dtype=dtype).reshape(batch, kv_len)
         assert_mask(from_padding_mask(mask, q_len=q_len, is_causal=is_causal, **offsets), expected, q_len)
 
@@ -793,6 +814,11 @@ def test_startend_row_indices_both_ways(form, q_len, kv_len, seed):
         (lambda b, h, q, k: None, TypeError, "got NoneType"),
         (lambda b, h, q, k: (q >= k, q < k), TypeError, "got tuple"),
         (lambda b, h, q, k: {}["documents"], KeyError, "documents"),
+        (
+            lambda b, h, q, k: torch.arange(3)[k] <= q,
+            ValueError,
+            "below `kv_len` = 5, .* index 3 is out of bounds .*pad",
+        ),
     ],
 )
 def test_a_mask_mod_that_cannot_be_evaluated_is_told_why(mask_mod, error, message):
@@ -964,7 +990,7 @@ nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
         (lambda: from_position_ids(ids.cfloat()), TypeError, "`position_ids` must be an integer or float.*complex64"),
         (lambda: from_position_ids(ids[None]), ValueError, r"`position_ids` must be \[B, S\] or \[S\].*\[1, 2, 5\]"),
         (lambda: from_document_ids([0, 1]), TypeError, "`document_ids` must be an integer tensor.*list"),
-        (lambda: from_padding_mask(ids.float()), TypeError, "`padding_mask` must be an integer tensor"),
+        (lambda: from_padding_mask(ids.tolist()), TypeError, "`padding_mask` must be an integer or float tensor"),
         (lambda: from_cu_seqlens(ids, 5), ValueError, r"`cu_seqlens_q` must be \[n \+ 1\], got shape \[2, 5\]"),
         (lambda: from_cu_seqlens(ids[0, :0], 5), ValueError, "at least the leading 0"),
         (lambda: from_cu_seqlens(ids[0], 5, cu_seqlens_k=ids[0, 1:]), ValueError, "same number of documents"),

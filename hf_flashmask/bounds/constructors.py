@@ -210,14 +210,14 @@ def from_padding_mask(
     """Keys where a 2-D mask is 0 are hidden from every query. Rows of padding are not hidden, as in Transformers.
 
     Args:
-        padding_mask: bool or integers `[B, S_k]` or `[S_k]`, 0 for padding, on either side.
+        padding_mask: bool or numbers `[B, S_k]` or `[S_k]`, 0 for padding, on either side.
         q_len: S_q, by default S_k.
 
     Returns:
         int32 `[B, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
 
     Raises:
-        TypeError: when `padding_mask` is not a tensor of bool or integers.
+        TypeError: when `padding_mask` is not a tensor of bool or numbers.
         ValueError: when it has another shape.
 
     >>> from_padding_mask(torch.tensor([[0, 1, 1]]), is_causal=True).tolist()

@@ -115,7 +115,7 @@ def from_mask_mod(
         TypeError: for `q_len` beside a `BlockMask`, a function without it, or what is neither; for a function of other
             arguments, or one that returns something else.
         ValueError: when a length is negative, or the function reads the value of an argument, as `if`, `and` and
-            `.item()` do.
+            `.item()` do, or, on the CPU, looks beyond the end of a tensor.
         TooManyIntervalsError: when a key needs more than `MAX_INTERVALS` hidden intervals; the message names the first.
 
     >>> from_mask_mod(lambda batch, head, query, key: (query >= key) & (query - key < 2), 5).tolist()
@@ -142,7 +142,7 @@ def from_mask_mod(
     if q_len == 0 or kv_len == 0:
         return torch.zeros(batch_size, num_heads, 1, kv_len, dtype=torch.int32, device=device)
     batch, head, query, key = (torch.arange(count, device=device) for count in (batch_size, num_heads, q_len, kv_len))
-    return from_tiles(evaluate_in_tiles(_with_clear_errors(mask_mod), batch, head, query, key))
+    return from_tiles(evaluate_in_tiles(_with_clear_errors(mask_mod, q_len, kv_len), batch, head, query, key))
 
 
 def _check_arguments_of(mask_mod: Callable) -> None:
@@ -159,11 +159,16 @@ def _check_arguments_of(mask_mod: Callable) -> None:
         ) from None
 
 
-def _with_clear_errors(mask_mod: MaskMod) -> MaskMod:
+def _with_clear_errors(mask_mod: MaskMod, q_len: int, kv_len: int) -> MaskMod:
     @functools.wraps(mask_mod)
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         try:
             result: object = mask_mod(batch, head, query, key)
+        except IndexError as error:
+            raise ValueError(
+                f"`mask_mod` is asked for queries below `q_len` = {q_len} and keys below `kv_len` = {kv_len}, and "
+                f"looks beyond the end of a tensor: {error}. Pass the lengths of what it looks up, or pad that"
+            ) from error
         except RuntimeError as error:
             if not str(error).startswith("vmap:"):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import TypeAlias
@@ -255,9 +256,38 @@ def check_int_tensor(
         raise ValueError(f"`{name}` must be {shape}, got shape {list(value.shape)}")
 
 
+def check_cumulative(name: str, cumulative: Tensor, length: int) -> None:
+    """Check that cumulative lengths start at 0, do not decrease, and end within the tokens.
+
+    Off the CPU nothing waits: the device asserts it.
+
+    Raises:
+        ValueError: when they do not.
+    """
+    of_model = name.replace("seqlens", "seq_lens")
+    reason = (
+        f"`{name}` (of a model: `{of_model}`) must hold cumulative lengths: a leading 0, then where each document "
+        "ends, not decreasing and none past the last token. Lengths become such by "
+        "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+    )
+    if cumulative.is_cpu and type(cumulative) is Tensor and not torch.compiler.is_compiling():
+        values = cumulative.tolist()
+        if values[0] != 0 or values[-1] > length or any(end < start for start, end in itertools.pairwise(values)):
+            got = f"[{', '.join(map(str, values[:8]))}{', ...' if len(values) > 8 else ''}]"
+            raise ValueError(f"{reason}; got {got} for {length} tokens")
+        return
+    is_sorted = (cumulative[1:] >= cumulative[:-1]).all()
+    torch._assert_async(is_sorted & (cumulative[0] == 0) & (cumulative[-1] <= length), reason)
+
+
 def check_per_position(name: str, value: Tensor) -> Tensor:
     check_int_tensor(
-        name, value, (1, 2), "[B, S] or [S]", allow_bool=name == "padding_mask", allow_float=name == "position_ids"
+        name,
+        value,
+        (1, 2),
+        "[B, S] or [S]",
+        allow_bool=name == "padding_mask",
+        allow_float=name in ("position_ids", "padding_mask"),
     )
     return value if value.ndim == 2 else value[None]
 
