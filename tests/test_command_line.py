@@ -386,6 +386,13 @@ def test_explain_refuses_an_empty_mask(tmp_path: Path) -> None:
     assert "mask is empty: its shape is [1, 1, 1, 0]" in " ".join(result.output.split())
 
 
+def test_explain_asks_what_floats_of_two_dimensions_are(tmp_path: Path) -> None:
+    torch.save(torch.ones(8, 8).tril(), tmp_path / "mask.pt")
+    result = call("explain", str(tmp_path / "mask.pt"))
+    assert result.exit_code == 2
+    assert "the mask is torch.float32 [8, 8]: a dense mask [S_q, S_k] is bool" in " ".join(result.output.split())
+
+
 # bench
 
 

@@ -406,6 +406,37 @@ def test_a_dict_of_masks_for_layers_of_one_type_is_refused() -> None:
         build("llama")(random_documents([6])[0], attention_mask=mask)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dict_of_masks_without_a_type_of_layers_is_refused(name: str, compiled: bool) -> None:
+    model, tokens = build(name), random_documents([6])[0]
+    mask = {"full_attention": bounds.causal(6), "sliding_window": bounds.sliding_window(3, 6)}
+    if compiled:
+        model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ValueError, match="for 'full_attention', 'sliding_window', without 'sliding_attention': pass"):
+        model(tokens, attention_mask=mask)
+    mask["sliding_attention"] = mask.pop("sliding_window")
+    model(tokens, attention_mask=mask)
+
+
+@pytest.mark.parametrize("mask", [bounds.causal(6).numpy(), [[1] * 6]], ids=type)
+def test_masks_that_are_no_tensors_are_refused(mask: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"is a {type(mask).__name__}, not a tensor: .*\[B or 1, H or 1, C, S_k\] are int32"
+    ):
+        build("llama")(random_documents([6])[0], attention_mask=mask)
+
+
+def test_bounds_of_floats_are_told_to_be_int32() -> None:
+    model, tokens = build("llama"), random_documents([6])[0]
+    with pytest.raises(NotImplementedError, match=r"cannot add a bias .* are int32: call \.to\(torch\.int32\)"):
+        model(tokens, attention_mask=bounds.causal(6).float())
+    with pytest.raises(
+        ValueError, match=r"a dense mask of shape \[1, 1, 2, 6\].* are int32: call \.to\(torch\.int32\)"
+    ):
+        model(tokens, attention_mask=bounds.bidirectional(6).float())
+
+
 def test_attention_dropout_drops_weights() -> None:
     query, key, value = random_inputs()
     batch, heads, q_len, _ = query.shape
@@ -509,6 +540,13 @@ def test_cu_seq_lens_of_a_batch_are_refused() -> None:
     ends = torch.tensor([0, 3, 7])
     with pytest.raises(ValueError, match="batch has 2 rows; pass `position_ids`"):
         flashmask_attention_forward(attention_module(), *random_inputs(), None, cu_seq_lens_q=ends)
+
+
+@pytest.mark.parametrize("wrong", [[5, 7], [0, 5, 20]])
+def test_lengths_that_are_not_cumulative_are_refused(wrong: list[int]) -> None:
+    tokens = random_documents([12])[0]
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q`\) must hold cumulative lengths: .* for 12 tokens"):
+        build("llama")(tokens, cu_seq_lens_q=torch.tensor(wrong), use_cache=False)
 
 
 def test_mask_functions_of_the_users_own_are_named() -> None:

@@ -402,6 +402,12 @@ def test_every_gpu_of_the_process() -> None:
         ({"query": torch.zeros(2, 3, 37, 16)}, ValueError, r"a multiple of the key's 2 heads, got 3"),
         ({"bounds": torch.zeros(1, 1, 2, 37)}, TypeError, r"`bounds` must be int32 on cpu, got torch.float32"),
         ({"bounds": torch.zeros(1, 1, 37, 2).int()}, ValueError, r"the key length 37 last"),
+        (
+            {name: torch.zeros(2, 37, 4, 16) for name in ("query", "key", "value")}
+            | {"bounds": torch.zeros(1, 1, 1, 37).int()},
+            ValueError,
+            r"the key length 4 last, .*is it \[B, S, H, D\]\? Call \.transpose\(1, 2\)",
+        ),
         ({"bounds": torch.zeros(3, 1, 2, 37).int()}, ValueError, r"batch 1 or 2 and heads 1, 2 or 4"),
         ({"bounds": torch.zeros(1, 3, 2, 37).int()}, ValueError, r"batch 1 or 2 and heads 1, 2 or 4"),
         ({"bounds": torch.zeros(1, 1, 3, 37).int()}, ValueError, r"n pairs of start and end .* got 3"),

@@ -189,6 +189,9 @@ def test_a_transformers_without_the_hooks_is_named(index: int, monkeypatch: pyte
         "flashmask_attention",
         "hf_flashmask",
         "hf-flashmask",
+        "flashmas",
+        "flashmsk",
+        "flashmsak",
     ],
 )
 def test_misspelled_names_are_corrected(name: str, model: str, tmp_path: Path) -> None:
@@ -211,6 +214,15 @@ def test_a_misspelled_name_of_a_part_is_corrected() -> None:
     model = transformers.LlavaForConditionalGeneration._from_config(llava_config(), attn_implementation="eager")
     with pytest.raises(ValueError, match=r'Did you mean attn_implementation="flashmask"'):
         model.set_attn_implementation(parts)
+
+
+OTHERS = """eager sdpa flex_attention flash_attention_2 flash_attention_4 paged|flash_attention_2 flash_mla flash
+kernels-community/flash-attn3 kernels-community/flash-mla someone/flashmask flashinfer fla"""
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_other_names_are_not_taken_for_ours(name: str) -> None:
+    assert not integration.name.is_misspelled(name)
 
 
 def test_a_registered_name_that_resembles_ours_is_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:

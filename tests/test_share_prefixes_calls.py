@@ -9,6 +9,7 @@ import io
 import logging
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,8 @@ def test_models_that_cannot_share() -> None:
     refused(eager_twin(build("llama")), ValueError, 'LlamaModel uses "eager".*set_attn_implementation')
     refused(build("bert"), ValueError, "causal model; in BertModel a token sees the ones after it")
     refused(nn.Linear(2, 2), ValueError, "Transformers model, Linear holds none")
+    trainer: Any = types.SimpleNamespace(model=build("llama"))
+    refused(trainer, TypeError, r"takes models, got SimpleNamespace; of a trainer pass trainer\.model")
     small = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
     lfm = transformers.Lfm2Config(**small, **heads, layer_types=["conv", "full_attention"])
@@ -393,7 +396,7 @@ def test_everything_random_is_refused_in_training(name: str) -> None:
     model = build_family(name, **{**settings, **changes})
     with pytest.raises(NotImplementedError, match="under dropout or noise") as error, share_prefixes(model.train()):
         model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
-    named = str(error.value).partition(": set ")[2].partition(" in the config")[0]
+    named = str(error.value).partition(": set ")[2].partition(" in the config before")[0]
     assert set(named.split(", ")) == set(advice.split(", "))
     with share_prefixes(model.eval()) as shared:
         model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
@@ -420,7 +423,8 @@ def test_phi_moe_is_random_whatever_its_settings() -> None:
 def test_a_layer_in_training_mode_is_enough() -> None:
     model = build("llama", attention_dropout=0.5)
     model.model.layers[1].train()
-    refused(model, NotImplementedError, "set attention_dropout=0.0 in the config")
+    advice = r"set attention_dropout=0\.0 in the config before the model is made, as from_pretrained\(\.\.\., "
+    refused(model, NotImplementedError, advice + r"attention_dropout=0\.0\) does")
 
 
 def test_noisy_embeddings_are_refused() -> None:

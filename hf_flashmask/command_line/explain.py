@@ -98,6 +98,11 @@ def _bounds_of_tensor(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.int32 and tensor.ndim == 4:
         bounds_of.check_bounds(tensor)
         return tensor
+    if tensor.ndim == 2 and tensor.is_floating_point():
+        raise ValueError(
+            f"the mask is {tensor.dtype} {list(tensor.shape)}: a dense mask [S_q, S_k] is bool (`mask == 0` for 0 and "
+            "-inf), a 2-D mask [B, S], 0 for padding, is of integers"
+        )
     if tensor.ndim == 2 and tensor.dtype != torch.bool:
         return _bounds_of_2d(tensor)
     if tensor.is_floating_point():  # an additive mask

@@ -157,7 +157,8 @@ def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
         raise NotImplementedError(
             'attn_implementation="flashmask" cannot add a bias to the scores: the float `attention_mask` may hold only '
             "0 for visible keys and -inf, or -1e4 and less, for hidden ones. Use "
-            'attn_implementation="sdpa" for this model or this mask.'
+            'attn_implementation="sdpa" for this model or this mask. Bounds [B or 1, H or 1, C, S_k] are int32: call '
+            ".to(torch.int32) on them"
         )
     if mask.shape[2] == 1:
         return _same_for_every_row(visible, q_len)

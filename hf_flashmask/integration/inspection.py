@@ -47,7 +47,8 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Returns:
         int32 `[B or 1, H or 1, C, S_k]` by the type of the layer: that of the configuration's `layer_types`, or else
         the name of the layer's class. Where layers of one type differ, each mask has the path of its first layer after
-        the type. `visualization.plot` and `to_text` draw them, `bounds.explain` reads them.
+        the type. A model of layer types takes them back as `attention_mask`, another one the single mask in them.
+        `visualization.plot` and `to_text` draw them, `bounds.explain` reads them.
 
     Raises:
         ValueError: when no layer of the model attends with flashmask.

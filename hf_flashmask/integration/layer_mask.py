@@ -241,7 +241,8 @@ def _check_dense_mask(attention_mask: Tensor, query: Tensor, key: Tensor) -> Non
     if attention_mask.ndim != 4 or not fits or shape[3] != kv_len:
         raise ValueError(
             f"`attention_mask` is a dense mask of shape {list(shape)}; expected [B or 1, H or 1, S_q or 1, S_k] with "
-            f"B = {batch}, H = {heads}, S_q = {q_len} and S_k = {kv_len}"
+            f"B = {batch}, H = {heads}, S_q = {q_len} and S_k = {kv_len}. Bounds [B or 1, H or 1, C, S_k] are int32: "
+            "call .to(torch.int32) on them"
         )
     if attention_mask.device != query.device:
         raise ValueError(

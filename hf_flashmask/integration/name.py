@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
@@ -16,7 +17,12 @@ logger = logging.get_logger(__name__)
 
 
 def is_misspelled(name: Any) -> bool:
-    """Whether this is no implementation, but resembles the name: "FlashMask", "flash_mask", "hf_flashmask"."""
+    """Whether this is no implementation, but resembles the name: "FlashMask", "hf_flash_mask", "flashmsk"."""
     if not isinstance(name, str) or name == NAME or "/" in name or name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return False
-    return re.sub("[^a-z]", "", name.lower()).removeprefix("hf").startswith(NAME)
+    letters = re.sub("[^a-z]", "", name.lower()).removeprefix("hf")
+    return letters.startswith(NAME) or bool(difflib.get_close_matches(letters, [NAME], cutoff=_SIMILARITY))
+
+
+_SIMILARITY = 0.85
+"""That of two letters in another order is 0.89, that of "flash_mla", another implementation, 0.82."""

@@ -26,6 +26,11 @@ def find_backbone(model: nn.Module, asking: str = "share_prefixes") -> PreTraine
     `asking` is who needs it, for the messages of errors.
     """
     inner: Any = model
+    if not isinstance(inner, nn.Module):
+        raise TypeError(
+            f"{asking} takes models, got {type(inner).__name__}; of a trainer pass trainer.model (and "
+            "trainer.ref_model, where it has one)"
+        )
     while not isinstance(inner, PreTrainedModel):
         _refuse_prompt_learning(inner, asking)
         # DDP and FSDP, torch.compile, TRL's value heads, peft and its tuners.

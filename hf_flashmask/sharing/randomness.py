@@ -28,11 +28,18 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
     places: dict[str, list[str]] = {}
     for setting, place in settings:
         places.setdefault(place, []).append(setting)
-    advice = "; ".join(f"set {', '.join(names)} in {place}" for place, names in places.items())
+    advice = "; ".join(f"set {', '.join(names)} in {place}{_when(place, names)}" for place, names in places.items())
     raise NotImplementedError(
         "share_prefixes cannot share tokens under dropout or noise, which differ from row to row in training: "
         f"{advice}. Evaluation mode needs none of this"
     )
+
+
+def _when(place: str, names: list[str]) -> str:
+    """Layers copy their settings when they are made."""
+    if place != "the config":
+        return ""
+    return f" before the model is made, as from_pretrained(..., {', '.join(names)}) does"
 
 
 def _settings(backbone: PreTrainedModel) -> Iterator[tuple[str, str]]:

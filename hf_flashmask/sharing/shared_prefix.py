@@ -58,9 +58,10 @@ class share_prefixes:
     Attributes:
         summary: what was saved, in a sentence; logged when sharing ends.
         given_tokens: tokens of all batches so far, padding not counted.
-        computed_tokens: tokens that were computed for them.
+        computed_tokens: tokens that were computed for them. Both are 0 until a call was shared.
 
     Raises:
+        TypeError: for what is no model, such as a trainer.
         ValueError: for a model that does not use flashmask, or is no decoder.
         NotImplementedError: here or when the model is called, for what cannot be shared exactly: dropout and noise in
             training mode, recurrent or convolutional layers, router logits, inputs besides token ids, prompt learning

@@ -300,8 +300,11 @@ def _check_bounds(
             "bounds, hf_flashmask.bounds.from_dense converts it"
         )
     if bounds.ndim != 4 or bounds.shape[3] != kv_len:
+        is_transposed = bounds.ndim == 4 and bounds.shape[3] == kv_heads
+        hint = "; the key has so many heads: is it [B, S, H, D]? Call .transpose(1, 2) on query, key and value"
         raise ValueError(
-            f"`bounds` must be [B or 1, H or 1, C, S_k] with the key length {kv_len} last, got {tuple(bounds.shape)}"
+            f"`bounds` must be [B or 1, H or 1, C, S_k] with the key length {kv_len} last, got "
+            f"{tuple(bounds.shape)}{hint if is_transposed else ''}"
         )
     if bounds.shape[0] not in (1, batch_size) or bounds.shape[1] not in (1, kv_heads, num_heads):
         raise ValueError(
