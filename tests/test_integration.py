@@ -406,19 +406,6 @@ def test_a_dict_of_masks_for_layers_of_one_type_is_refused() -> None:
         build("llama")(random_documents([6])[0], attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_dict_of_masks_without_a_type_of_layers_is_refused(name: str, compiled: bool) -> None:
-    model, tokens = build(name), random_documents([6])[0]
-    mask = {"full_attention": bounds.causal(6), "sliding_window": bounds.sliding_window(3, 6)}
-    if compiled:
-        model.forward = torch.compile(model.forward, backend="eager")
-    with pytest.raises(ValueError, match="for 'full_attention', 'sliding_window', without 'sliding_attention': pass"):
-        model(tokens, attention_mask=mask)
-    mask["sliding_attention"] = mask.pop("sliding_window")
-    model(tokens, attention_mask=mask)
-
-
 @pytest.mark.parametrize("mask", [bounds.causal(6).numpy(), [[1] * 6]], ids=type)
 def test_masks_that_are_no_tensors_are_refused(mask: Any) -> None:
     with pytest.raises(

@@ -20,7 +20,7 @@ from .mask_function import flashmask_mask, prepare
 from .mrope import keep_documents
 from .name import NAME, is_misspelled, logger
 from .predicate import wrap_is_flash, wrap_max_seqlen
-from .support import check_dicts_of_masks, check_support, keeps_eager, refuse_arrays
+from .support import check_support, keeps_eager, refuse_arrays
 from .versions import warn_of_untested
 
 
@@ -79,7 +79,6 @@ def _wrap_dispatch(original: Callable, _: str) -> Callable:
                 logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
                 return "eager"
             keep_documents(self)
-            check_dicts_of_masks(self)
         implementation = original(self, requested_attention, *args, **kwargs)
         _import_when_unpickled(self, implementation)
         return implementation

@@ -13,9 +13,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .arguments import by_name
-from .name import NAME
-
 # What a model is called with
 
 
@@ -60,42 +57,6 @@ def refuse_arrays(mask: Any) -> None:
             f"`attention_mask` is a {type(mask).__name__}, not a tensor: pass torch.as_tensor(mask); bounds "
             "[B or 1, H or 1, C, S_k] are int32"
         )
-
-
-def check_dicts_of_masks(model: PreTrainedModel) -> None:
-    """Add a hook to a model that looks masks up in a dict by the type of the layer; again is harmless."""
-    is_hooked = _refuse_missing_layer_types in model._forward_pre_hooks.values()
-    if _looks_up_masks(type(model)) and not is_hooked:  # type: ignore[arg-type]
-        model.register_forward_pre_hook(_refuse_missing_layer_types, with_kwargs=True)
-
-
-@functools.cache
-def _looks_up_masks(model_class: type) -> bool:
-    try:
-        source = inspect.getsource(inspect.unwrap(vars(model_class)["forward"]))
-    except (KeyError, OSError, TypeError):
-        return False
-    return "attention_mask, dict)" in source and "[self.config.layer_types[" in source
-
-
-def _refuse_missing_layer_types(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: the model itself says no more than the name of the type."""
-    if model.config._attn_implementation != NAME:
-        return
-    masks = by_name(model, args, kwargs).get("attention_mask")
-    if not isinstance(masks, dict):
-        return
-    layer_types = list(dict.fromkeys(model.config.layer_types[: model.config.num_hidden_layers]))
-    missing = [name for name in layer_types if name in _TYPES_OF_ATTENTION and name not in masks]
-    if missing:
-        raise ValueError(
-            f"`attention_mask` is a dict of masks for {', '.join(map(repr, masks)) or 'no layers'}, without "
-            f"{', '.join(map(repr, missing))}: pass bounds for each type of layer of {model.config.model_type}, "
-            f"{', '.join(map(repr, layer_types))}"
-        )
-
-
-_TYPES_OF_ATTENTION = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
 
 
 def check_support(model: PreTrainedModel) -> None:
