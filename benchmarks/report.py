@@ -642,7 +642,7 @@ def scaling_section(scaling: Json, run: Json) -> list[str]:
     """What more GPUs should do: balance and volumes by simulation, times and memory by the model of costs."""
     simulation = Simulation(scaling, run)
     return [
-        "### Predicted for 4 to 64 GPUs",
+        "## Predicted for 4 to 64 GPUs",
         "",
         "**Predicted, not measured**, but for what the first table compares. "
         "[parallel_scaling.py](../benchmarks/parallel_scaling.py) cuts real rows for so many ranks and counts tiles, "

@@ -1,5 +1,6 @@
 """Fine-tune on rows that several GPUs share, and check it against one process.
 
+    pip install ".[train,viz]"
     torchrun --nproc-per-node 8 examples/sft_long_context.py --sp 8 --row-length 131072 --dtype bfloat16
 
 The processes form a mesh dp x sp: FSDP2 shards the weights over all of them, and each group of `--sp` processes shares
@@ -8,7 +9,8 @@ itself, on GPUs if there are as many.
 
 The first steps are compared with one process that trains the same weights on the same documents, each of them alone,
 with Transformers' own "sdpa" attention: nothing is packed there, and nothing is cut. Losses, gradients and weights must
-agree; when they do not, the script says so and fails. A picture shows which rank computes what of the mask.
+agree; when they do not, the script says so and fails. A picture, which needs matplotlib, shows which rank computes what
+of the mask.
 
 Nothing is downloaded: the documents are the source of the standard library, a token is a byte, the model is a
 small Llama.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -28,10 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-from matplotlib.colors import to_rgb
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -50,6 +51,7 @@ TOLERANCE = {
 """The largest difference that counts as rounding: between losses, and between gradients as a part of their norm."""
 COMPARED_STEPS = {"float32": 3, "bfloat16": 1}
 """From the first step on, AdamW turns the rounding of tiny gradients into other weights."""
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 
 Document = dict[str, list[int]]
 
@@ -230,7 +232,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def share_out(args: argparse.Namespace, parallel: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Draw what the ranks of the first group compute of a row's mask. Returns their shares of the visible pairs."""
+    """The shares of a row's visible pairs that the ranks of the first group compute. Draws them as well."""
     length = batch["input_ids"].shape[1]
     # `shard` cuts the numbers of the tokens as it cuts the tokens; 0 is what it pads with.
     numbers = parallel.shard({**batch, "input_ids": torch.arange(1, length + 1)[None]})["input_ids"]
@@ -246,7 +248,8 @@ def share_out(args: argparse.Namespace, parallel: Any, batch: dict[str, Tensor])
         shares = [1 / args.sp] * args.sp
     in_order = [part.sum().item() / total for part in pairs.tensor_split(args.sp)]
     args.output.mkdir(parents=True, exist_ok=True)
-    draw(args, batch["position_ids"], held, shares, by_heads=parallel.mode == "ulysses")
+    if HAS_MATPLOTLIB:
+        draw(args, batch["position_ids"], held, shares, by_heads=parallel.mode == "ulysses")
     return {"shares": shares, "shares_of_a_cut_in_order": in_order, "documents": int((pairs == 1).sum())}
 
 
@@ -254,6 +257,9 @@ def draw(
     args: argparse.Namespace, position_ids: Tensor, held: list[list[int]], shares: list[float], *, by_heads: bool
 ) -> None:
     """The mask, rows by keys, in the colours of the ranks. Where they share out heads, a panel for each rank."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+
     length = position_ids.shape[1]
     tile = -(-length // 512)
     visible = hf_flashmask.bounds.tile_occupancy(hf_flashmask.bounds.from_position_ids(position_ids), tile_size=tile)
@@ -299,7 +305,7 @@ def print_report(args: argparse.Namespace, report: dict[str, Any], reason: str) 
     print(f"Shares of the visible pairs of a row of {report['documents']} documents:")
     for rank, (share, in_order) in enumerate(zip(report["shares"], report["shares_of_a_cut_in_order"])):
         print(f"  rank {rank}: {share:.1%}, where a cut into consecutive rows would give {in_order:.1%}")
-    print(f"Picture: {args.output / 'mask.png'}")
+    print(f"Picture: {args.output / 'mask.png'}" if HAS_MATPLOTLIB else "No picture: matplotlib is not installed")
     if not args.compared_steps:
         return
     found, allowed = report["largest_difference"], report["tolerance"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -53,6 +54,17 @@ def run_at_once(
         errors = [output.with_suffix(".err") for output in outputs]
         assert not any(codes), f"{codes}\n" + "\n".join(path.read_text() for path in errors if path.exists())
         return [output.read_text() for output in outputs]
+
+
+def run_on_ranks(script: Path, arguments: Sequence[str], ranks: int, cwd: Path) -> list[str]:
+    """What the processes of one machine print that find each other as `torchrun` lets them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared = {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return run_at_once(script, arguments, environments, cwd)
 
 
 def compute_once(factory: pytest.TempPathFactory, name: str, compute: Callable[[Path], object]) -> Path:

@@ -18,7 +18,7 @@ import tokenizers
 import torch
 import transformers
 from packaging.version import Version
-from processes import run_python
+from processes import run_on_ranks, run_python
 from tiny_models import build, packed, random_documents
 
 from flashmask_kernels import configs
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = "<!-- not run"
 """Begins the comment above a snippet that no CPU can run; the comment says why."""
 RUN_ELSEWHERE = {
-    "docs/many_gpus.md": "several processes, see tests/test_parallel.py",
+    "docs/many_gpus.md": "several processes: its program is run below, see also tests/test_parallel.py",
     "docs/cuda_graphs.md": "a GPU",
     "docs/upstream.md": "code of other libraries",
     "docs/recipes/": "lines for the programs of other projects",
@@ -82,6 +82,32 @@ def test_a_snippet_runs_as_it_is_pasted(snippet: Snippet, tmp_path: Path) -> Non
 def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     printed = run_python(snippets()[0].code, cwd=tmp_path)
     assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
+
+
+def test_the_program_for_many_gpus_trains_as_one_process(tmp_path: Path) -> None:
+    page = (ROOT / "docs/many_gpus.md").read_text()
+    script = tmp_path / "train.py"
+    script.write_text(page.partition("```python\n")[2].partition("```")[0])
+    printed = run_on_ranks(script, [], 2, tmp_path)
+    assert printed[1] == ""
+
+    texts = ["The tokens of a row", "are on several ranks,", "its documents are kept apart."]
+    assert all(f'"{text}"' in script.read_text() for text in texts)
+    transformers.set_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters())
+    for loss in map(float, printed[0].split()):
+        documents = [torch.tensor([list(text.encode())]) for text in texts]
+        labels = sum(document.shape[1] - 1 for document in documents)
+        expected = sum(model(tokens, labels=tokens, num_items_in_batch=labels).loss for tokens in documents)
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(printed[0].split()) == 3
 
 
 def code_of_embeddings() -> str:

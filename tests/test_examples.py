@@ -8,7 +8,6 @@ import math
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -188,14 +187,15 @@ def test_sft_long_context_starts_processes_that_train_as_one(
 
 def test_sft_long_context_trains_as_one_process_under_torchrun(small_library: Path, tmp_path: Path) -> None:
     options = ["--row-length", "700", "--mode", "ulysses", "--dtype", "bfloat16", "--checkpointing", "--steps", "4"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    printed = "".join(processes.run_at_once(LONG_CONTEXT, ["--texts", str(small_library), *options], ranks, tmp_path))
+    printed = "".join(processes.run_on_ranks(LONG_CONTEXT, ["--texts", str(small_library), *options], 2, tmp_path))
     assert "rank 1: 50.0%" in printed
     check_long_context(tmp_path / "runs/sft_long_context", printed)
+
+
+def test_sft_long_context_needs_no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matplotlib", "matplotlib.pyplot", "matplotlib.colors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not runpy.run_path(str(LONG_CONTEXT))["HAS_MATPLOTLIB"]
 
 
 # The kernels alone

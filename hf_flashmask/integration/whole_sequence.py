@@ -122,7 +122,8 @@ def refuse_part_alone(module: nn.Module) -> None:
         raise ValueError(
             f"{type(module).__name__} is part of a model under sequence_parallel, but was not given the mask of the "
             "whole sequence: its tokens would attend only to those of the same rank. Call the model with "
-            "`parallel.shard(batch)`, or switch it off with `parallel.remove()`"
+            "`parallel.shard(batch)`, or switch it off with `parallel.remove()`. Trainer and accelerate do not call "
+            "`shard`: use `keep_masks` with them, see docs/many_gpus.md"
         )
 
 

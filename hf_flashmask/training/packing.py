@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .. import bounds
+from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .labels import IGNORED
 from .token_counts import count_tokens_in_trainer
 
@@ -28,7 +29,7 @@ Overflow: TypeAlias = Literal["error", "truncate", "split"]
 
 
 @dataclass
-class PackedDataCollator:
+class PackedDataCollator(PacksIntoRows):
     """Pack the documents of a batch into rows, for causal language models, `transformers.Trainer` and any DataLoader.
 
     An example is `{"input_ids": ..., "labels": ...}`, lists, NumPy arrays or tensors `[length]`; `labels` default to
@@ -54,7 +55,8 @@ class PackedDataCollator:
     their document, and a model with layers of several types (Gemma 2) gets a dict with bounds for each type.
 
     Args:
-        max_length: tokens that fit into a row. None: one row with all documents, however long.
+        max_length: tokens that fit into a row. None: one row with all documents, however long. With a number, Trainer
+            on several processes evaluates the loss alone: it cannot gather predictions of different numbers of rows.
         strategy: how documents are distributed over rows, see `pack_lengths`. Inside a row they keep their order.
         overflow: what to do with a document longer than `max_length`. "error" raises; "truncate" keeps its first
             `max_length` tokens; "split" cuts it into documents of at most `max_length` tokens. These do not see each
@@ -82,6 +84,7 @@ class PackedDataCollator:
         check_choice("overflow", self.overflow, Overflow)
         if self.max_length is not None:
             check_at_least("max_length", self.max_length, 1)
+            refuse_predictions_of_rows()
         check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         check_at_least("pad_token_id", self.pad_token_id, 0)
         if self.bounds_for is not None:

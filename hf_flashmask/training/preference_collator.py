@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, modeling_utils
 
 from ..sharing.prefix_tree import from_sequences
+from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .packing import PackingStrategy, pack_lengths
 from .preference_examples import TruncationMode, common_columns, tokenize, truncate
 from .preference_rows import ExampleTree, Row, labels_of, stack_padded
@@ -17,7 +18,7 @@ from .token_counts import count_tokens_in_trainer
 
 
 @dataclass
-class SharedPromptDataCollator:
+class SharedPromptDataCollator(PacksIntoRows):
     """Pack prompts and their answers into rows that hold every prompt once.
 
     Examples are `{"prompt", "chosen", "rejected"}` or `{"prompt", "answers": [...]}`; a batch has one kind. The values
@@ -88,6 +89,8 @@ class SharedPromptDataCollator:
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be None or at least {least}, got {value}")
         count_tokens_in_trainer()
+        if self.max_length is not None:
+            refuse_predictions_of_rows()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:

@@ -14,6 +14,7 @@ from .. import bounds
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..sharing.backbone import Traits, check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
+from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .labels import IGNORED
 from .packing import PackingStrategy, check_at_least, check_choice, layer_types_of, pack_lengths
 from .token_counts import count_tokens_in_trainer
@@ -25,7 +26,7 @@ TurnOverflow: TypeAlias = Literal["error", "truncate", "drop"]
 
 
 @dataclass
-class TurnsDataCollator:
+class TurnsDataCollator(PacksIntoRows):
     """Train every turn of the assistant under the context that inference gives it, all turns of a conversation at once.
 
     Chat templates of reasoning models drop the thinking of earlier turns (Qwen3, gpt-oss): the context of a turn is not
@@ -96,6 +97,7 @@ class TurnsDataCollator:
         check_choice("overflow", self.overflow, TurnOverflow)
         if self.max_length is not None:
             check_at_least("max_length", self.max_length, 2)
+            refuse_predictions_of_rows()
         check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         backbone = find_backbone(model, type(self).__name__)
         check_backbone(backbone, type(self).__name__)
