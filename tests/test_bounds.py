@@ -331,18 +331,14 @@ def test_from_cu_seqlens(documents, is_causal, cross, padding):
     assert_mask(result, expected, q_len)
 
 
-@pytest.mark.parametrize("wrong", [[5, 7], [0, 5, 20], [0, 7, 5], [-1, 5]])
+@pytest.mark.parametrize("wrong", [[5, 7], [0, 7, 5], [-1, 5]])
 def test_lengths_that_are_not_cumulative_are_refused(wrong):
-    got = rf"must hold cumulative lengths: a leading 0, .*; got {re.escape(str(wrong))} for 12 tokens"
+    got = rf"must hold cumulative lengths: a leading 0, .*, got {re.escape(str(wrong))}\."
     with pytest.raises(ValueError, match=rf"`cu_seqlens_q` \(of a model: `cu_seq_lens_q`\) {got}"):
         from_cu_seqlens(torch.tensor(wrong), 12)
     right = torch.tensor([0, *[12] * (len(wrong) - 1)])
     with pytest.raises(ValueError, match=rf"`cu_seqlens_k` .*{got}"):
         from_cu_seqlens(right, 12, cu_seqlens_k=torch.tensor(wrong))
-    in_graph = torch.compile(from_cu_seqlens, backend="eager", fullgraph=True)
-    in_graph(right, 12)
-    with pytest.raises(RuntimeError, match="must hold cumulative lengths"):  # as on a GPU, where the device asserts it
-        in_graph(torch.tensor(wrong), 12)
 
 
 def test_lengths_may_hold_empty_documents_and_leave_padding():

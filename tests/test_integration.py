@@ -529,10 +529,10 @@ def test_cu_seq_lens_of_a_batch_are_refused() -> None:
         flashmask_attention_forward(attention_module(), *random_inputs(), None, cu_seq_lens_q=ends)
 
 
-@pytest.mark.parametrize("wrong", [[5, 7], [0, 5, 20]])
+@pytest.mark.parametrize("wrong", [[5, 7], [0, 7, 5]])
 def test_lengths_that_are_not_cumulative_are_refused(wrong: list[int]) -> None:
     tokens = random_documents([12])[0]
-    with pytest.raises(ValueError, match=r"`cu_seq_lens_q`\) must hold cumulative lengths: .* for 12 tokens"):
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q`\) must hold cumulative lengths: .*\[[05], 7"):
         build("llama")(tokens, cu_seq_lens_q=torch.tensor(wrong), use_cache=False)
 
 

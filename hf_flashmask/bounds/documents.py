@@ -253,8 +253,8 @@ def from_cu_seqlens(
 
     Raises:
         TypeError: when the cumulative lengths are not integer tensors.
-        ValueError: when they are not `[n + 1]` with one n for queries and keys, do not start at 0, decrease, or end
-            past the last row or key; or `q_len` or `kv_len` is negative. On a GPU the values are asserted there.
+        ValueError: when they are not `[n + 1]` with one n for queries and keys, do not start at 0 or decrease; or
+            `q_len` or `kv_len` is negative. Values on a GPU are not looked at.
 
     >>> from_cu_seqlens(torch.tensor([0, 3, 5]), 5).tolist()
     [[[[3, 3, 3, 5, 5]]]]
@@ -271,9 +271,9 @@ def from_cu_seqlens(
                 "`cu_seqlens_q` and `cu_seqlens_k` must describe the same number of documents, got "
                 f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
             )
-    check_cumulative("cu_seqlens_q", cu_seqlens_q, q_len)
+    check_cumulative("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is not None:
-        check_cumulative("cu_seqlens_k", cu_seqlens_k, kv_len)
+        check_cumulative("cu_seqlens_k", cu_seqlens_k)
     rows = cu_seqlens_q.to(torch.int32)
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)

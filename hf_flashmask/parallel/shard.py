@@ -140,7 +140,7 @@ def read_batch(
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
-        documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, short, index)
+        documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     media = {name: given.pop(name) for name in traits.media if name in given}
@@ -217,7 +217,7 @@ def _tokens_of(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor |
     return mask[:, :length].ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, short: int, index: Tensor) -> Tensor:
+def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
     if rows != 1:
         raise ValueError(
             f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {rows} rows; pass "
@@ -225,7 +225,7 @@ def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int
         )
     if of_keys is not None and not torch.equal(of_keys, cu_seq_lens):
         raise ValueError("`cu_seq_lens_k` must be `cu_seq_lens_q`: queries and keys are the same tokens")
-    check_cumulative("cu_seq_lens_q", cu_seq_lens, short)
+    check_cumulative("cu_seq_lens_q", cu_seq_lens)
     starts = cu_seq_lens.to(index)
     document = torch.searchsorted(starts, index, right=True) - 1
     return (index - starts[document])[None]
