@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from ..sharing import share_prefixes
 from .labels import AnswerLabels
 from .step_profile import StepProfile
 from .token_counts import num_given_tokens, padding_of_bounds
+from .trainer_methods import wrap_in_trainer
 
 __all__ = ["FlashMaskCallback"]
-
-_OURS = "_clears_callbacks"
 
 
 class FlashMaskCallback(TrainerCallback):
@@ -149,15 +147,10 @@ class FlashMaskCallback(TrainerCallback):
 
 def _clear_after_failures() -> None:
     """Trainer tells callbacks of the end of a training that succeeds only. Again is harmless."""
-    try:
-        from transformers import Trainer
-    except ImportError:  # without accelerate there is no Trainer
-        return
-    original = Trainer.train
-    if hasattr(original, _OURS):
-        return
+    wrap_in_trainer("train", _clearing)
 
-    @functools.wraps(original)
+
+def _clearing(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
@@ -167,8 +160,7 @@ def _clear_after_failures() -> None:
                     callback._clear()
             raise
 
-    setattr(train, _OURS, True)
-    Trainer.train = train  # type: ignore[method-assign]
+    return train
 
 
 def _counts_of(sharing: share_prefixes) -> tuple[int, int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["PacksIntoRows", "refuse_predictions_of_rows"]
+from .trainer_methods import wrap_in_trainer
 
-_OURS = "_refuses_rows"
+__all__ = ["PacksIntoRows", "refuse_predictions_of_rows"]
 
 
 class PacksIntoRows:
@@ -21,15 +21,10 @@ def refuse_predictions_of_rows() -> None:
 
     Batches of the ranks have different numbers of rows. Collectives of such tensors fail or wait forever.
     """
-    try:
-        from transformers import Trainer
-    except ImportError:  # without accelerate there is no Trainer
-        return
-    original = Trainer.evaluation_loop
-    if hasattr(original, _OURS):
-        return
+    wrap_in_trainer("evaluation_loop", _refusing)
 
-    @functools.wraps(original)
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     def evaluation_loop(
         self: Any,
         dataloader: Any,
@@ -43,8 +38,7 @@ def refuse_predictions_of_rows() -> None:
             _check_collator(getattr(dataloader, "collate_fn", None), self.args.world_size)
         return original(self, dataloader, description, prediction_loss_only, *args, **kwargs)
 
-    setattr(evaluation_loop, _OURS, True)
-    Trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]
+    return evaluation_loop
 
 
 def _check_collator(collator: Any, processes: int) -> None:

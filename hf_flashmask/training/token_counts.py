@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .labels import AnswerLabels
-
-_OURS = "_knows_bounds"
+from .trainer_methods import wrap_in_trainer
 
 
 def count_tokens_in_trainer() -> None:
@@ -19,21 +17,15 @@ def count_tokens_in_trainer() -> None:
 
     Other batches are counted as before.
     """
-    try:
-        from transformers import Trainer
-    except ImportError:  # without accelerate there is no Trainer
-        return
-    original = getattr(Trainer, "_track_num_input_tokens", None)
-    if original is None or hasattr(original, _OURS):
-        return
+    wrap_in_trainer("_track_num_input_tokens", _counting)
 
-    @functools.wraps(original)
+
+def _counting(original: Callable[..., Any]) -> Callable[..., Any]:
     def track(self: Any, inputs: Any) -> Any:
         num_tokens = _num_tokens(inputs)
         return original(self, inputs if num_tokens is None else {**inputs, "attention_mask": num_tokens})
 
-    setattr(track, _OURS, True)
-    Trainer._track_num_input_tokens = track  # type: ignore[method-assign]
+    return track
 
 
 def _num_tokens(inputs: Any) -> Tensor | None:
