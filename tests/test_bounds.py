@@ -331,6 +331,17 @@ def test_from_cu_seqlens(documents, is_causal, cross, padding):
     assert_mask(result, expected, q_len)
 
 
+def test_ends_of_documents_are_cut_to_any_call():
+    ends = torch.tensor([[3, 3, 3, 5, 5, 8, 8, 8]], dtype=torch.int32)
+    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    for call in ({"q_offset": 2}, {"kv_offset": 3}, {"q_len": 5}, {"kv_len": 6, "kv_offset": torch.tensor(2)}):
+        for is_causal in (False, True):
+            ours = from_document_ends(ends, is_causal=is_causal, **call)
+            expected = from_document_ids(ids, is_causal=is_causal, **call)
+            q_len = call.get("q_len", 8)
+            np.testing.assert_array_equal(to_dense(ours, q_len).numpy(), to_dense(expected, q_len).numpy())
+
+
 @pytest.mark.parametrize("wrong", [[5, 7], [0, 7, 5], [-1, 5]])
 def test_lengths_that_are_not_cumulative_are_refused(wrong):
     got = rf"must hold cumulative lengths: a leading 0, .*, got {re.escape(str(wrong))}\."

@@ -221,7 +221,8 @@ def from_document_ends(
     >>> from_document_ends(torch.tensor([[3, 3, 3, 5, 5]], dtype=torch.int32), is_causal=False).tolist()
     [[[[3, 3, 3, 5, 5], [0, 0, 0, 3, 3]]]]
     """
-    if q_len is not None or kv_len is not None:
+    is_whole = q_len is None and kv_len is None and q_offset is None and isinstance(kv_offset, int) and kv_offset == 0
+    if not is_whole:
         call = resolve_call(document_ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
         return from_runs(document_ends, None, call, is_causal)
     if is_causal:

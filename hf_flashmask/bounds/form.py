@@ -44,8 +44,7 @@ def check_bounds(
         TypeError: when `bounds` are not an int32 tensor.
         ValueError: when their shape is not that of bounds, or shape or device do not fit the call.
     """
-    if dtype_or_type(bounds) != torch.int32:
-        came = dtype_or_type(bounds)
+    if (came := dtype_or_type(bounds)) != torch.int32:
         is_dense = came == torch.bool or (isinstance(came, torch.dtype) and came.is_floating_point)
         way = (
             "bounds.from_dense converts a dense bool mask" if is_dense else "integers become bounds by .to(torch.int32)"

@@ -53,9 +53,8 @@ def prepare(
     """What Transformers' `_preprocess_mask_arguments` returns, with `Hints` in the place of the 2-D mask.
 
     Here, and nowhere else, one sees that the user gave one mask for all layers, its values, and `position_ids` beside a
-    cache.
-    Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they are
-    always found.
+    cache. Transformers looks for packed documents only without a cache and without a 2-D mask, even of ones. Here they
+    are always found.
 
     Args:
         find_sizes: Transformers' function, of `inputs_embeds` and the mask alone.
@@ -91,7 +90,7 @@ def prepare(
         early_exit, _, _, *sizes = find_sizes(inputs_embeds, None)
         if isinstance(attention_mask, Tensor):
             refuse_bounds_of_encoder(attention_mask, length, is_cross_attention=is_cross_attention)
-        mask = _final_mask(config, attention_mask, position_ids)
+        mask = _final_mask(creator, config, attention_mask, position_ids)
         if early_exit or mask.tree is None:
             return True, note_made(mask, config, length, position_ids, None), None, *sizes
         return False, Hints((batch, length), mask.device, tree=mask.tree), None, *sizes
@@ -131,14 +130,14 @@ def prepare(
     return early_exit, known(document_ends=ends), None, *sizes
 
 
-def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
+def _final_mask(creator: object, config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -> Mask:
     """What the model was called with as a mask for all layers."""
     if isinstance(mask, Mask):
         if mask.tree is None:
             return mask.for_this_pass()
         tree: Tree | None = mask.tree
     else:
-        tree = _tree_of_user(config, mask, position_ids)
+        tree = _tree_of_user(creator, config, mask, position_ids)
         if tree is None:
             refuse_bounds_shared_by_layer_types(config, mask)
             warn_of_meeting_documents(config, mask, position_ids)
@@ -154,7 +153,7 @@ def _final_mask(config: Any, mask: Mask | Tensor, position_ids: Tensor | None) -
     return Mask.of_user(tree.bounds)
 
 
-def _tree_of_user(config: Any, mask: Tensor, position_ids: Tensor | None) -> Tree | None:
+def _tree_of_user(creator: object, config: Any, mask: Tensor, position_ids: Tensor | None) -> Tree | None:
     """Bounds that layers may have to narrow along the branches of a prefix tree; other bounds are final."""
     if position_ids is None or not has_key_ranges(config, mask):
         return None
@@ -162,9 +161,11 @@ def _tree_of_user(config: Any, mask: Tensor, position_ids: Tensor | None) -> Tre
     may_be_tree = mask.dtype == torch.int32 and heads == num_planes == 1
     if not may_be_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
         return None
-    # What cannot be read is taken for a tree, whose windows are refused there.
-    if may_be_read(mask) and not are_prefix_trees(mask, position_ids):
-        return None
+    if may_be_read(mask):  # what cannot be read is taken for a tree, whose windows are refused there
+        # Read once for all types of layers.
+        is_tree = functools.partial(are_prefix_trees, mask, position_ids)
+        if not recent.get("prefix trees", (mask, position_ids), creator, is_tree, mask.device):
+            return None
     return Tree(mask, position_ids.expand(batch, -1))
 
 
