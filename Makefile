@@ -94,6 +94,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	MYPYPATH=tests $(RUN) -m mypy --follow-imports=silent tests/*_gpu.py  # they call tests of others, which change
 
 check: lint test docs package
 
