@@ -19,6 +19,7 @@ from .gluon_api import gl, gluon, hopper
 from .tiles import (
     LAUNCH_OPTIONS,
     REGISTERS_WITH_MASKS,
+    TILES_LEFT,
     Lists,
     Ring,
     addressable,
@@ -47,8 +48,10 @@ def _produce(
 ):  # fmt: skip
     number = 0
     step = 0
-    row_tile, batch_head, _, _ = work.take(number)
+    row_tile, batch_head, num_cut, num_full = work.read(number)
     while row_tile >= 0:
+        tiles_left = num_cut + num_full
+        work.draw_next(tiles_left <= TILES_LEFT)
         batch = batch_head // NUM_HEADS
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
@@ -66,8 +69,10 @@ def _produce(
                     k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
                     v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
                     step += 1
+                    tiles_left -= 1
+                    work.draw_next(tiles_left == TILES_LEFT)
         number += 1
-        row_tile, batch_head, _, _ = work.take(number)
+        row_tile, batch_head, num_cut, num_full = work.read(number)
 
 
 @gluon.jit

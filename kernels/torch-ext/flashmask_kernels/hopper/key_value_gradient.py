@@ -6,6 +6,7 @@ from ..common.tiles import LOG2_E
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
     REGISTERS,
+    TILES_LEFT,
     Lists,
     Ring,
     deal_out_work,
@@ -31,8 +32,10 @@ def _produce_rows(
     """K and V fill one buffer together, and so do Q, the statistics of its rows and their number."""
     number = 0
     step = 0
-    column_tile, batch_kv_head, _, _ = work.take(number)
+    column_tile, batch_kv_head, num_cut, num_full = work.read(number)
     while column_tile >= 0:
+        tiles_left = (num_cut + num_full) * HEADS_PER_KV_HEAD
+        work.draw_next(tiles_left <= TILES_LEFT)
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
         runs = lists.runs_of(batch_kv_head, column_tile)
@@ -63,8 +66,10 @@ def _produce_rows(
                     async_load(delta, rows, full, delta_tiles.index(stage))
                     d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M, 0], stage, phase)
                     step += 1
+                    tiles_left -= 1
+                    work.draw_next(tiles_left == TILES_LEFT)
         number += 1
-        column_tile, batch_kv_head, _, _ = work.take(number)
+        column_tile, batch_kv_head, num_cut, num_full = work.read(number)
 
 
 @gluon.jit

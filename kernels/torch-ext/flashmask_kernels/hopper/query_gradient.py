@@ -6,6 +6,7 @@ from ..common.tiles import LOG2_E
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .tiles import (
     REGISTERS_WITH_MASKS,
+    TILES_LEFT,
     Lists,
     Ring,
     deal_out_work,
@@ -30,8 +31,10 @@ def _produce_columns(
     """Q and dO fill one buffer together."""
     number = 0
     step = 0
-    row_tile, batch_head, _, _ = work.take(number)
+    row_tile, batch_head, num_cut, num_full = work.read(number)
     while row_tile >= 0:
+        tiles_left = num_cut + num_full
+        work.draw_next(tiles_left <= TILES_LEFT)
         batch = batch_head // NUM_HEADS
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
@@ -54,8 +57,10 @@ def _produce_columns(
                         v, [batch, kv_head, column_tile * BLOCK_N, 0], step % V_STAGES, (step // V_STAGES & 1) ^ 1
                     )  # fmt: skip
                     step += 1
+                    tiles_left -= 1
+                    work.draw_next(tiles_left == TILES_LEFT)
         number += 1
-        row_tile, batch_head, _, _ = work.take(number)
+        row_tile, batch_head, num_cut, num_full = work.read(number)
 
 
 @gluon.jit

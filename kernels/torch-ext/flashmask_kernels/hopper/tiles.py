@@ -1,10 +1,10 @@
 """What the forward and the backward kernels share: dealing out work, buffers and their barriers, masking cut tiles.
 
 The warps of a thread block have different tasks. The scheduler draws pieces of work (one row tile or column tile of
-one head) from a counter, one ahead of its use. The producer loads their tiles by TMA. Where a piece is a row tile, two
-warps make the masks of its cut tiles from the bounds. Two consumers of four warps each compute 64 rows or columns. They
-synchronise by barriers in shared memory: a `full` barrier tells that a buffer holds a tile, an `empty` one that it may
-be overwritten.
+one head) from a counter, each shortly before it is used. The producer loads their tiles by TMA. Where a piece is a row
+tile, two warps make the masks of its cut tiles from the bounds. Two consumers of four warps each compute 64 rows or
+columns. They synchronise by barriers in shared memory: a `full` barrier tells that a buffer holds a tile, an `empty`
+one that it may be overwritten.
 """
 
 import functools
@@ -23,6 +23,8 @@ REGISTERS = gl.constexpr([240, 24, 24])
 REGISTERS_WITH_MASKS = gl.constexpr([240, 24, 24, 24])
 _BYTES_IN_L2 = 32 << 20
 _FEWEST_TILES = 400  # three for each processor
+# The next piece of work is drawn when so many tiles of this one remain to be loaded: long enough for the draw.
+TILES_LEFT = gl.constexpr(2)
 _MASK_LAYOUT = gl.constexpr(gl.BlockedLayout([4, 1], [1, 32], [1, 2], [1, 0]))
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -188,15 +190,27 @@ class Work:
         self.item, self.full, self.empty = item, full, empty
 
     @gluon.jit
-    def take(self, number):
+    def read(self, number):
         """The piece of that number."""
         mbarrier.wait(self.full, number & 1)
         tile = load_scalar(self.item.index(0))
         batch_head = load_scalar(self.item.index(1))
         num_cut = load_scalar(self.item.index(2))
         num_full = load_scalar(self.item.index(3))
-        mbarrier.arrive(self.empty, count=1)
         return tile, batch_head, num_cut, num_full
+
+    @gluon.jit
+    def take(self, number):
+        """The piece of that number, which this reader no longer needs then."""
+        piece = self.read(number)
+        mbarrier.arrive(self.empty, count=1)
+        return piece
+
+    @gluon.jit
+    def draw_next(self, is_due):
+        """What the producer does in the place of `take`, once for each piece."""
+        if is_due:
+            mbarrier.arrive(self.empty, count=1)
 
 
 @gluon.jit
@@ -269,7 +283,7 @@ def deal_out_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.co
         store_scalar(work.item.index(2), _count_tiles(runs, max_runs, 1))
         store_scalar(work.item.index(3), _count_tiles(runs, max_runs, 0))
         mbarrier.arrive(work.full, count=1)
-        # Drawn only when all have taken the last piece: an idle processor could compute a piece that waits here.
+        # Drawn only when the producer has nearly loaded the last piece: an idle processor could compute one that waits.
         mbarrier.wait(work.empty, number & 1)
         item = gl.atomic_add(counter, 1) + gl.num_programs(0)
         number += 1
