@@ -70,7 +70,7 @@ def test_a_triton_newer_than_tested_is_said_once(
     configs._warn_of_new_triton.cache_clear()
 
 
-@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 to 3.9")
 @pytest.mark.parametrize("is_portable", [False, True])
 def test_the_environment_forces_portable_kernels(is_portable: bool, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu((9, 0))

@@ -270,7 +270,7 @@ def test_the_pages_name_the_kernels_for_sm_90(page: str) -> None:
     releases = (".".join(map(str, version)) for version in (configs._OLDEST_GLUON, configs._NEWEST_GLUON))
     text = (ROOT / page).read_text()
     assert sizes in text
-    assert f"under Triton {' and '.join(releases)};" in text
+    assert f"under Triton {' to '.join(releases)};" in text
 
 
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)#\s]+)(#[^)]*)?\)|src=\"(?!https?://)([^\"]+)\"")

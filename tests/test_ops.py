@@ -138,7 +138,7 @@ def test_exported_graphs_are_told_from_compiled_ones() -> None:
         assert torch.export.export(Choice(), (values,), strict=strict).module()(values) == 1
 
 
-@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 to 3.9")
 def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large inputs take the kernels for sm_90, in one graph for all lengths. Fake tensors stand for those on a GPU."""
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
@@ -158,7 +158,7 @@ def test_compiled_graphs_choose_kernels_by_size(monkeypatch: pytest.MonkeyPatch)
     assert chosen == [dispatch.HOPPER, dispatch.PORTABLE]
 
 
-@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 or 3.7")
+@pytest.mark.skipif(not configs._HAS_GLUON, reason="the kernels for sm_90 need Triton 3.6 to 3.9")
 @pytest.mark.parametrize(
     ("dim", "options", "algorithms", "family"),
     [
