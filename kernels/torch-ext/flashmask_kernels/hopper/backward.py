@@ -18,7 +18,8 @@ from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
-from .tiles import LAUNCH_OPTIONS, addressable, heads_per_group, new_counters, num_programs, padded_dim, tile_source
+from .tiles import addressable, padded_dim, tile_source
+from .work import LAUNCH_OPTIONS, heads_per_group, new_counters, num_programs
 
 
 class AttentionBackward:

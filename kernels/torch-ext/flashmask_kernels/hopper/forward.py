@@ -16,27 +16,19 @@ from ..launch.launcher import Launcher
 from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import gl, gluon, hopper
-from .tiles import (
+from .masks import hide_by_mask, make_mask_ring, make_masks
+from .tiles import Ring, addressable, make_barriers, note_nan, padded_dim, store_rows, tile_source
+from .work import (
     LAUNCH_OPTIONS,
     REGISTERS_WITH_MASKS,
     TILES_LEFT,
     Lists,
-    Ring,
-    addressable,
-    deal_out_work,
+    assign_work,
     heads_per_group,
-    hide_by_mask,
     load_run,
-    make_barriers,
-    make_mask_ring,
-    make_masks,
     make_work,
     new_counters,
-    note_nan,
     num_programs,
-    padded_dim,
-    store_rows,
-    tile_source,
 )
 
 
@@ -241,7 +233,7 @@ def attention_forward_kernel(
             (_produce, (
                 q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_STAGES, STAGES,
             )),
-            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, True)),
         ],
         [4, 1, 1, 2],

@@ -21,27 +21,19 @@ from ..launch.launcher import Launcher
 from ..launch.layout import Layout, gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
+from .masks import hide, load_planes
 from .tiles import (
-    TILES_LEFT,
-    Lists,
     Ring,
     addressable,
-    deal_out_work,
-    heads_per_group,
-    hide,
-    load_planes,
-    load_run,
     load_scalar,
     make_barriers,
     make_scalars,
-    make_work,
-    new_counters,
     note_nan,
-    num_programs,
     store_rows,
     store_scalar,
     tile_source,
 )
+from .work import TILES_LEFT, Lists, assign_work, heads_per_group, load_run, make_work, new_counters, num_programs
 
 # 4 x 128 threads with 128 registers fill the register file: each consumer takes 208, dQ 72, and the others 24.
 _LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 128}
@@ -309,7 +301,7 @@ def fused_gradient_kernel(
                 q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                 v_tile, work, KV_HEADS, HEADS_PER_KV_HEAD, STAGES,
             )),
-            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
+            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
         ],
         [4, 4, 1, 1],
         REGISTERS,

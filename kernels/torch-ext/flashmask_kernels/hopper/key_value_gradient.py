@@ -4,24 +4,9 @@ from __future__ import annotations
 
 from ..common.tiles import LOG2_E
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
-from .tiles import (
-    REGISTERS,
-    TILES_LEFT,
-    Lists,
-    Ring,
-    deal_out_work,
-    forgotten,
-    hide,
-    load_planes,
-    load_run,
-    load_scalar,
-    make_barriers,
-    make_scalars,
-    make_work,
-    note_nan,
-    store_rows,
-    store_scalar,
-)
+from .masks import hide, load_planes
+from .tiles import Ring, forgotten, load_scalar, make_barriers, make_scalars, note_nan, store_rows, store_scalar
+from .work import REGISTERS, TILES_LEFT, Lists, assign_work, load_run, make_work
 
 
 @gluon.jit
@@ -295,7 +280,7 @@ def key_value_gradient_kernel(
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                     v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
                 )),
-                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+                (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
             ],
             [4, 1, 1],
             REGISTERS,
@@ -319,7 +304,7 @@ def key_value_gradient_kernel(
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                     v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
                 )),
-                (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+                (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
             ],
             [4, 1, 1],
             REGISTERS,

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from ..common.tiles import LOG2_E
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
-from .tiles import (
-    REGISTERS_WITH_MASKS,
-    TILES_LEFT,
-    Lists,
-    Ring,
-    deal_out_work,
-    forgotten,
-    hide_by_mask,
-    load_run,
-    make_barriers,
-    make_mask_ring,
-    make_masks,
-    make_work,
-    note_nan,
-    store_rows,
-)
+from .masks import hide_by_mask, make_mask_ring, make_masks
+from .tiles import Ring, forgotten, make_barriers, note_nan, store_rows
+from .work import REGISTERS_WITH_MASKS, TILES_LEFT, Lists, assign_work, load_run, make_work
 
 
 @gluon.jit
@@ -169,7 +156,7 @@ def query_gradient_kernel(
                 q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, STAGES, V_STAGES,
             )),
-            (deal_out_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, False)),
         ],
         [4, 1, 1, 2],
