@@ -314,7 +314,8 @@ def test_explain_says_what_hides_a_key(tmp_path: Path) -> None:
     torch.save({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, tmp_path / "batch.pt")
     printed = call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "1").output
     assert "query 4 does not see key 1: it is hidden from the rows 3 and after" in printed
-    assert "`key` is 7, but the mask has 5" in call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "7").output
+    printed = call("explain", str(tmp_path / "batch.pt"), "--pair", "4", "7").output
+    assert "`key` is 7, but the mask has 5, counted from 0" in printed
 
 
 def test_explain_draws_and_writes_tokens_and_documents(tmp_path: Path) -> None:

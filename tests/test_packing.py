@@ -395,6 +395,7 @@ def test_trainer_learns_as_from_padded_rows(name: str, returns_bounds: bool, tmp
     [
         ({"max_length": 0}, "`max_length` must be an integer of at least 1, got 0"),
         ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be an integer of at least 1, got 0"),
+        ({"max_length": torch.nn.Linear(2, 2)}, "`max_length` must be an integer of at least 1, got Linear$"),
         ({"pad_token_id": None}, "`pad_token_id` must be an integer of at least 0, got None"),
         ({"strategy": "wrapped"}, "`strategy` must be one of .* got 'wrapped'"),
         ({"overflow": "drop"}, r"`overflow` must be one of \['error', 'truncate', 'split'\], got 'drop'"),
@@ -425,6 +426,7 @@ GOOD = {"input_ids": [1, 2, 3], "labels": None, "attention_mask": [1, 1, 1], "te
         ({"input_ids": [1], "shift_labels": [1]}, ValueError, "example 1 .* has `shift_labels`"),
         ({"input_ids": [1], "assistant_masks": [1]}, ValueError, "example 1 .* has `assistant_masks`.*-100 where"),
         ({"input_ids": [1], "completion_mask": [1]}, ValueError, "example 1 .* has `completion_mask`.*-100 where"),
+        ({"input_ids": [1], "pixel_values": torch.ones(3, 2)}, ValueError, "example 1 .* has `pixel_values`.*tokens"),
     ],
 )
 def test_bad_examples_are_named(example: Any, error: type[Exception], message: str) -> None:

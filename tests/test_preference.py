@@ -730,6 +730,11 @@ def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -
         SharedPromptDataCollator(**settings)
 
 
+def test_a_length_in_the_place_of_the_tokenizer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`tokenizer` must be a tokenizer or None, got int: .*`max_length=`"):
+        SharedPromptDataCollator(64)  # type: ignore[arg-type]
+
+
 def test_losses_refuse_what_they_cannot_use() -> None:
     groups = SharedPromptDataCollator()(random_groups(seed=21))["labels"]
     pairs = SharedPromptDataCollator()(random_pairs(seed=21))["labels"]

@@ -149,10 +149,10 @@ def explain(bounds: Tensor, query: int, key: int, q_len: int | None = None, *, b
     q_len = kv_len if q_len is None else q_len
     for name, index, size in (("query", query, q_len), ("key", key, kv_len)):
         if not 0 <= index < size:
-            raise IndexError(f"`{name}` is {index}, but the mask has {size}")
+            raise IndexError(f"`{name}` is {index}, but the mask has {size}, counted from 0")
     for name, index, size in (("batch", batch, batches), ("head", head, heads)):
         if index < 0 or (size > 1 and index >= size):
-            raise IndexError(f"`{name}` is {index}, but the bounds have {size}")
+            raise IndexError(f"`{name}` is {index}, but the bounds have {size}, counted from 0")
     one_mask = bounds[batch if batches > 1 else 0, head if heads > 1 else 0][None, None]
     names, start, end = named_intervals(one_mask, q_len)
     column = zip(start[0, 0, :, key].tolist(), end[0, 0, :, key].tolist(), names)

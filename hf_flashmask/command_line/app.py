@@ -63,10 +63,10 @@ def run(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENTS", help="of the program")] = None,
     is_module: Annotated[bool, typer.Option("-m", help="the target is the name of a module")] = False,
 ) -> None:
-    """Run a program in which attn_implementation="flashmask" is registered, in all its processes.
+    """Run a program that does not import hf_flashmask.
 
-    For example: run train.py --lr 1e-4; run trl sft --attn_implementation flashmask ...; run -m torch.distributed.run
-    --nproc-per-node 8 train.py
+    attn_implementation="flashmask" is registered in all its processes. For example: run train.py --lr 1e-4; run trl sft
+    --attn_implementation flashmask ...; run -m torch.distributed.run --nproc-per-node 8 train.py
     """
     with _mistakes_in_one_line():
         run_program(target, arguments or [], is_module=is_module)
@@ -85,7 +85,10 @@ def estimate(
     examples: Annotated[int, typer.Option(min=1, help="how many to read")] = 5000,
     plot: Annotated[Path, typer.Option(help="the picture")] = Path("estimate.png"),
 ) -> None:
-    """What packing and shared prefixes would save on a dataset: padding, fill, visible pairs, expected speed."""
+    """What packing and shared prefixes would save on a dataset.
+
+    It prints padding, fill, visible pairs and the expected speed.
+    """
     with _mistakes_in_one_line():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -156,7 +159,10 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="to measure, compiling not counted")] = 20.0,
     plot: Annotated[Path, typer.Option(help="the picture")] = Path("bench.png"),
 ) -> None:
-    """Time attention over packed documents here: flashmask, FlexAttention, SDPA, FlashAttention if it is installed."""
+    """Time attention over packed documents on this machine.
+
+    flashmask, FlexAttention, SDPA, and FlashAttention if it is installed, each checked before it is timed.
+    """
     with _mistakes_in_one_line():
         place = _place_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = place.type == "cuda"

@@ -233,6 +233,10 @@ _REFUSED_KEYS = {
     "shift_labels": "give `labels` that are not shifted",
     "assistant_masks": "give `labels`, with -100 where the mask is 0",
     "completion_mask": "give `labels`, with -100 where the mask is 0",
+    **dict.fromkeys(
+        ("pixel_values", "pixel_values_videos", "input_features"),
+        "rows that it packs hold tokens only; pad such examples with the processor of the model",
+    ),
 }
 """Keys that would change the training if they were ignored -> what to do instead."""
 
@@ -332,4 +336,6 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 def check_at_least(name: str, value: Any, smallest: int) -> None:
     if not isinstance(value, Integral) or value < smallest:
-        raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {value!r}")
+        is_short = value is None or isinstance(value, (int, float, str))  # models and tokenizers print pages
+        got = repr(value) if is_short else type(value).__name__
+        raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {got}")

@@ -62,6 +62,7 @@ class SharedPromptDataCollator(PacksIntoRows):
           their logits. With Transformers before 5.21 `[L]`, and absent with a `max_length`.
 
     Raises:
+        TypeError: for a `tokenizer` that is none.
         ValueError: for an empty prompt or answer, a tree longer than `max_length`, a prompt that leaves no token of an
             answer; the message names the example.
     """
@@ -75,6 +76,11 @@ class SharedPromptDataCollator(PacksIntoRows):
     strategy: PackingStrategy = "first_fit_decreasing"
 
     def __post_init__(self) -> None:
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "apply_chat_template"):
+            raise TypeError(
+                f"`tokenizer` must be a tokenizer or None, got {type(self.tokenizer).__name__}: name other arguments, "
+                "such as `max_length=`"
+            )
         if self.truncation_mode not in get_args(TruncationMode):
             raise ValueError(
                 f"`truncation_mode` must be one of {list(get_args(TruncationMode))}, got {self.truncation_mode!r}"

@@ -12,7 +12,7 @@ def select(bounds: Tensor, batch: int, head: int) -> Tensor:
     check_bounds(bounds)
     for name, index, size in (("batch", batch, bounds.shape[0]), ("head", head, bounds.shape[1])):
         if not 0 <= index < size:
-            raise IndexError(f"`{name}` is {index}, but the bounds have {size}")
+            raise IndexError(f"`{name}` is {index}, but the bounds have {size}, counted from 0")
     return bounds[batch, head][None, None]
 
 
