@@ -84,6 +84,15 @@ def test_the_first_snippet_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert 4 < float(printed.split()[-1]) < 7  # an untrained model guesses one of 256 tokens: log(256) = 5.5
 
 
+def test_the_first_snippet_trains_replicas(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    code = snippets()[0].code.replace("TrainingArguments(", "TrainingArguments(use_cpu=True, ")
+    seed = "import os\nimport torch\ntorch.manual_seed(int(os.environ['RANK']))\n"
+    script.write_text(f"{seed}{code}print(sum(weights.sum().item() for weights in model.parameters()))\n")
+    first, second = run_on_ranks(script, [], 2, tmp_path)
+    assert first.split()[-1] == second.split()[-1]  # apart, each process would train the weights that it has drawn
+
+
 def test_the_program_for_many_gpus_trains_as_one_process(tmp_path: Path) -> None:
     page = (ROOT / "docs/many_gpus.md").read_text()
     script = tmp_path / "train.py"
