@@ -437,6 +437,12 @@ def test_bad_examples_are_named(example: Any, error: type[Exception], message: s
     assert collator.fill == 1
 
 
+def test_labels_are_given_for_all_examples_or_for_none() -> None:
+    with_labels = {**GOOD, "labels": [-100, 2, 3]}
+    with pytest.raises(ValueError, match="example 1 of the batch has no `labels`, example 0 has: give all examples"):
+        PackedDataCollator(8)([with_labels, GOOD])
+
+
 def test_a_batch_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="the batch has no token: `input_ids` of all its 2 examples are empty"):
         PackedDataCollator(8)([{"input_ids": []}, {"input_ids": torch.empty(0, dtype=torch.int64)}])

@@ -147,6 +147,25 @@ def test_the_callback_does_not_count_evaluation(tmp_path: Path) -> None:
         assert log["flashmask/shared"] == pytest.approx(5 / 17, abs=1e-4)
 
 
+def test_evaluations_get_no_figures_of_the_training(tmp_path: Path) -> None:
+    """Two steps are behind the evaluation, and the training has logged none yet."""
+    model = build("llama")
+    examples = [{"input_ids": row} for row in [[1, 2, 3, 4, 5], [1, 2, 3, 9], [7, 8], [7, 8, 9, 10, 11, 12]] * 2]
+    arguments = arguments_of(tmp_path, use_cpu=True, max_steps=4, logging_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples * 2,
+        eval_dataset=examples,
+        data_collator=PackedDataCollator(24),
+        callbacks=[FlashMaskCallback()],
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    assert [any(key.startswith("flashmask/") for key in log) for log in logs] == ["loss" in log for log in logs]
+    assert sum("eval_loss" in log for log in logs) == 2
+
+
 @pytest.mark.parametrize("slow", ["attention", "mlp"])
 def test_the_callback_logs_the_part_of_attention_in_a_step(
     slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,9 @@ from .trainer_methods import wrap_in_trainer
 
 __all__ = ["FlashMaskCallback"]
 
+_KEYS_OF_TRAINING = ("loss", "train_loss")
+"""Trainer logs one of them for steps and at the end; evaluations are entries of their own."""
+
 
 class FlashMaskCallback(TrainerCallback):
     """Log how full the rows of a training are, for `transformers.Trainer` and the trainers of TRL::
@@ -26,7 +29,7 @@ class FlashMaskCallback(TrainerCallback):
         sharing = share_prefixes(model)
         trainer = DPOTrainer(model, ..., callbacks=[FlashMaskCallback(sharing)])
 
-    Each entry of the log gets, over the training batches of this process since the last one:
+    Each entry of the training's log gets, over the training batches of this process since the last one:
 
     * `flashmask/fill`: fraction of positions that hold tokens; the rest is padding.
     * `flashmask/padding`: positions of padding.
@@ -91,7 +94,7 @@ class FlashMaskCallback(TrainerCallback):
             self._profile = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs is None or self._num_positions == 0:
+        if logs is None or self._num_positions == 0 or logs.keys().isdisjoint(_KEYS_OF_TRAINING):
             return
         figures = {name: round(figure, 4) for name, figure in self._figures().items()}
         logs.update(figures)

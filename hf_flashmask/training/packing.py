@@ -111,6 +111,7 @@ class PackedDataCollator(PacksIntoRows):
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pack one batch of examples."""
         documents = [piece for index, example in enumerate(examples) for piece in self._documents(index, example)]
+        _check_labels(examples)
         if not documents:
             raise ValueError(f"the batch has no token: `input_ids` of all its {len(examples)} examples are empty")
         lengths = [len(document.input_ids) for document in documents]
@@ -239,6 +240,16 @@ _REFUSED_KEYS = {
     ),
 }
 """Keys that would change the training if they were ignored -> what to do instead."""
+
+
+def _check_labels(examples: Sequence[Mapping[str, Any]]) -> None:
+    """Without labels an example learns all its tokens: beside one with labels that is an oversight."""
+    has_labels = [example.get("labels") is not None for example in examples]
+    if any(has_labels) and not all(has_labels):
+        raise ValueError(
+            f"example {has_labels.index(False)} of the batch has no `labels`, example {has_labels.index(True)} has: "
+            "give all examples `labels`, or none"
+        )
 
 
 def _read_example(index: int, example: Any) -> _Document:
