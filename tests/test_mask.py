@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache, masking_utils
 
 from hf_flashmask import bounds
 from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
-from hf_flashmask.integration.final_bounds import are_prefix_trees
+from hf_flashmask.integration.final_bounds import depth_in_prefix_trees
 from hf_flashmask.integration.mask import Hints, Place, register_tree
 from hf_flashmask.sharing.prefix_tree import from_sequences
 
@@ -519,13 +519,43 @@ def test_prefix_trees_are_told_from_other_bounds(seed: int) -> None:
     shift = (torch.arange(padded.shape[3]) < seed % 3 + tree.bounds.shape[3]) * (seed % 3)
     mask = (padded + shift).int()
     mask[..., : seed % 3] = 0
-    positions = torch.nn.functional.pad(tree.position_ids + 5 * (seed % 2), (seed % 3, seed % 4))
-    assert are_prefix_trees(mask, positions)
+    counted = torch.nn.functional.pad(tree.position_ids, (seed % 3, seed % 4))
+    positions = counted + 5 * (seed % 2)
+    depth = depth_in_prefix_trees(mask, positions)
+    assert depth is not None
+    assert torch.equal(*(numbers[mask[:, 0, 0] > torch.arange(mask.shape[3])] for numbers in (depth, counted)))
     has_parent = bounds.to_dense(mask)[0, 0].sum(1) > 1
     token = int(has_parent.nonzero()[seed % 2])
-    assert not are_prefix_trees(mask, positions.index_add(1, torch.tensor([token]), torch.tensor([[100]])))
+    assert depth_in_prefix_trees(mask, positions.index_add(1, torch.tensor([token]), torch.tensor([[100]]))) is None
     length = 12 + seed
     row = torch.arange(length)[None]
-    assert are_prefix_trees(bounds.causal(length), row)
-    assert not are_prefix_trees(bounds.sliding_window(3 + seed % 5, length), row)
-    assert not are_prefix_trees(bounds.sinks_and_window(1, 3 + seed % 5, length=length), row)
+    assert depth_in_prefix_trees(bounds.causal(length), row) is not None
+    assert depth_in_prefix_trees(bounds.sliding_window(3 + seed % 5, length), row) is None
+    assert depth_in_prefix_trees(bounds.sinks_and_window(1, 3 + seed % 5, length=length), row) is None
+
+
+def test_only_paths_from_a_root_are_prefix_trees() -> None:
+    """All bounds of four places, under positions that count the tokens seen. Each of those must see all before it."""
+    ends = torch.cartesian_prod(*[torch.arange(5)] * 4).int()
+    visible = bounds.to_dense(ends[:, None, None], 4)[:, 0]
+    for mask, seen in zip(ends, visible):
+        pairs = (seen & seen.diagonal()[:, None]).nonzero().tolist()  # rows of padding may see anything
+        are_paths = [seen[key, : key + 1].equal(seen[row, : key + 1]) for row, key in pairs]
+        count = (seen.tril(-1).sum(1) + 3)[None]
+        assert (depth_in_prefix_trees(mask[None, None, None], count) is not None) == all(are_paths), mask
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama4"])
+def test_trees_count_from_any_position(name: str) -> None:
+    """Chunks begin with the sequence, whatever number its positions start from. One tree serves all rows."""
+    model = build(name)
+    tree = from_sequences(random_sequences(3, 4, 12))
+    tokens = torch.randint(1, 97, (2, tree.input_ids.shape[1]))
+    positions = torch.stack([tree.position_ids[0], tree.position_ids[0] + 3])
+    logits = model(tokens, position_ids=positions, attention_mask=tree.bounds, use_cache=False).logits
+    seen = bounds.to_dense(tree.bounds)[0, 0]
+    for row in range(2):
+        for token in range(tokens.shape[1]):
+            path = seen[token].nonzero().flatten()
+            alone = eager_twin(model)(tokens[row, path][None], position_ids=positions[row, path][None], use_cache=False)
+            torch.testing.assert_close(logits[row, token], alone.logits[0, -1], **TOLERANCE)

@@ -23,7 +23,7 @@ from .documents import (
 )
 from .engines import note_made
 from .final_bounds import (
-    are_prefix_trees,
+    depth_in_prefix_trees,
     refuse_bounds_of_encoder,
     refuse_mask_of_flex_attention,
     warn_of_meeting_documents,
@@ -157,16 +157,16 @@ def _tree_of_user(creator: object, config: Any, mask: Tensor, position_ids: Tens
     """Bounds that layers may have to narrow along the branches of a prefix tree; other bounds are final."""
     if position_ids is None or not has_key_ranges(config, mask):
         return None
-    batch, heads, num_planes, length = mask.shape
+    _, heads, num_planes, length = mask.shape
     may_be_tree = mask.dtype == torch.int32 and heads == num_planes == 1
     if not may_be_tree or position_ids.ndim != 2 or position_ids.shape[1] != length:
         return None
-    if may_be_read(mask):  # what cannot be read is taken for a tree, whose windows are refused there
-        # Read once for all types of layers.
-        is_tree = functools.partial(are_prefix_trees, mask, position_ids)
-        if not recent.get("prefix trees", (mask, position_ids), creator, is_tree, mask.device):
-            return None
-    return Tree(mask, position_ids.expand(batch, -1))
+    if not may_be_read(mask):  # what cannot be read is taken for a tree, whose windows are refused there
+        return Tree(mask, position_ids)
+    # Read once for all types of layers.
+    find = functools.partial(depth_in_prefix_trees, mask, position_ids)
+    depth = recent.get("prefix trees", (mask, position_ids), creator, find, mask.device)
+    return None if depth is None else Tree(mask.expand(len(depth), -1, -1, -1), depth)
 
 
 def flashmask_mask(
