@@ -244,6 +244,11 @@ def test_empty_inputs() -> None:
     query.requires_grad_()
     flashmask_attention(query, key[:, :, :0], value[:, :, :0]).sum().backward()
     assert query.grad.eq(0).all()
+    sinks = torch.randn(4, requires_grad=True)  # alone in the log-sum-exp of every row
+    _, lse = flashmask_attention(query, key[:, :, :0], value[:, :, :0], sinks=sinks, return_lse=True)
+    weights = torch.randn_like(lse)
+    (lse * weights).sum().backward()
+    torch.testing.assert_close(sinks.grad, weights.sum((0, 2)))
 
 
 def test_inference_mode_then_training() -> None:

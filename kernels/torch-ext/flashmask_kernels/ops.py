@@ -73,7 +73,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         d_query, d_key, d_value = (_new_gradient(tensor).zero_() for tensor in (query, key, value))
-        return d_query, d_key, d_value, torch.zeros_like(lse)
+        return d_query, d_key, d_value, torch.zeros_like(lse).sub_(0 if d_lse is None else d_lse)
     if by_column is None or by_row is None:
         return tiled_backward(d_out, d_lse, query, key, value, bounds, out, lse, seed, scale, softcap, dropout_p)
     plan = plan_of(query, key, value, bounds, None, scale, softcap, dropout_p, family)
