@@ -1072,6 +1072,15 @@ def test_windows_and_chunks_along_the_branches_of_a_tree(is_known, chunked_by, n
     assert torch.equal(to_dense(limited), to_dense(tree) & together)
 
 
+@pytest.mark.parametrize("of_padding", [0, -1, -7])
+def test_padding_of_a_tree_may_hold_any_number_that_hides_it(of_padding):
+    tree = torch.nn.functional.pad(from_prefix_tree([-1, 0, 0], [3, 2, 3]), (1, 2), value=of_padding)
+    tree[..., 1:-2] += 1
+    depth = torch.tensor([[0, 0, 1, 2, 3, 4, 3, 4, 5, 0, 0]])
+    expected = to_dense(tree) & (depth[0, :, None] - depth[0] < 2)
+    assert torch.equal(to_dense(limit_depth(tree, depth, depth + 2)), expected)
+
+
 def test_limit_depth_refuses_what_it_cannot_hold():
     tree = from_prefix_tree([-1, *[0] * 16], [1] * 17)
     depth = torch.tensor([[0, *[1] * 16]])

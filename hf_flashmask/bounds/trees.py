@@ -106,7 +106,7 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         raise ValueError(f"`bounds` must be those of a prefix tree, [B, 1, 1, S], got {list(bounds.shape)}")
     if bounds.numel() == 0:
         return bounds.expand(-1, -1, 4, -1).contiguous()
-    subtree_end = bounds[:, 0, 0]
+    subtree_end = bounds[:, 0, 0].clamp(min=0)  # of padding it may be any number
     length = subtree_end.shape[1]
     row = torch.arange(length, dtype=torch.int32, device=bounds.device).expand_as(subtree_end)
     depth, end_depth = (values.to(torch.int32).expand_as(subtree_end) for values in (depth, end_depth))
