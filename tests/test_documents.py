@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -96,7 +98,7 @@ def check_documents(name: str, twin: PreTrainedModel, batch: dict[str, Tensor], 
             torch.testing.assert_close(logits[row, columns], expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16])
 def test_documents_do_not_see_each_other(dtype: torch.dtype) -> None:
     model = model_of("llama")
     batch = with_positions("llama", batch_of(torch.tensor(ROWS, dtype=dtype)))
@@ -230,13 +232,25 @@ def test_compiled_chunks_start_with_each_document_beside_a_cache() -> None:
                 torch.testing.assert_close(logits[row, None, columns], expected.logits, **TOLERANCE)
 
 
-def test_ids_that_generate_appends_are_refused() -> None:
-    model = model_of("llama")
-    batch = batch_of(torch.tensor([[0, 1, 1, 2, 2], [1, 1, 1, 1, 1]]))
+@pytest.mark.parametrize("ids", [[1, 1, 2, 2], [2, 2, 2, 2], [3, 3, 1, 1]])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 2}, {"max_new_tokens": 1}, {"cache_implementation": "static"}],
+)
+def test_generate_refuses_ids(ids: list[int], options: dict[str, Any]) -> None:
+    """It would append 1, and count positions by adding the ids up."""
+    call = batch_of(torch.tensor([ids])) | {"max_new_tokens": 3, "do_sample": False} | options
+    with pytest.raises(NotImplementedError, match="generate appends 1 to it"):
+        model_of("llama").generate(**call)
+
+
+def test_a_new_token_of_id_1_after_another_id_is_refused() -> None:
+    """As loops like that of `generate` append it."""
+    model, mask = model_of("llama"), torch.tensor([[0, 1, 1, 2, 2, 1]])
+    batch, cache = batch_of(mask), DynamicCache()
+    model(input_ids=batch["input_ids"][:, :5], attention_mask=mask[:, :5], past_key_values=cache)
     with pytest.raises(NotImplementedError, match="append the id of the document that goes on"):
-        model.generate(**batch, max_new_tokens=3, do_sample=False)
-    with pytest.raises(NotImplementedError, match="do not work beside a static cache"):
-        model.generate(**batch, max_new_tokens=3, do_sample=False, cache_implementation="static")
+        model(input_ids=batch["input_ids"][:, 5:], attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize("new", [1, 3])
@@ -255,6 +269,33 @@ def test_generation_of_one_document_in_each_row_goes_on() -> None:
     batch = batch_of(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**batch, **options), eager_twin(model).generate(**batch, **options))
+
+
+# Masks of floats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_floats_hold_0_and_1_only(dtype: torch.dtype) -> None:
+    model, mask = model_of("llama"), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    batch = batch_of(mask)
+    expected = model(**batch).logits
+    torch.testing.assert_close(model(**batch | {"attention_mask": mask.to(dtype)}).logits, expected)
+    for other in (2 * mask, mask / 2, (1 - mask) * -1e4):
+        with pytest.raises(NotImplementedError, match="is of floats and holds more than 0 and 1"):
+            model(**batch | {"attention_mask": other.to(dtype)})
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_virtual_tokens_are_not_given_to_one_document(config: Any) -> None:
+    """Prompt learning puts ones before the ids. Without ids it is as under eager attention."""
+    model = peft.get_peft_model(model_of("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    batch = batch_of(torch.tensor([[1, 1, 1, 2, 2]]))
+    with pytest.raises(NotImplementedError, match="gives the virtual tokens to one document alone"):
+        model(**batch)
+    batch["attention_mask"].clamp_(max=1)
+    twin = copy.deepcopy(model)
+    twin.base_model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, **TOLERANCE)
 
 
 # Models that take the mask for factors

@@ -420,6 +420,7 @@ GOOD = {"input_ids": [1, 2, 3], "labels": None, "attention_mask": [1, 1, 1], "te
         ({"input_ids": "text"}, TypeError, "`input_ids` of example 1 of the batch must be integers .* got str"),
         ({"input_ids": [1, 2], "labels": [1]}, ValueError, "`labels` of example 1 .* each of its 2 tokens, got 1"),
         ({"input_ids": [1, 0], "attention_mask": [1, 0]}, ValueError, "example 1 .* has padding"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 2]}, ValueError, "example 1 .* has ids of documents in its"),
         ({"input_ids": [1], "attention_mask": [1, 1]}, ValueError, "`attention_mask` of example 1 .* 1 tokens, got 2"),
         ({"input_ids": [1], "position_ids": [0]}, ValueError, "example 1 .* has `position_ids`"),
         ({"input_ids": [1], "seq_lengths": [1]}, ValueError, "example 1 .* has `seq_lengths`"),

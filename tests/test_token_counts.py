@@ -13,7 +13,7 @@ import torch
 from test_packing import Corpus, pad_right
 from test_preference import answers_of, random_groups, random_pairs
 from tiny_models import build
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 
 from flashmask_kernels import ops
 from hf_flashmask import (
@@ -123,6 +123,15 @@ def test_the_callback_logs_the_fill_of_packed_rows(with_bounds: bool, tmp_path: 
         assert log["flashmask/padding"] == 48 - tokens
         assert log["flashmask/tokens_per_document"] == tokens / 4
         assert "flashmask/shared" not in log
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_the_callback_counts_documents_by_ids(with_positions: bool, tmp_path: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 9, 3], "attention_mask": [1, 1, 2, 2, 3, 0], "labels": [5, 6, 7, 8, 9, -100]}
+    if with_positions:
+        row["position_ids"] = [0, 1, 2, 3, 4, 0]
+    for log in logged(build("llama"), [row] * 8, default_data_collator, tmp_path):
+        assert log["flashmask/tokens_per_document"] == pytest.approx(5 / 3, abs=1e-4)
 
 
 def test_the_callback_logs_padding_and_shared_tokens(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ __all__ = [
     "documents_of_layer",
     "ids_beside_cache",
     "is_cross_attention",
+    "refuse_fractions",
     "refuse_ids_as_factors",
+    "refuse_ids_in_generation",
     "starts_of_later_documents",
 ]
 
@@ -297,6 +299,34 @@ def refuse_ids_as_factors(ids: Tensor, model_type: str) -> None:
         f"`attention_mask` holds document ids, and {model_type} multiplies its states by the mask: pass a mask of 0 "
         "and 1, and `position_ids` that restart with every document",
     )
+
+
+def refuse_fractions(attention_mask: Tensor) -> None:
+    """Refuse a 2-D mask of floats that holds more than 0 and 1.
+
+    Prompt learning of PEFT puts ones of floats before the mask, which makes floats of ids: its virtual tokens, which
+    are for all documents, would belong to one of them. Others may mean weights, or what is added to the scores.
+    """
+    if attention_mask.is_floating_point():
+        _refuse(
+            are_ids(attention_mask),
+            "`attention_mask` [B, S] is of floats and holds more than 0 and 1: ids of documents are integers. Prompt "
+            "learning of PEFT (prompt tuning, prefix tuning) makes floats of them, and gives the virtual tokens to one "
+            "document alone: use an adapter of another kind (for example LoRA), or give each document a row of the "
+            "batch, with a mask of 0 and 1",
+        )
+
+
+def refuse_ids_in_generation(attention_mask: Any) -> None:
+    """Refuse ids in a mask that `generate` appends 1 to, and adds up to count positions."""
+    ids = document_ids_of(attention_mask, attention_mask.device) if isinstance(attention_mask, Tensor) else None
+    if ids is not None:
+        _refuse(
+            are_ids(ids),
+            "`attention_mask` holds document ids, and generate appends 1 to it, and adds it up to count positions: "
+            "give each prompt a row of the batch, with a mask of 0 and 1; in a loop of your own append the id of the "
+            "document that goes on",
+        )
 
 
 def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:

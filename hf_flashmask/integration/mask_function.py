@@ -18,6 +18,7 @@ from .documents import (
     are_of_tokens,
     document_ids_of,
     ids_beside_cache,
+    refuse_fractions,
     refuse_ids_as_factors,
     starts_of_later_documents,
 )
@@ -101,8 +102,10 @@ def prepare(
     if is_token is not None and place.is_square:
         _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
     ids = None if is_cross_attention else document_ids_of(attention_mask, inputs_embeds.device)
-    if ids is not None and length > 1 and multiplies_by_mask(config):
-        refuse_ids_as_factors(ids, config.model_type)
+    if ids is not None and length > 1:
+        refuse_fractions(ids)
+        if multiplies_by_mask(config):
+            refuse_ids_as_factors(ids, config.model_type)
     positions = position_ids if are_of_tokens(position_ids, batch, length) else None
 
     def once(what: str, build: Callable[[], T]) -> T:

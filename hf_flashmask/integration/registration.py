@@ -16,6 +16,7 @@ from transformers.utils import generic
 
 from .attention import flashmask_attention_forward
 from .closures import check_factories
+from .documents import refuse_ids_in_generation
 from .mask_function import flashmask_mask, prepare
 from .mrope import keep_documents
 from .name import NAME, is_misspelled, logger
@@ -136,12 +137,25 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
     return preprocess_mask_arguments
 
 
+def _wrap_generation(original: Callable, _: str) -> Callable:
+    """For `GenerationMixin._validate_model_kwargs`, which `generate` calls with all that it was given."""
+
+    def validate(self: Any, model_kwargs: dict[str, Any]) -> None:
+        if getattr(self.config.get_text_config(decoder=True), "_attn_implementation", None) == NAME:
+            mask = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
+            refuse_ids_in_generation(model_kwargs.get(mask))
+        original(self, model_kwargs)
+
+    return validate
+
+
 _OURS = "_knows_flashmask"
 
 
 _WRAPPERS = (
     (PreTrainedModel, "get_correct_attn_implementation", _wrap_dispatch),
     (masking_utils, "_preprocess_mask_arguments", _wrap_preprocess),
+    (generation_utils.GenerationMixin, "_validate_model_kwargs", _wrap_generation),
     # Two modules have an answer of their own; the third line is for all others.
     (masking_utils, "is_flash_attention_requested", wrap_is_flash),
     (generation_utils, "is_flash_attention_requested", wrap_is_flash),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from .. import bounds
+from ..integration.documents import document_ids_of
 from ..sharing import share_prefixes
 from .labels import AnswerLabels
 from .step_profile import StepProfile
@@ -33,7 +35,8 @@ class FlashMaskCallback(TrainerCallback):
 
     * `flashmask/fill`: fraction of positions that hold tokens; the rest is padding.
     * `flashmask/padding`: positions of padding.
-    * `flashmask/tokens_per_document`: tokens over documents. A row without `position_ids` is one document.
+    * `flashmask/tokens_per_document`: tokens over documents, by `position_ids` and ids in a 2-D mask. A row without
+      them is one document.
     * `flashmask/shared`: with `sharing`, or rows of `SharedPromptDataCollator`, the fraction of tokens that needed no
       computation because another sequence shares them. Evaluation is not counted.
     * `flashmask/attention`: with `attention_every`, the fraction of a step's time that attention takes, forward and
@@ -143,7 +146,7 @@ class FlashMaskCallback(TrainerCallback):
         is_token = ~_padding_of(kwargs, input_ids)
         self._num_positions += input_ids.numel()
         self._num_tokens += is_token.sum()
-        self._num_documents += _num_documents(kwargs.get("position_ids"), is_token)
+        self._num_documents += _num_documents(kwargs, is_token)
         if isinstance(kwargs.get("labels"), AnswerLabels):
             self._num_given += num_given_tokens(kwargs, ~is_token)
 
@@ -183,6 +186,11 @@ def _padding_of(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
     return positions.flip(1).cumsum(1).flip(1) == 0
 
 
-def _num_documents(positions: Any, is_token: Tensor) -> Tensor | int:
-    is_packed = isinstance(positions, Tensor) and positions.shape == is_token.shape
-    return ((positions == 0) & is_token).sum() if is_packed else len(is_token)
+def _num_documents(batch: Mapping[str, Any], is_token: Tensor) -> Tensor | int:
+    positions, ids = batch.get("position_ids"), document_ids_of(batch.get("attention_mask"), is_token.device)
+    if not isinstance(positions, Tensor) or positions.shape != is_token.shape:
+        positions = None
+    if ids is None:
+        return len(is_token) if positions is None else ((positions == 0) & is_token).sum()
+    ends = bounds.document_ends_of_mask(ids) if positions is None else bounds.document_ends(positions, is_token, ids)
+    return is_token.any(1).sum() + (ends[:, 1:] != ends[:, :-1]).sum()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .. import bounds
+from ..integration.documents import are_ids
 from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .labels import IGNORED
 from .token_counts import count_tokens_in_trainer
@@ -272,6 +273,11 @@ def _read_example(index: int, example: Any) -> _Document:
                 )
     if not bool(others["attention_mask"].all()):
         raise ValueError(f"{name} has padding (0 in its `attention_mask`): tokenize without padding")
+    if bool(are_ids(others["attention_mask"]).any()):
+        raise ValueError(
+            f"{name} has ids of documents in its `attention_mask`, which PackedDataCollator cannot use: give each of "
+            "them as an example of its own"
+        )
     return _Document(input_ids, others["labels"])
 
 
