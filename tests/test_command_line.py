@@ -29,7 +29,7 @@ from flashmask_kernels import configs, environment
 from flashmask_kernels.launch import launcher
 from flashmask_kernels.report import describe_kernels
 from hf_flashmask import SharedPromptDataCollator, bounds
-from hf_flashmask.command_line import bench
+from hf_flashmask.command_line import bench, explain
 from hf_flashmask.command_line.app import app
 from hf_flashmask.command_line.environment import report
 from hf_flashmask.command_line.estimate import Cost, Way, estimate
@@ -355,6 +355,15 @@ def test_explain_intersects_positions_and_padding(tmp_path: Path) -> None:
     batch = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
     torch.save(batch, tmp_path / "batch.pt")
     assert "visible   5 of 16" in call("explain", str(tmp_path / "batch.pt")).output
+
+
+def test_explain_starts_no_document_at_padding() -> None:
+    """The positions of padding between tokens tell nothing: as in a model, what is around it is one document."""
+    batch = {"position_ids": torch.tensor([[0, 1, 0, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}
+    shown = torch.zeros(5, 5, dtype=torch.bool)
+    shown[:, [0, 1, 3, 4]] = torch.ones(5, 5).tril().bool()[:, [0, 1, 3, 4]]
+    (mask,) = explain.masks_of(batch).values()
+    assert torch.equal(bounds.to_dense(mask)[0, 0], shown)
 
 
 def test_explain_refuses_a_batch_without_a_mask(tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def masks_of(content: Any) -> dict[str, Tensor]:
         return {"attention_mask": _bounds_of_tensor(mask)}
     parts: dict[str, Tensor] = {}
     if isinstance(positions, Tensor) and positions.ndim == 2:
-        parts["position_ids"] = bounds_of.from_position_ids(positions)
+        is_alike = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == positions.shape[1]
+        of_tokens = (mask != 0, mask) if is_alike else ()  # padding starts no document
+        parts["position_ids"] = bounds_of.from_document_ends(bounds_of.document_ends(positions, *of_tokens))
     if isinstance(ends, Tensor):
         parts["cu_seq_lens_q"] = bounds_of.from_cu_seqlens(ends, int(ends[-1]))
     if isinstance(mask, Tensor):
