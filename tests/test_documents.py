@@ -334,6 +334,17 @@ def test_models_that_multiply_states_by_the_mask_refuse_ids() -> None:
         torch.testing.assert_close(model(**batch).logits[0, :6], eager_twin(model)(**batch).logits[0, :6], **TOLERANCE)
 
 
+def test_ids_are_not_taken_for_the_weights_of_tokens_in_router_losses() -> None:
+    model = model_of("gpt_oss")
+    batch = batch_of(torch.tensor([[1, 1, 1, 2, 2, 2, 0], [1] * 7])) | {"output_router_logits": True}
+    batch["position_ids"] = torch.arange(7)[None]
+    with pytest.raises(NotImplementedError, match="would weigh tokens by them in the auxiliary loss"):
+        model(**batch)
+    assert model(**batch | {"output_router_logits": False}).logits.isfinite().all()
+    batch["attention_mask"].clamp_(max=1)
+    torch.testing.assert_close(model(**batch).aux_loss, eager_twin(model)(**batch).aux_loss)
+
+
 # Encoder and decoder
 
 

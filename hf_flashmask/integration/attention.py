@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from flashmask_kernels import flashmask_attention
 
 from .decoding import are_few_rows, attend_few_rows
 from .dense_rows import attend_dense_rows, sees_most_keys
-from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention
+from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention, refuse_ids_as_weights
 from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
 from .inspection import note_layer
 from .layer_mask import layer_mask
@@ -79,8 +80,8 @@ def flashmask_attention_forward(
     exchange = attention_mask.exchange if isinstance(attention_mask, Mask) else None
     _refuse_unsupported_arguments(module, kwargs)
     refuse_ring()
-    if isinstance(attention_mask, Mask) and attention_mask.is_users:
-        _refuse_router_losses(kwargs)
+    if isinstance(attention_mask, Mask) and kwargs.get("output_router_logits"):
+        _refuse_router_losses(attention_mask, module)
     of_user = _mask_of_user(attention_mask)
     sinks_of_layer = s_aux if exchange is None else None  # an exchange takes those of its heads
     refuse_cut_call(module, query, of_user, cu_seq_lens_q, sinks_of_layer)
@@ -213,10 +214,13 @@ def _refuse_unsupported_arguments(module: nn.Module, kwargs: dict[str, Any]) -> 
         )
 
 
-def _refuse_router_losses(kwargs: dict[str, Any]) -> None:
+def _refuse_router_losses(mask: Mask, module: nn.Module) -> None:
     """Models read the mask that they were called with as the weights of tokens in the losses of their routers."""
-    if kwargs.get("output_router_logits"):
+    if mask.is_users:
         raise NotImplementedError(
             "with bounds as `attention_mask`, `output_router_logits=True` would weigh tokens by the bounds in the "
             "auxiliary loss: set it to False, or let `position_ids` tell the documents apart instead"
         )
+    if mask.document_ids is not None:
+        refuse = functools.partial(refuse_ids_as_weights, mask.document_ids)
+        mask.memo.get("weights of tokens", (), module, refuse, mask.device)

@@ -26,6 +26,7 @@ __all__ = [
     "is_cross_attention",
     "refuse_fractions",
     "refuse_ids_as_factors",
+    "refuse_ids_as_weights",
     "refuse_ids_in_generation",
     "starts_of_later_documents",
 ]
@@ -315,6 +316,16 @@ def refuse_fractions(attention_mask: Tensor) -> None:
             "document alone: use an adapter of another kind (for example LoRA), or give each document a row of the "
             "batch, with a mask of 0 and 1",
         )
+
+
+def refuse_ids_as_weights(ids: Tensor) -> None:
+    """Refuse ids where a model reads the 2-D mask as the weights of tokens in the losses of its routers."""
+    _refuse(
+        are_ids(ids),
+        "`attention_mask` holds document ids, and `output_router_logits=True` would weigh tokens by them in the "
+        "auxiliary loss: set it to False, or pass a mask of 0 and 1, and `position_ids` that restart with every "
+        "document",
+    )
 
 
 def refuse_ids_in_generation(attention_mask: Any) -> None:

@@ -53,6 +53,7 @@ class Mask:
         has_ranges: whether more than the causal triangle hides keys: windows, chunks, functions of users.
         has_documents: whether the documents that `position_ids` tell apart are in it.
         is_token: bool `[B, S_k]`, False for padding. None without padding.
+        document_ids: numbers `[B, S_k]`, the 2-D mask, where its values may tell documents apart.
         place: of queries and keys; None in final masks, which no documents are added to.
         tree: the prefix tree that each layer narrows to its own window or chunk.
         exchange: how layers attend that hold a part of the sequence; the mask is that of the whole sequence.
@@ -74,6 +75,7 @@ class Mask:
         has_ranges: bool = False,
         has_documents: bool = False,
         is_token: Tensor | None = None,
+        document_ids: Tensor | None = None,
         place: Place | None = None,
         tree: Tree | None = None,
         exchange: Exchange | None = None,
@@ -87,7 +89,7 @@ class Mask:
             tree,
         )
         self.shape = torch.Size((1, 1, 1, kv_len)) if bounds is None else bounds.shape
-        self.device = device
+        self.device, self.document_ids = device, document_ids
         self.exchange = exchange
         self.memo = Memo()
         self._moved: dict[torch.device, Mask] = {}
@@ -126,6 +128,7 @@ class Mask:
             has_ranges=self.has_ranges,
             has_documents=self.has_documents,
             is_token=None if self.is_token is None else move(self.is_token),
+            document_ids=None if self.document_ids is None else move(self.document_ids),
             place=self.place,
             tree=None if tree is None else tree._replace(bounds=move(tree.bounds), depth=move(tree.depth)),
             exchange=self.exchange,
@@ -150,6 +153,7 @@ class Mask:
                     "has_ranges",
                     "has_documents",
                     "is_token",
+                    "document_ids",
                 )
             }
             | {"kv_len": self.shape[-1], "place": self.place, "tree": self.tree},

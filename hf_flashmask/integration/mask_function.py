@@ -283,6 +283,7 @@ def flashmask_mask(
         has_ranges=has_ranges,
         has_documents=is_apart or of_cache is not None,
         is_token=is_token,
+        document_ids=hints.document_ids,
         place=place,
         exchange=hints.exchange,
     )
