@@ -322,13 +322,15 @@ def test_models_that_multiply_states_by_the_mask_refuse_ids() -> None:
     proteins = transformers.EsmConfig(
         **small, num_hidden_layers=1, pad_token_id=0, mask_token_id=1, position_embedding_type="rotary"
     )
+    positions = transformers.OPTConfig(**small, num_hidden_layers=1, ffn_dim=32, word_embed_proj_dim=32)
     for model_class, config in (
         (transformers.Qwen3NextForCausalLM, hybrid),
         (transformers.EsmForMaskedLM, proteins),
+        (transformers.OPTForCausalLM, positions),
     ):
         model = model_class._from_config(config, attn_implementation="flashmask").eval()
         batch = batch_of(torch.tensor([[1, 1, 1, 2, 2, 2, 0], [1] * 7]))
-        with pytest.raises(NotImplementedError, match="multiplies its states by the mask"):
+        with pytest.raises(NotImplementedError, match="computes with the mask"):
             model(**batch)
         batch["attention_mask"].clamp_(max=1)
         torch.testing.assert_close(model(**batch).logits[0, :6], eager_twin(model)(**batch).logits[0, :6], **TOLERANCE)

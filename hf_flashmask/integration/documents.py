@@ -294,11 +294,11 @@ def ids_beside_cache(
 
 
 def refuse_ids_as_factors(ids: Tensor, model_type: str) -> None:
-    """Refuse ids in a model that multiplies states by the 2-D mask."""
+    """Refuse ids in a model that computes with the numbers of the 2-D mask."""
     _refuse(
         are_ids(ids),
-        f"`attention_mask` holds document ids, and {model_type} multiplies its states by the mask: pass a mask of 0 "
-        "and 1, and `position_ids` that restart with every document",
+        f"`attention_mask` holds document ids, and {model_type} computes with the mask (multiplies states by it, or "
+        "adds it up to positions): pass a mask of 0 and 1, and `position_ids` that restart with every document",
     )
 
 

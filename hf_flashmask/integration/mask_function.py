@@ -32,7 +32,7 @@ from .final_bounds import (
 from .mask import Hints, Mask, Place
 from .memo import recent
 from .reading import may_be_read
-from .support import has_key_ranges, multiplies_by_mask, refuse_bounds_shared_by_layer_types
+from .support import computes_with_mask, has_key_ranges, refuse_bounds_shared_by_layer_types
 from .whole_sequence import WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
@@ -104,7 +104,7 @@ def prepare(
     ids = None if is_cross_attention else document_ids_of(attention_mask, inputs_embeds.device)
     if ids is not None and length > 1:
         refuse_fractions(ids)
-        if multiplies_by_mask(config):
+        if computes_with_mask(config):
             refuse_ids_as_factors(ids, config.model_type)
     positions = position_ids if are_of_tokens(position_ids, batch, length) else None
 

@@ -41,13 +41,15 @@ def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, b
         )
 
 
-def multiplies_by_mask(config: transformers.PreTrainedConfig) -> bool:
-    """Whether a model multiplies states by the 2-D mask: recurrent and convolutional layers do, and some embeddings."""
+def computes_with_mask(config: transformers.PreTrainedConfig) -> bool:
+    """Whether a model computes with the numbers of the 2-D mask: recurrent and convolutional layers multiply states by
+    it, embeddings multiply by it, or add it up to count positions.
+    """
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return config.model_type in _MULTIPLY_EMBEDDINGS or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
+    return config.model_type in _IN_EMBEDDINGS or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
 
 
-_MULTIPLY_EMBEDDINGS = {"esm"}
+_IN_EMBEDDINGS = {"esm", "opt", "biogpt"}
 _OF_RECURRENT_LAYERS = ("apply_mask_to_padding_states", "create_recurrent_attention_mask")
 
 
