@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from test_preference import (
     all_log_probs_alone,
     answers_of,
@@ -61,8 +61,40 @@ def test_models_in_which_answers_meet_outside_of_attention_are_refused() -> None
         layer_types=["conv", "full_attention"],
     )
     model = transformers.Lfm2ForCausalLM._from_config(config, attn_implementation="flashmask")
-    with pytest.raises(NotImplementedError, match="set_loss cannot share what goes from token to token other than by"):
+    refused_by_both(model, "cannot share what goes from token to token other than by")
+
+
+def refused_by_both(model: nn.Module, message: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"set_loss {message}"):
         set_loss(model, dpo_loss)
+    with pytest.raises(NotImplementedError, match=f"compute_log_probs {message}"):
+        compute_log_probs(model, random_pairs(2, 3), SharedPromptDataCollator())
+
+
+def test_models_that_count_positions_from_another_number_are_refused() -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    model = transformers.RobertaForCausalLM._from_config(config, attn_implementation="flashmask")
+    refused_by_both(model, "counts positions from 0, but RobertaModel counts them from the one after `padding_idx`")
+
+
+def test_adapters_for_which_a_row_is_one_sequence_are_refused() -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    refused_by_both(get_peft_model(build("llama"), prompts), "cannot share prefixes under prompt learning of PEFT")
+    alora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    refused_by_both(get_peft_model(build("llama"), alora), ".* has the aLoRA adapter 'default' of PEFT")
+
+
+def test_rows_whose_columns_matter_are_refused() -> None:
+    """Llama 4 scales scores by the column of the query from `floor_scale` on, whatever its position."""
+    examples = random_pairs(3, 4)
+    model = build("llama4", floor_scale=8, attn_temperature_tuning=True)
+    with pytest.raises(ValueError, match=r"a row of the batch has \d+ tokens, and this model scales scores by the col"):
+        compute_log_probs(model, examples, SharedPromptDataCollator())
+    set_loss(model, sum_of_values)
+    with pytest.raises(ValueError, match="set `max_length` to at most that"):
+        model(**SharedPromptDataCollator()(examples))
 
 
 # Again and again

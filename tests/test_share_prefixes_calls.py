@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -367,6 +368,33 @@ def test_prompt_learning_is_refused(config: type) -> None:
         share_prefixes(model)
 
 
+ADAPTED = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.skipif(not hasattr(peft, "LilyConfig"), reason="this release of PEFT has no Lily")
+def test_adapters_that_average_over_tokens_are_refused() -> None:
+    message = "the Lily adapter 'default' of PEFT"
+    refused(get_peft_model(build("llama"), peft.LilyConfig(**ADAPTED)), NotImplementedError, message)
+    model = build("llama")
+    with share_prefixes(model), pytest.raises(NotImplementedError, match=message):  # an adapter that comes later
+        get_peft_model(model, peft.LilyConfig(**ADAPTED))(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+
+
+def test_adapters_that_begin_within_a_row_are_refused() -> None:
+    model = get_peft_model(build("llama"), LoraConfig(**ADAPTED, alora_invocation_tokens=[2]))
+    refused(model, NotImplementedError, "the aLoRA adapter 'default' of PEFT")
+    input_ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    with model.disable_adapter(), share_prefixes(model) as shared:  # a reference model
+        logits = model(input_ids=input_ids).logits
+    assert_same(logits, eager_twin(build("llama"))(input_ids).logits)
+    assert shared.computed_tokens == 4
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = get_peft_model(build("llama"), LoraConfig(**ADAPTED)).eval()
+    refused(model, NotImplementedError, "`adapter_names` of PEFT", adapter_names=["default", "__base__"])
+
+
 # Randomness
 
 RANDOM = {
@@ -438,6 +466,18 @@ def test_noisy_embeddings_are_refused() -> None:
 def test_dropout_of_adapters_is_refused() -> None:
     lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
     refused(get_peft_model(build("llama"), lora).train(), NotImplementedError, "set lora_dropout=0.0 in the LoraConfig")
+
+
+@pytest.mark.skipif(not hasattr(peft, "PveraConfig"), reason="this release of PEFT has no PVeRA")
+def test_adapters_that_sample_are_refused() -> None:
+    sampling = "PVeRA of PEFT, which draws random numbers"
+    model = get_peft_model(build("llama"), peft.PveraConfig(**ADAPTED))
+    refused(model.train(), NotImplementedError, sampling)
+    with share_prefixes(model.eval()) as shared:
+        model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+    assert shared.computed_tokens == 4
+    model = get_peft_model(build("llama"), peft.PveraConfig(**ADAPTED, sample_at_inference=True))
+    refused(model.eval(), NotImplementedError, sampling)
 
 
 def test_random_layers_of_the_users_own_are_named() -> None:

@@ -156,6 +156,29 @@ def test_the_callback_does_not_count_evaluation(tmp_path: Path) -> None:
         assert log["flashmask/shared"] == pytest.approx(5 / 17, abs=1e-4)
 
 
+def test_the_callback_does_not_count_answers_that_are_generated_in_a_step(tmp_path: Path) -> None:
+    """As GRPO generates them, in training mode."""
+
+    class Generating(Trainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+            with torch.no_grad():
+                model.generate(torch.tensor([[0, 5, 6], [7, 8, 9]]), max_new_tokens=3, pad_token_id=0)
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = Generating(
+        model=build("llama"),
+        args=arguments_of(tmp_path, use_cpu=True, max_steps=1, logging_steps=1, train_sampling_strategy="sequential"),
+        train_dataset=[{"input_ids": list(range(1, 1 + length))} for length in (9, 2, 17, 5)],
+        data_collator=pad_right,
+        callbacks=[FlashMaskCallback()],
+    )
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["flashmask/fill"] == pytest.approx(33 / 68, abs=1e-4)
+    assert log["flashmask/padding"] == 35
+    assert log["flashmask/tokens_per_document"] == 33 / 4
+
+
 def test_evaluations_get_no_figures_of_the_training(tmp_path: Path) -> None:
     """Two steps are behind the evaluation, and the training has logged none yet."""
     model = build("llama")

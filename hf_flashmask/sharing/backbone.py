@@ -32,7 +32,7 @@ def find_backbone(model: nn.Module, asking: str = "share_prefixes") -> PreTraine
             "trainer.ref_model, where it has one)"
         )
     while not isinstance(inner, PreTrainedModel):
-        _refuse_prompt_learning(inner, asking)
+        refuse_prompt_learning(inner, asking)
         # DDP and FSDP, torch.compile, TRL's value heads, peft and its tuners.
         names = ("module", "_orig_mod", "pretrained_model", "base_model", "model")
         inner = next((part for name in names if isinstance(part := getattr(inner, name, None), nn.Module)), None)
@@ -57,7 +57,7 @@ def _models_in(model: nn.Module) -> list[PreTrainedModel]:
     return [part for part in model.children() if isinstance(part, PreTrainedModel)]
 
 
-def _refuse_prompt_learning(wrapper: Any, asking: str) -> None:
+def refuse_prompt_learning(wrapper: Any, asking: str) -> None:
     settings = getattr(wrapper, "peft_config", None)
     active = getattr(wrapper, "active_adapter", None)
     names = [active] if isinstance(active, str) else active
@@ -111,8 +111,25 @@ def meeting_places(model: PreTrainedModel) -> str:
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     other_layers = set(layer_types or ()) - _ATTENTION_LAYER_TYPES
     convolutions = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)}
-    found = ", ".join(sorted(other_layers | convolutions))
+    found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(model)))
     return found or ("a recurrent state" if model._is_stateful else "")
+
+
+def adapters_that_see_rows(model: nn.Module) -> set[str]:
+    """Active adapters of PEFT whose effect on a token depends on other tokens of the call, by name.
+
+    Lily averages its routing over all tokens; aLoRA begins at the last invocation sequence of each row.
+    """
+    found = set()
+    for layer in model.modules():
+        variants = getattr(layer, "lora_variant", {})
+        is_lily = type(layer).__module__.startswith("peft.tuners.lily")
+        if (not is_lily and not variants) or getattr(layer, "disable_adapters", False):
+            continue
+        for name in getattr(layer, "active_adapters", ()):
+            if is_lily or type(variants.get(name)).__name__ == "ALoraLinearVariant":
+                found.add(f"the {'Lily' if is_lily else 'aLoRA'} adapter {name!r} of PEFT")
+    return found
 
 
 class Traits(NamedTuple):

@@ -22,6 +22,11 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
         raise NotImplementedError(
             "share_prefixes cannot share tokens while Phi-MoE trains: its routers draw random numbers for every token"
         )
+    if any(map(_is_sampling_adapter, backbone.modules())):
+        raise NotImplementedError(
+            "share_prefixes cannot share tokens under PVeRA of PEFT, which draws random numbers for every token: use "
+            "VeRA, or evaluation mode with `sample_at_inference=False`"
+        )
     settings = dict.fromkeys(_settings(backbone))
     if not settings:
         return
@@ -33,6 +38,12 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
         "share_prefixes cannot share tokens under dropout or noise, which differ from row to row in training: "
         f"{advice}. Evaluation mode needs none of this"
     )
+
+
+def _is_sampling_adapter(layer: Any) -> bool:
+    if not type(layer).__module__.startswith("peft.tuners.pvera") or getattr(layer, "disable_adapters", True):
+        return False
+    return any(layer.training or layer.sample_at_inference.get(name) for name in layer.active_adapters)
 
 
 def _when(place: str, names: list[str]) -> str:

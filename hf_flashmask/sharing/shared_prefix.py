@@ -64,8 +64,8 @@ class share_prefixes:
         TypeError: for what is no model, such as a trainer.
         ValueError: for a model that does not use flashmask, or is no decoder.
         NotImplementedError: here or when the model is called, for what cannot be shared exactly: dropout and noise in
-            training mode, recurrent or convolutional layers, router logits, inputs besides token ids, prompt learning
-            of PEFT, documents packed in rows.
+            training mode, recurrent or convolutional layers, router logits, inputs besides token ids, documents packed
+            in rows; of PEFT prompt learning, aLoRA, Lily, PVeRA and an adapter for each row.
     """
 
     def __init__(self, *models: nn.Module | None) -> None:
@@ -133,6 +133,11 @@ class share_prefixes:
         self.remove()
 
     def _count_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._handles and kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "share_prefixes cannot share tokens of rows that have an adapter each (`adapter_names` of PEFT): call "
+                "the model without share_prefixes, or with rows of one adapter, chosen by `set_adapter`"
+            )
         if self._handles and not has_cache(kwargs):
             self._num_calls += 1
             if self._num_calls == _CALLS_BEFORE_A_WARNING:  # sharing may never be switched off

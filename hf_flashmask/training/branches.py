@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from ..integration import NAME, register_tree
 from ..integration.conversion import Tree
 from ..integration.support import has_key_ranges
-from ..sharing.backbone import find_backbone
+from ..sharing.backbone import Traits, check_backbone, find_backbone, refuse_prompt_learning
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
@@ -29,21 +30,48 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def follow_branches(base: PreTrainedModel) -> RemovableHandle:
+def follow_branches(model: nn.Module, asking: str) -> RemovableHandle:
     """Narrow the trees that the model is called with to the windows and chunks of its layers, until it is removed.
 
-    Bounds that a user passes are final otherwise.
+    Bounds that a user passes are final otherwise. `asking` is who needs it, for the messages of errors.
+
+    Raises:
+        ValueError, NotImplementedError: for a model that computes something else for an answer in such a row than
+            alone; there, or when it is called.
     """
-    return find_backbone(base).register_forward_pre_hook(_narrow_trees, with_kwargs=True)
+    refuse_prompt_learning(model, asking)
+    backbone = find_backbone(unwrap_model(model), asking)
+    check_backbone(backbone, asking)
+    traits = Traits.of(backbone)
+    check_counts_from_zero(backbone, traits, asking)
+    hook = functools.partial(_narrow_trees, longest_row=traits.packs_up_to)
+    return backbone.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def check_counts_from_zero(backbone: PreTrainedModel, traits: Traits, asking: str) -> None:
+    if traits.counts_by_token_ids:
+        raise NotImplementedError(
+            f"{asking} counts positions from 0, but {type(backbone).__name__} counts them from the one after "
+            "`padding_idx`: use a row for each sequence with this model"
+        )
+
+
+def check_row_length(length: int, longest_row: float) -> None:
+    if length > longest_row:
+        raise ValueError(
+            f"a row of the batch has {length} tokens, and this model scales scores by the column of a token from "
+            f"{longest_row} on: set `max_length` to at most that"
+        )
 
 
 def _narrow_trees(
-    backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], *, longest_row: float
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     # A mask that another hook has narrowed has more planes than one, or is no tensor.
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1:3] != (1, 1) or position_ids is None:
         return args, kwargs
+    check_row_length(mask.shape[-1], longest_row)
     if not torch.compiler.is_compiling():
         return args, {**kwargs, "attention_mask": register_tree(Tree(mask, position_ids, end_depth=mask.shape[-1]))}
     _refuse_windows(backbone, mask)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from .. import bounds
 from ..integration.documents import document_ids_of
 from ..sharing import share_prefixes
+from ..sharing.call import has_cache
 from .labels import AnswerLabels
 from .step_profile import StepProfile
 from .token_counts import num_given_tokens, padding_of_bounds
@@ -141,7 +142,8 @@ class FlashMaskCallback(TrainerCallback):
     @torch.compiler.disable
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
-        if not model.training or not isinstance(input_ids, Tensor):
+        # Trainers that generate answers within a step do it in training mode, token by token.
+        if not model.training or not isinstance(input_ids, Tensor) or has_cache(kwargs):
             return
         is_token = ~_padding_of(kwargs, input_ids)
         self._num_positions += input_ids.numel()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branches import follow_branches, unwrap_model
+from .branches import follow_branches
 from .labels import AnswerLabels
 from .losses import answer_log_probs
 from .preference_collator import SharedPromptDataCollator
@@ -37,9 +37,12 @@ def compute_log_probs(
 
     Returns:
         For each example one number for each answer, in the given order; the chosen answer comes before the rejected.
+
+    Raises:
+        ValueError, NotImplementedError: for a model that `set_loss` refuses because answers in a row would change.
     """
     device, training = next(model.parameters()).device, model.training
-    hook = follow_branches(unwrap_model(model))
+    hook = follow_branches(model, "compute_log_probs")
     model.eval()
     try:
         return [

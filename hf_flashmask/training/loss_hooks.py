@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from ..sharing.backbone import check_backbone, find_backbone
 from .branches import follow_branches, unwrap_model
 from .labels import AnswerLabels, LabelsOfRank
 from .losses import answer_log_probs, answer_scores, check_dpo_options, dpo_loss, reward_loss
@@ -41,16 +40,16 @@ def set_loss(model: nn.Module, loss: Loss, **options: Any) -> None:
         TypeError: when the loss does not take these options, or takes others that are missing.
         ValueError: when the model does not use attn_implementation="flashmask", does not ask its `loss_function` for
             the loss, has more than one label, or is not what the loss is for; for an option out of range.
-        NotImplementedError: when the answers would see each other through recurrent or convolutional layers.
+        NotImplementedError: when the answers would see each other through recurrent or convolutional layers or an
+            adapter of PEFT; for a model that counts positions from another number than 0.
     """
     base = unwrap_model(model)
     _check_asks_for_loss(base)
-    check_backbone(find_backbone(base, "set_loss"), "set_loss")
     values_of = _values_of_answers(base)
     _check_loss(base, loss, values_of, options)
+    hook = follow_branches(model, "set_loss")
     reset_loss(model)
     replaced = {name: vars(base)[name] for name in _REPLACED if name in vars(base)}
-    hook = follow_branches(base)
     base.loss_function = _LossOfAnswers(values_of, functools.partial(loss, **options), replaced, hook)
     # The loss is the mean over a batch: Trainer divides it by the number of batches of a step.
     base.accepts_loss_kwargs = False  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from .. import bounds
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..sharing.backbone import Traits, check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
+from .branches import check_counts_from_zero, check_row_length
 from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .labels import IGNORED
 from .packing import PackingStrategy, check_at_least, check_choice, layer_types_of, pack_lengths
@@ -103,11 +104,7 @@ class TurnsDataCollator(PacksIntoRows):
         check_backbone(backbone, type(self).__name__)
         self._key_ranges = _key_ranges(backbone.config)
         traits = Traits.of(backbone)
-        if traits.counts_by_token_ids:
-            raise NotImplementedError(
-                f"{type(self).__name__} counts positions from 0, but {type(backbone).__name__} counts them from the "
-                "one after `padding_idx`: use a row for each turn with this model"
-            )
+        check_counts_from_zero(backbone, traits, type(self).__name__)
         self._longest_row = traits.packs_up_to
         self._stop_ids = _stop_ids(self.eos_token_id, model, self.tokenizer)
         count_tokens_in_trainer()
@@ -124,11 +121,7 @@ class TurnsDataCollator(PacksIntoRows):
         lengths = [len(piece.labels) for piece in pieces]
         rows = pack_lengths(lengths, self.max_length or sum(lengths), self.strategy)
         longest = max(sum(lengths[piece] for piece in row) for row in rows)
-        if longest > self._longest_row:
-            raise ValueError(
-                f"a row of the batch has {longest} tokens, and this model scales scores by the column of a token from "
-                f"{self._longest_row} on: set `max_length` to at most that"
-            )
+        check_row_length(longest, self._longest_row)
         shape = len(rows), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
         pad_token_id = self.tokenizer.pad_token_id
