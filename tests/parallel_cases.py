@@ -101,6 +101,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-pixels_fsdp2", "qwen2_vl", "pixels", mode, 2, checkpointing="not_reentrant", engine="fsdp2")
         yield Case(f"{mode}-tree", "llama", "tree", mode)
         yield Case(f"{mode}-tree_in_windows", "gpt_oss", "tree", mode)
+        yield Case(f"{mode}-tree_past_the_row", "mistral", "tree_past_the_row", mode, 2)
+        yield Case(f"{mode}-bounds_in_windows", "mistral", "bounds_of_short_documents", mode)
+        yield Case(f"{mode}-bounds_without_positions", "mistral", "bounds_of_one_document", mode, 2)
         for kind in ("reentrant", "not_reentrant"):
             yield Case(f"{mode}-checkpointing_{kind}", "gpt_oss", mode=mode, checkpointing=kind)
         yield Case(f"{mode}-bfloat16", "llama", mode=mode, dtype="bfloat16")
@@ -162,6 +165,10 @@ def make_example(kind: str, config: Any) -> Example:
         return Example(batch, [(document, document) for document in documents])
     if kind == "tree":
         return _tree()
+    if kind == "tree_past_the_row":
+        tree = _tree()
+        tree.batch["attention_mask"][..., 35:] += 10  # 55 of 45 rows, as 45
+        return tree
     if kind.startswith("image_blocks"):
         return _image_blocks(config, kind == "image_blocks")
     if kind.startswith("pixels"):
@@ -176,7 +183,13 @@ def make_example(kind: str, config: Any) -> Example:
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"].cumsum(1) <= 1, IGNORED)
         batch["labels"].masked_fill_(batch["attention_mask"] == 0, IGNORED)
         return Example(batch, [(document, document) for document in documents])
-    lengths = {"one_document": [45], "short": [2, 1], "long": [300, 40, 500, 7, 260]}.get(kind, [17, 3, 25, 1, 9, 6])
+    lengths = {
+        "one_document": [45],
+        "bounds_of_one_document": [45],
+        "bounds_of_short_documents": [6] * 16 + [1],  # all-gather pads them by more tokens than each has
+        "short": [2, 1],
+        "long": [300, 40, 500, 7, 260],
+    }.get(kind, [17, 3, 25, 1, 9, 6])
     documents = tiny_models.random_documents(lengths)
     if kind.startswith("rows"):
         bounds_for = config if kind == "rows_with_bounds" else None
@@ -204,7 +217,9 @@ def make_example(kind: str, config: Any) -> Example:
         mask = bounds.from_position_ids(batch["position_ids"])
         windowed = bounds.intersect(mask, bounds.sliding_window(tiny_models.WINDOW, mask.shape[-1]))
         batch["attention_mask"] = mask
-        if kind == "bounds_of_layer_types":
+        if kind == "bounds_of_one_document":
+            del batch["position_ids"]
+        elif kind == "bounds_of_layer_types":
             batch["attention_mask"] = {"full_attention": mask, "sliding_attention": windowed}
         elif kind == "bounds_of_heads":
             batch["attention_mask"] = torch.cat([mask, windowed] * (config.num_attention_heads // 2), dim=1)

@@ -38,7 +38,8 @@ class Batch(NamedTuple):
         labels_in_tree: labels of the rows that were merged into one, or None.
         selects_logits: whether the model computes only the logits that predict tokens of answers.
         position_ids: `[B or 1, S]` or `[4, B or 1, S]`, what the model counts; no larger than those of the batch.
-        document_positions: `[B or 1, S]`, what tells documents apart; None for one document in each row.
+        document_positions: `[B or 1, S]`, what tells documents apart, beside bounds what counts along the branches of
+            prefix trees; None for one document in each row.
         mask: 2-D, bounds, a dict of bounds for each type of layer, or None.
         media: images, and what describes them: not cut.
         options: what is handed on.
@@ -141,6 +142,8 @@ def read_batch(
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
         documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
+    if isinstance(mask, Tensor) and mask.ndim == 4:  # bounds are final; positions tell whether they are prefix trees
+        documents = positions[0] if positions.ndim == 3 else positions
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     media = {name: given.pop(name) for name in traits.media if name in given}
@@ -258,8 +261,8 @@ def _padded_bounds(bounds: Any, rows: int, short: int, length: int) -> Tensor:
     if length == short:
         return bounds
     planes, tail = bounds.shape[2], length - short
-    if planes == 1:  # a document of its own, which a prefix tree may hold as well
-        return nn.functional.pad(bounds, (0, tail), value=length)
+    if planes == 1:  # padding, which does not even see itself: prefix trees stay trees beside it
+        return nn.functional.pad(bounds, (0, tail))
     is_tail = torch.arange(length, device=bounds.device)[None] >= short
     return _bounds.hide_keys(nn.functional.pad(bounds, (0, tail)), is_tail)
 
