@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_models import VOCABULARY, build, eager_twin
+from tiny_models import VOCABULARY, build, eager_twin, logits_alone
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -206,6 +207,22 @@ def test_new_tokens_see_the_cached_ones_of_their_document(name: str, new: int) -
         rest = {key: part[:, 17:] for key, part in batch.items()} | {"attention_mask": mask}
         second = model(**rest, past_key_values=cache).logits
         check_documents(name, eager_twin(model), batch, torch.cat([first, second], dim=1))
+
+
+@pytest.mark.parametrize("positions", [None, "columns", "restarting"])
+@pytest.mark.parametrize("lengths", [[2, 5, 1, 3], [4, 4, 3], [9, 2]])
+def test_chunks_start_with_each_document_of_lengths(lengths: list[int], positions: str | None) -> None:
+    """Chunks of 4 tokens. The mask function is not told the lengths."""
+    model = build("llama4")
+    documents = [torch.randint(1, VOCABULARY, (1, length)) for length in lengths]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    batch = {"input_ids": torch.cat(documents, dim=1), "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+    if positions == "columns":
+        batch["position_ids"] = torch.arange(sum(lengths))[None]
+    elif positions == "restarting":
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    alone = logits_alone(eager_twin(model), documents)
+    torch.testing.assert_close(model(**batch, use_cache=False).logits, alone, **TOLERANCE)
 
 
 def test_compiled_chunks_start_with_each_document_beside_a_cache() -> None:

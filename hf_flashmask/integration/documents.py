@@ -19,6 +19,7 @@ __all__ = [
     "are_ids",
     "are_of_tokens",
     "check_lengths_beside_cache",
+    "chunks_of_documents",
     "document_ids_of",
     "documents_of_cross_attention",
     "documents_of_layer",
@@ -236,6 +237,25 @@ def check_lengths_beside_cache(place: Place) -> None:
             "`cu_seq_lens_q` does not say which document the keys in the cache belong to: pass `cu_seq_lens_k` with "
             "the lengths of all keys, or `position_ids` alone",
         )
+
+
+def chunks_of_documents(bounds: Tensor, by_lengths: Tensor, by_mask: Tensor | None, chunk: int) -> Tensor:
+    """Causal bounds whose chunks start with each document.
+
+    `cu_seq_lens_q` does not reach the mask function, which starts chunks with the documents that it knows, or the row.
+
+    Args:
+        bounds: what it made, `[B or 1, 1, 1, S]`.
+        by_lengths, by_mask: past-the-last token of each one's document, `[B or 1, S]`, by the lengths, and as the mask
+            function knows it.
+        chunk: its tokens.
+    """
+    starts, ends = _bounds.document_starts(by_lengths), by_lengths
+    if by_mask is not None:
+        starts, ends = torch.maximum(starts, _bounds.document_starts(by_mask)), torch.minimum(ends, by_mask)
+    index = torch.arange(ends.shape[1], dtype=ends.dtype, device=ends.device)
+    chunk_ends = torch.minimum(starts + ((index - starts) // chunk + 1) * chunk, ends)[:, None, None]
+    return torch.where(bounds > index, chunk_ends, bounds)  # padding does not even see itself
 
 
 def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:

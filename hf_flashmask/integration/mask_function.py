@@ -284,6 +284,7 @@ def flashmask_mask(
         has_documents=is_apart or of_cache is not None,
         is_token=is_token,
         document_ids=hints.document_ids,
+        document_ends=hints.document_ends if is_apart else hints.ends_of_ids if place.is_square else None,
         place=place,
         exchange=hints.exchange,
     )
