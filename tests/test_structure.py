@@ -72,3 +72,14 @@ def test_the_design_names_every_file() -> None:
         for folder in package.iterdir():
             if folder.is_dir() and (folder / "__init__.py").exists():
                 assert f"{folder.name}/" in page, folder
+
+
+def test_compilers_of_all_versions_trace_what_passes_are_made_of() -> None:
+    """The one of torch 2.9 does not trace properties of named tuples. Nothing else tells where no such torch is."""
+    for path in (*(PLUGIN / "integration").rglob("*.py"), *(PLUGIN / "bounds").rglob("*.py")):
+        classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        for node in classes:
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            decorators = {ast.unparse(name) for method in methods for name in method.decorator_list}
+            is_tuple = "NamedTuple" in map(ast.unparse, node.bases)
+            assert not (is_tuple and "property" in decorators), f"{path}: {node.name}"

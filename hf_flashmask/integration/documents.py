@@ -4,6 +4,7 @@ beside a cache.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -33,8 +34,11 @@ __all__ = [
 ]
 
 
-class Documents(NamedTuple):
+@dataclass
+class Documents:
     """The tensors that tell the packed documents of a call apart.
+
+    No named tuple: the compiler of torch 2.9 does not trace their properties.
 
     Attributes:
         position_ids: `[B or 1, S_q]`.
@@ -48,7 +52,8 @@ class Documents(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in self if tensor is not None)
+        told = self.position_ids, self.cu_seq_lens_q, self.cu_seq_lens_k
+        return tuple(tensor for tensor in told if tensor is not None)
 
     @property
     def key(self) -> str:

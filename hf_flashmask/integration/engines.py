@@ -270,7 +270,7 @@ def refuse_other_tokens(mask: Mask, module: nn.Module, query: Tensor, key: Tenso
     if mask.bounds is None or torch.compiler.is_compiling():
         return
     q_len, kv_len = query.shape[2], key.shape[2]
-    made_for = (q_len, mask.shape[-1]) if mask.place is None else mask.place[:2]
+    made_for = (q_len, mask.shape[-1]) if mask.place is None else mask.place.sizes[:2]
     # Other lengths of a user's bounds are the user's mistake, which `check_bounds` explains.
     is_users_mistake = mask.place is None and (made_for[1] <= 1 or kv_len % made_for[1] != 0)
     if made_for != (q_len, kv_len) and not is_users_mistake:

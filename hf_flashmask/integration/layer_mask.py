@@ -93,7 +93,7 @@ def layer_mask(
         documents = None
     if documents is None and sliding_window is None:
         return LayerMask(None, place.q_len, is_causal=is_causal)
-    described = (*place, is_causal, sliding_window, None if documents is None else documents.key, query.device)
+    described = (*place.sizes, is_causal, sliding_window, None if documents is None else documents.key, query.device)
     sources = () if documents is None else documents.tensors
     build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)
     return recent.get(("no mask", *described), sources, module, build, query.device)

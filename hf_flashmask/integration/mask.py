@@ -13,7 +13,8 @@ checkpointing and cannot be made in a compiled graph, an attribute of a tensor i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,13 +26,21 @@ from .whole_sequence import Exchange
 __all__ = ["Hints", "Mask", "Place", "register_tree"]
 
 
-class Place(NamedTuple):
-    """Where the queries and keys of a call are in the sequence. A static cache gives `q_offset` as a 0-d tensor."""
+@dataclass
+class Place:
+    """Where the queries and keys of a call are in the sequence. A static cache gives `q_offset` as a 0-d tensor.
+
+    No named tuple: the compiler of torch 2.9 does not trace their properties.
+    """
 
     q_len: int
     kv_len: int
     q_offset: int | Tensor = 0
     kv_offset: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int | Tensor, int]:
+        return self.q_len, self.kv_len, self.q_offset, self.kv_offset
 
     @property
     def is_square(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ class Runs(NamedTuple):
     end: Tensor
 
 
-class Documents(NamedTuple):
+@dataclass
+class Documents:
     """The documents of a row, and each position.
 
     Attributes:
@@ -35,7 +37,7 @@ class Documents(NamedTuple):
 
     @property
     def are_packed(self) -> bool:
-        return bool(self.ids)
+        return len(self.ids) > 0
 
     def hide_padding(self, bounds: Tensor, copies: int = 1) -> Tensor:
         """Of keys that are so many copies of the positions, one after the other."""
