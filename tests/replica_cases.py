@@ -481,10 +481,10 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, value: Tensor, scattered: int, gathered: int) -> Tensor:
         context.dims = scattered, gathered
-        parts = [part.contiguous() for part in value.chunk(dist.get_world_size(), scattered)]
-        received = [torch.empty_like(part) for part in parts]
-        dist.all_to_all(received, parts)
-        return torch.cat(received, gathered)
+        parts = torch.stack(value.chunk(dist.get_world_size(), scattered))
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts)  # gloo of torch 2.9 has no other
+        return torch.cat(received.unbind(), gathered)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
