@@ -122,7 +122,7 @@ def adapters_that_see_rows(model: nn.Module) -> set[str]:
     """
     found = set()
     for layer in model.modules():
-        variants = getattr(layer, "lora_variant", {})
+        variants = vars(layer).get("lora_variant", {})  # `getattr` takes ten times as long where there is none
         is_lily = type(layer).__module__.startswith("peft.tuners.lily")
         if (not is_lily and not variants) or getattr(layer, "disable_adapters", False):
             continue
