@@ -35,7 +35,7 @@ def signature(number: int) -> dict[str, Any]:
     choose = random.Random(number).choice
     kv_heads = choose([1, 1, 2, 3])
     if number % 5 == 0:
-        dim = choose([40, 56, 64, 64, 72, 80, 96, 104, 128, 128, 136, 192, 256, 256])
+        dim = choose([40, 56, 64, 64, 72, 80, 96, 104, 128, 128, 136, 192, 256, 256, 328, 512])
         return {
             "dtype": choose([torch.float16, torch.bfloat16, torch.bfloat16]),
             "heads": kv_heads * choose([1, 2, 3]),

@@ -57,6 +57,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options)
         (torch.float16, 96),
         (torch.bfloat16, 256),
         (torch.float16, 136),
+        (torch.bfloat16, 512),
+        (torch.float16, 328),
     ],
 )
 @pytest.mark.parametrize("mask", masks(8, 8))
@@ -86,6 +88,11 @@ def test_masks(mask: str, dtype: torch.dtype, dim: int) -> None:
         (2100, 1025, 128, 256, 3, 1, (1, 1, 2)),
         (1600, 1111, 248, 8, 7, 1, (3, 1, 4)),
         (1500, 1500, 16, 200, 10, 5, (3, 5, 32)),
+        (1400, 2100, 512, 512, 8, 2, (3, 2, 1)),
+        (2047, 2049, 264, 128, 6, 3, (1, 3, 6)),
+        (2100, 1025, 64, 512, 3, 1, (1, 1, 2)),
+        (1600, 1111, 504, 8, 7, 1, (3, 1, 4)),
+        (1500, 1500, 16, 320, 10, 5, (3, 5, 32)),
     ],
 )
 def test_shapes(q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> None:
@@ -96,7 +103,7 @@ def test_shapes(q_len, kv_len, dim, dim_v, heads, kv_heads, bounds_shape) -> Non
 
 
 @pytest.mark.parametrize("planes", [2, 4])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256, 512])
 def test_nothing_hidden(dim: int, planes: int) -> None:
     """No tile is cut: what the loop over the full ones needs, it cannot have from the loop over the cut ones."""
     query, key, value = (model_tensor(1, 2048, heads, dim, torch.bfloat16, "cuda") for heads in (4, 2, 2))
@@ -106,7 +113,7 @@ def test_nothing_hidden(dim: int, planes: int) -> None:
     assert_matches_reference(attend, query, key, value, bounds)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256, 512])
 def test_sinks(dim: int) -> None:
     query, key, value = (model_tensor(2, 2051, heads, dim, torch.bfloat16, "cuda") for heads in (4, 2, 2))
     sinks = torch.randn(4, device="cuda", dtype=torch.bfloat16)
@@ -134,7 +141,7 @@ def test_two_backward_kernels_for_small_heads(mask: str) -> None:
     assert_matches_reference(deterministic, query, key, value, masks(2085, 2085)[mask].cuda())
 
 
-@pytest.mark.parametrize(("dim", "deterministic"), [(256, False), (128, False), (64, True), (64, False)])
+@pytest.mark.parametrize(("dim", "deterministic"), [(512, False), (256, False), (128, False), (64, True), (64, False)])
 def test_gradients_are_bitwise_repeatable(dim: int, deterministic: bool) -> None:
     """But for dQ of the fused kernel, which is the same up to rounding: dK and dV are repeatable in any case."""
     query, key, value = (
@@ -158,7 +165,7 @@ def test_gradients_are_bitwise_repeatable(dim: int, deterministic: bool) -> None
             assert torch.equal(first[0], other[0])
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
 def test_cuda_graph_of_forward_and_backward(dim: int) -> None:
     def random_inputs() -> list[Tensor]:
         tensors = [model_tensor(2, 1500, heads, dim, torch.bfloat16, "cuda") for heads in (4, 2, 2)]
@@ -167,21 +174,21 @@ def test_cuda_graph_of_forward_and_backward(dim: int) -> None:
     assert_replays_as_eager(lambda *inputs: attend(*inputs, deterministic=True)[0], random_inputs)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
 def test_compiled_by_inductor_equals_eager(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the compiler checks that tracing leaves the switch of deterministic algorithms as it was
     monkeypatch.setattr(dispatch, "FEWEST_SPECIALIZED_ELEMENTS", 0)
     assert_inductor_computes_as_eager(2050, dim, deterministic=True)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256, 512])
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("mask", ["causal_document", "document", "window_in_documents"])
 def test_hidden_nan(mask: str, bad: float, dim: int) -> None:
     assert_hides_what_is_not_finite(attend, bad, torch.bfloat16, dim, masks(4133, 4133)[mask].cuda())
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256, 512])
 def test_long_packed_rows(dim: int) -> None:
     """Every document, of lengths from a few tokens on, is what it is alone."""
     length = 40_000
@@ -191,7 +198,7 @@ def test_long_packed_rows(dim: int) -> None:
     assert_documents_are_alone(attend, query, key, value, d_out, ends.int().cuda()[None, None, None], documents)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
 def test_tensors_past_32_bit_offsets(dim: int) -> None:
     assert_right_past_32_bit_offsets(attend, dim)
 

@@ -131,12 +131,13 @@ _DECODING_FLOAT = {64: Config(16, 64, 4, 2), 128: Config(16, 32, 4, 2), 256: Con
 # against 1.44 / 3.41; two kernels for the gradients are as fast as the portable ones, causal 27.4. A forward with three
 # consumers, 192 x 128, took 9.7, 18.3, 1.92, 0.97 and 1.53: less only where nearly all tiles are full. Statistics of
 # the next step loaded while products run gained nothing in the backward, 22.9, 45.0, 3.97, 1.16 and 3.19.
-# Heads of 256: docs/hopper.md.
+# Heads of 256 and 512: docs/hopper.md.
 _SMALLEST_SPECIALIZED_DIM = 33
 _SPECIALIZED = {
     64: Configs(Config(128, 128, 8, 4, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
     128: Configs(Config(128, 128, 8, 2, True), Config(64, 128, 8, 3, True), Config(128, 128, 8, 2, True)),
     256: Configs(Config(128, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(128, 64, 8, 2, True)),
+    512: Configs(Config(64, 32, 8, 2, True), Config(16, 64, 8, 2, True), Config(64, 32, 8, 2, True)),
 }
 LARGEST_FUSED_DIM = 64
 # dQ's tiles are those in which rows are computed again after NaN: the forward's, whose schedule they share.

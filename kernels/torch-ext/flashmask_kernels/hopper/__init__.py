@@ -1,5 +1,5 @@
 """The attention kernels written for sm_90, in Gluon: forward and backward in half precision, of head sizes from
-33 to 256.
+33 to 512.
 """
 
 from .backward import AttentionBackward

@@ -18,13 +18,13 @@ from ..launch.layout import gradient_layouts
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
-from .tiles import addressable, padded_dim, tile_source
+from .tiles import Widths, addressable, tile_source
 from .work import LAUNCH_OPTIONS, heads_per_group, new_counters, num_programs
 
 
 class AttentionBackward:
     """The backward kernels for inputs of one kind, as `portable.AttentionBackward`, without dropout and softcap and for
-    head sizes to 256.
+    head sizes to 512.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AttentionBackward:
         query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
+        block_dim, block_dim_v, parts = Widths.of(dim, dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         self._row_statistics = RowStatistics(out, d_out, d_lse)
@@ -53,7 +53,7 @@ class AttentionBackward:
 
         config = configs.key_value_gradient
         num_column_tiles = tiles_in(kv_len, config.block_n)
-        num_items = num_column_tiles * batch_size * kv_heads
+        num_items = num_column_tiles * batch_size * kv_heads * parts
         self._block_m = config.block_m
         self._column_blocks = (
             (config.block_m, block_dim),
@@ -69,7 +69,7 @@ class AttentionBackward:
             kv_len,
             num_items,
             num_column_tiles,
-            heads_per_group(kv_heads, num_column_tiles, query, d_out),
+            heads_per_group(kv_heads, num_column_tiles * parts, query, d_out) * parts,
             mask_stride_b,
             max_runs_of(by_column),
         )
@@ -83,6 +83,7 @@ class AttentionBackward:
             "BLOCK_M": config.block_m,
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
+            "PARTS": parts,
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)
@@ -119,6 +120,7 @@ class AttentionBackward:
             "BLOCK_N": config.block_n,
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
+            "PARTS": parts,
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)

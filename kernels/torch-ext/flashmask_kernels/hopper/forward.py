@@ -17,9 +17,21 @@ from ..launch.layout import Layout
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import gl, gluon, hopper
 from .masks import hide_by_mask, make_mask_ring, make_masks
-from .tiles import Ring, addressable, make_barriers, note_nan, padded_dim, store_rows, tile_source
+from .tiles import (
+    Ring,
+    Widths,
+    addressable,
+    forgotten,
+    make_barriers,
+    note_nan,
+    product_over_dims,
+    store_rows,
+    tile_of,
+    tile_source,
+)
 from .work import (
     LAUNCH_OPTIONS,
+    REGISTERS_OF_PARTS_WITH_MASKS,
     REGISTERS_WITH_MASKS,
     TILES_LEFT,
     Lists,
@@ -35,8 +47,8 @@ from .work import (
 @gluon.jit
 def _produce(
     q, k, v, lists, q_ring, k_ring, v_ring, work,
-    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, Q_STAGES: gl.constexpr,
-    STAGES: gl.constexpr,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, Q_TILES: gl.constexpr,
+    Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     number = 0
     step = 0
@@ -48,18 +60,18 @@ def _produce(
         head = batch_head % NUM_HEADS
         kv_head = head // HEADS_PER_KV_HEAD
         runs = lists.runs_of(batch_head, row_tile)
-        for consumer in gl.static_range(2):
-            buffer = number % Q_STAGES * 2 + consumer
-            row = row_tile * 128 + consumer * 64
-            q_ring.load(q, [batch, head, row, 0], buffer, (number // Q_STAGES & 1) ^ 1)
+        for tile in gl.static_range(Q_TILES):
+            buffer = number % Q_STAGES * Q_TILES + tile
+            row = (row_tile * Q_TILES + tile) * 64
+            q_ring.load(q, [batch, head, row], buffer, (number // Q_STAGES & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
                 for column_tile in range(first_tile, end_tile):
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
-                    k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
-                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N, 0], stage, phase)
+                    k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N], stage, phase)
+                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N], stage, phase)
                     step += 1
                     tiles_left -= 1
                     work.draw_next(tiles_left == TILES_LEFT)
@@ -103,8 +115,8 @@ def _softmax(scores, row_max, row_sum, factor, IS_CUT: gl.constexpr):
 def _consume(
     out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
     NUM_HEADS: gl.constexpr, HAS_SINKS: gl.constexpr,
-    DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr,
-    Q_STAGES: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
+    DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr,
+    Q_TILES: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -113,6 +125,9 @@ def _consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
 
+    # A consumer has rows of its own, or dims of V.
+    own_rows: gl.constexpr = consumer % Q_TILES
+    own_part: gl.constexpr = consumer % PARTS
     factor = scale * LOG2_E
     number = 0
     step = 0
@@ -120,7 +135,7 @@ def _consume(
     row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
         head = batch_head % NUM_HEADS
-        first_row = row_tile * 128 + consumer * 64
+        first_row = (row_tile * Q_TILES + own_rows) * 64
         rows = first_row + gl.arange(0, 64, row_layout)
         output = gl.zeros([64, BLOCK_DIM_V], gl.float32, out_layout)
         # Scores and their maxima are in base 2.
@@ -131,19 +146,16 @@ def _consume(
             row_max = gl.full([64], float("-inf"), gl.float32, row_layout)
             row_sum = gl.zeros([64], gl.float32, row_layout)
 
-        buffer = number % Q_STAGES * 2 + consumer
-        q_tile = q_ring.tiles.index(buffer).reshape([64, BLOCK_DIM])
+        buffer = number % Q_STAGES * Q_TILES + own_rows
         q_ring.wait(buffer, number // Q_STAGES & 1)
         if num_cut + num_full > 0:
             # The first tile: no product with V runs beside it. It is masked even if it is full, which changes nothing.
             stage = step % STAGES
             k_ring.wait(stage, step // STAGES & 1)
-            k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
-            scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-            scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+            scores = product_over_dims(q_ring.tiles, buffer, k_ring.tiles, stage, scores_layout, PARTS)
             scores = hopper.warpgroup_mma_wait(0, [scores])
             k_ring.release(stage)
-            scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, consumer)
+            scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, own_rows)
             mask_step += 1
             probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
             pairs = _pack(probabilities, dtype)
@@ -155,17 +167,16 @@ def _consume(
                     last_phase = step // STAGES & 1
                     step += 1
                     stage = step % STAGES
+                    own = forgotten(buffer) if PARTS == 2 else buffer
                     k_ring.wait(stage, step // STAGES & 1)
-                    k_tile = k_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM])
-                    scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                    scores = hopper.warpgroup_mma(q_tile, k_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                    scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS)
                     v_ring.wait(last_stage, last_phase)
-                    v_tile = v_ring.tiles.index(last_stage).reshape([BLOCK_N, BLOCK_DIM_V])
+                    v_tile = tile_of(v_ring.tiles, last_stage * PARTS + own_part)
                     output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
                     k_ring.release(stage)
                     if IS_CUT:
-                        scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, consumer)
+                        scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, own_rows)
                         mask_step += 1
                     probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
                     output = hopper.warpgroup_mma_wait(0, [output])
@@ -175,7 +186,7 @@ def _consume(
             q_ring.release(buffer)
             stage = step % STAGES
             v_ring.wait(stage, step // STAGES & 1)
-            v_tile = v_ring.tiles.index(stage).reshape([BLOCK_N, BLOCK_DIM_V])
+            v_tile = tile_of(v_ring.tiles, stage * PARTS + own_part)
             output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
             output = hopper.warpgroup_mma_wait(0, [output])
             v_ring.release(stage)
@@ -190,7 +201,8 @@ def _consume(
         gl.store(lse + offsets, (row_max + gl.log2(row_sum)) * LN_2, mask=rows < q_len)
         note_nan(has_nan, output)
         store_rows(
-            out, out_strides, output, batch_head // NUM_HEADS, head, first_row, q_len, DIM_V, BLOCK_DIM_V
+            out, out_strides, output, batch_head // NUM_HEADS, head, first_row, own_part * BLOCK_DIM_V, q_len,
+            DIM_V, BLOCK_DIM_V,
         )  # fmt: skip
         number += 1
         row_tile, batch_head, num_cut, num_full = work.take(number)
@@ -206,16 +218,18 @@ def attention_forward_kernel(
     scale, q_len, kv_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    # The consumers divide the rows of a tile, or of heads past 256 the dims of V.
+    Q_TILES: gl.constexpr = 2 // PARTS
     # Two buffers for the query of each consumer, so that the query of the next piece of work is loaded early.
     Q_STAGES: gl.constexpr = 2 if BLOCK_DIM <= 128 else 1
     q_tiles = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, 1, 1, 64, BLOCK_DIM], q.layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, 1, 1, BLOCK_N, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES * PARTS, 1, 1, BLOCK_N, BLOCK_DIM_V], v.layout)
     masks = make_mask_ring(BLOCK_N, 4)
     work = make_work(4)
-    q_ring = Ring(q_tiles, make_barriers(2 * Q_STAGES, 1), make_barriers(2 * Q_STAGES, 1))
+    q_ring = Ring(q_tiles, make_barriers(Q_TILES * Q_STAGES, 1), make_barriers(Q_TILES * Q_STAGES, PARTS))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
@@ -224,26 +238,27 @@ def attention_forward_kernel(
         [
             (_consume, (
                 out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, Q_STAGES, STAGES, 0,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM_V, PARTS, Q_TILES, Q_STAGES, STAGES, 0,
             )),
             (_consume, (
                 out, lse, has_nan, sinks, q_ring, k_ring, v_ring, masks, work, out_strides, scale, q_len,
-                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V, Q_STAGES, STAGES, 1,
+                NUM_HEADS, HAS_SINKS, DIM_V, BLOCK_N, BLOCK_DIM_V, PARTS, Q_TILES, Q_STAGES, STAGES, 1,
             )),
             (_produce, (
-                q, k, v, lists, q_ring, k_ring, v_ring, work, NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_STAGES, STAGES,
+                q, k, v, lists, q_ring, k_ring, v_ring, work,
+                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, Q_STAGES, STAGES,
             )),
             (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, BLOCK_N, True)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N, True)),
         ],
         [4, 1, 1, 2],
-        REGISTERS_WITH_MASKS,
+        REGISTERS_WITH_MASKS if PARTS == 1 else REGISTERS_OF_PARTS_WITH_MASKS,
     )  # fmt: skip
 
 
 class AttentionForward:
     """The forward kernel for inputs of one kind, as `portable.AttentionForward`, without dropout and softcap and for
-    head sizes to 256.
+    head sizes to 512.
     """
 
     def __init__(
@@ -260,7 +275,7 @@ class AttentionForward:
         query, key, value = (addressable(tensor) for tensor in (query, key, value))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v = padded_dim(dim), padded_dim(dim_v)
+        block_dim, block_dim_v, parts = Widths.of(dim, dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         num_row_tiles = tiles_in(q_len, config.block_m)
@@ -289,6 +304,7 @@ class AttentionForward:
             "BLOCK_N": config.block_n,
             "BLOCK_DIM": block_dim,
             "BLOCK_DIM_V": block_dim_v,
+            "PARTS": parts,
             "STAGES": config.num_stages,
         }
         programs = num_programs(query.device, num_items)

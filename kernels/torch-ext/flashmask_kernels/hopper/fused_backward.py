@@ -80,7 +80,7 @@ def _produce(
                         rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK]
                         async_load(lse_2, rows, full, lse_tiles.index(stage))
                         async_load(delta, rows, full, delta_tiles.index(stage))
-                        d_out_ring.load(d_out, [batch, head, row_tile * BLOCK, 0], stage, phase)
+                        d_out_ring.load(d_out, [batch, head, row_tile * BLOCK], stage, phase)
                         step += 1
                         tiles_left -= 1
                         work.draw_next(tiles_left == TILES_LEFT)
@@ -170,8 +170,8 @@ def _consume(
         k_ring.release(0)
         note_nan(has_nan, d_k_tile)
         note_nan(has_nan, d_v_tile)
-        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, kv_len, DIM, BLOCK)
-        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, kv_len, DIM_V, BLOCK)
+        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, 0, kv_len, DIM, BLOCK)
+        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, 0, kv_len, DIM_V, BLOCK)
         number += 1
         column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 

@@ -5,33 +5,58 @@ from __future__ import annotations
 from ..common.tiles import LOG2_E
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .masks import hide, load_planes
-from .tiles import Ring, forgotten, load_scalar, make_barriers, make_scalars, note_nan, store_rows, store_scalar
-from .work import REGISTERS, TILES_LEFT, Lists, assign_work, load_run, make_work
+from .tiles import (
+    Ring,
+    forgotten,
+    load_parts,
+    load_scalar,
+    make_barriers,
+    make_scalars,
+    note_nan,
+    product_over_dims,
+    store_rows,
+    store_scalar,
+    tile_of,
+)
+from .work import REGISTERS, REGISTERS_OF_PARTS, TILES_LEFT, Lists, assign_work, load_run, make_work
+
+
+@gluon.constexpr_function
+def _spread(rows):
+    """Every how manyth buffer of that many statistics TMA can fill: it writes to multiples of 128 bytes."""
+    return max(32 // rows, 1)
+
+
+@gluon.jit
+def _statistics(tiles, stage):
+    return tiles.index(stage * _spread(tiles.shape[2]))
 
 
 @gluon.jit
 def _produce_rows(
     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, work,
-    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_M: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """K and V fill one buffer together, and so do Q, the statistics of its rows and their number."""
     number = 0
     step = 0
-    column_tile, batch_kv_head, num_cut, num_full = work.read(number)
+    column_tile, part_of_head, num_cut, num_full = work.read(number)
     while column_tile >= 0:
         tiles_left = (num_cut + num_full) * HEADS_PER_KV_HEAD
         work.draw_next(tiles_left <= TILES_LEFT)
+        batch_kv_head = part_of_head // PARTS
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
-        runs = lists.runs_of(batch_kv_head, column_tile)
-        KEY_TILES: gl.constexpr = k_ring.tiles.shape[0]
+        runs = lists.runs_of(part_of_head, column_tile)
+        KEY_TILES: gl.constexpr = k_ring.full.shape[0]
         for consumer in gl.static_range(KEY_TILES):
             column = (column_tile * KEY_TILES + consumer) * 64
             full = k_ring.full.index(consumer)
             mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
-            mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-            async_load(k, [batch, kv_head, column, 0], full, k_ring.tiles.index(consumer))
-            async_load(v, [batch, kv_head, column, 0], full, v_tiles.index(consumer))
+            mbarrier.expect(full, PARTS * (k.block_type.nbytes + v.block_type.nbytes))
+            load_parts(k, [batch, kv_head, column], full, k_ring.tiles, consumer, PARTS)
+            load_parts(v, [batch, kv_head, column], full, v_tiles, consumer, PARTS)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -44,17 +69,17 @@ def _produce_rows(
                     full = q_ring.full.index(stage)
                     mbarrier.wait(q_ring.empty.index(stage), phase)
                     store_scalar(row_tiles.index(stage), row_tile)
-                    mbarrier.expect(full, q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
-                    async_load(q, [batch, head, row_tile * BLOCK_M, 0], full, q_ring.tiles.index(stage))
+                    mbarrier.expect(full, PARTS * q.block_type.nbytes + 2 * lse_2.block_type.nbytes)
+                    load_parts(q, [batch, head, row_tile * BLOCK_M], full, q_ring.tiles, stage, PARTS)
                     rows = [batch * KV_HEADS * HEADS_PER_KV_HEAD + head, row_tile * BLOCK_M]
-                    async_load(lse_2, rows, full, lse_tiles.index(stage))
-                    async_load(delta, rows, full, delta_tiles.index(stage))
-                    d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M, 0], stage, phase)
+                    async_load(lse_2, rows, full, _statistics(lse_tiles, stage))
+                    async_load(delta, rows, full, _statistics(delta_tiles, stage))
+                    d_out_ring.load(d_out, [batch, head, row_tile * BLOCK_M], stage, phase)
                     step += 1
                     tiles_left -= 1
                     work.draw_next(tiles_left == TILES_LEFT)
         number += 1
-        column_tile, batch_kv_head, num_cut, num_full = work.read(number)
+        column_tile, part_of_head, num_cut, num_full = work.read(number)
 
 
 @gluon.jit
@@ -102,7 +127,7 @@ def _consume_rows(
                 d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
                 d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
-                row_lse_2 = lse_tiles.index(stage).load(scores_layout)
+                row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)
                 if IS_CUT:
@@ -110,7 +135,7 @@ def _consume_rows(
                     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
                     probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
                 p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
-                row_delta = delta_tiles.index(stage).load(scores_layout)
+                row_delta = _statistics(delta_tiles, stage).load(scores_layout)
                 d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
                 d_p = hopper.warpgroup_mma_wait(1, [d_p])
                 d_scores = probabilities * (d_p - row_delta)
@@ -123,8 +148,8 @@ def _consume_rows(
         k_ring.release(consumer)
         note_nan(has_nan, d_k_tile)
         note_nan(has_nan, d_v_tile)
-        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, kv_len, DIM, BLOCK_DIM)
-        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, kv_len, DIM_V, BLOCK_DIM_V)
+        store_rows(d_k, d_k_strides, d_k_tile * scale, batch, kv_head, first_column, 0, kv_len, DIM, BLOCK_DIM)
+        store_rows(d_v, d_v_strides, d_v_tile, batch, kv_head, first_column, 0, kv_len, DIM_V, BLOCK_DIM_V)
         number += 1
         column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 
@@ -134,9 +159,11 @@ def _consume_for_values(
     d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
     d_v_strides, scale, q_len, kv_len,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM_V: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Of wide heads: P, which it hands over, and dV. The registers of one consumer hold one gradient of 64 keys."""
+    """Of wide heads: P, which it hands over, and dV. The registers of one consumer hold one gradient of 64 keys, in 256
+    dims.
+    """
     dtype: gl.constexpr = q_ring.tiles.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     d_v_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DIM_V, 16])
@@ -145,9 +172,11 @@ def _consume_for_values(
     factor = scale * LOG2_E
     number = 0
     step = 0
-    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+    column_tile, part_of_head, num_cut, num_full = work.take(number)
     while column_tile >= 0:
-        mask_bounds = bounds + lists.mask_of(batch_kv_head) * NUM_PLANES * kv_len
+        batch_kv_head = part_of_head // PARTS
+        part = part_of_head % PARTS
+        mask_bounds = bounds + lists.mask_of(part_of_head) * NUM_PLANES * kv_len
         first_column = column_tile * 64
         columns = first_column + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
         planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
@@ -157,12 +186,10 @@ def _consume_for_values(
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
                 phase = step // STAGES & 1
-                k_tile = k_ring.tiles.index(forgotten(0)).reshape([64, BLOCK_DIM])
+                own = forgotten(0)
                 q_ring.wait(stage, phase)
-                q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
-                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-                row_lse_2 = lse_tiles.index(stage).load(scores_layout)
+                scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores_layout, PARTS)
+                row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
                 scores = hopper.warpgroup_mma_wait(0, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)
                 if IS_CUT:
@@ -171,7 +198,7 @@ def _consume_for_values(
                     probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
                 q_ring.release(stage)
                 d_out_ring.wait(stage, phase)
-                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                d_out_tile = tile_of(d_out_ring.tiles, stage * PARTS + part)
                 p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
                 d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
                 p_ring.store(probabilities, step)
@@ -182,17 +209,17 @@ def _consume_for_values(
         note_nan(has_nan, d_v_tile)
         store_rows(
             d_v, d_v_strides, d_v_tile, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
-            first_column, kv_len, DIM_V, BLOCK_DIM_V,
+            first_column, part * BLOCK_DIM_V, kv_len, DIM_V, BLOCK_DIM_V,
         )  # fmt: skip
         number += 1
-        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+        column_tile, part_of_head, num_cut, num_full = work.take(number)
 
 
 @gluon.jit
 def _consume_for_keys(
     d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale, kv_len,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_DIM: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Of wide heads: dP, dS from it and the P of the other consumer, and dK."""
     dtype: gl.constexpr = q_ring.tiles.dtype
@@ -202,25 +229,25 @@ def _consume_for_keys(
 
     number = 0
     step = 0
-    column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+    column_tile, part_of_head, num_cut, num_full = work.take(number)
     while column_tile >= 0:
+        batch_kv_head = part_of_head // PARTS
+        part = part_of_head % PARTS
         d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         k_ring.wait(0, number & 1)
         for _ in range((num_cut + num_full) * HEADS_PER_KV_HEAD):
             stage = step % STAGES
             phase = step // STAGES & 1
-            v_tile = v_tiles.index(forgotten(0)).reshape([64, BLOCK_DIM_V])
+            own = forgotten(0)
             d_out_ring.wait(stage, phase)
-            d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
-            d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-            d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+            d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, scores_layout, PARTS)
             q_ring.wait(stage, phase)
-            row_delta = delta_tiles.index(stage).load(scores_layout)
+            row_delta = _statistics(delta_tiles, stage).load(scores_layout)
             d_p = hopper.warpgroup_mma_wait(0, [d_p])
             d_out_ring.release(stage)
             d_scores = p_ring.take(scores_layout, step) * (d_p - row_delta)
             d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
-            q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+            q_tile = tile_of(q_ring.tiles, stage * PARTS + part)
             d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
             d_k_tile = hopper.warpgroup_mma_wait(0, [d_k_tile])
             q_ring.release(stage)
@@ -229,10 +256,10 @@ def _consume_for_keys(
         note_nan(has_nan, d_k_tile)
         store_rows(
             d_k, d_k_strides, d_k_tile * scale, batch_kv_head // KV_HEADS, batch_kv_head % KV_HEADS,
-            column_tile * 64, kv_len, DIM, BLOCK_DIM,
+            column_tile * 64, part * BLOCK_DIM, kv_len, DIM, BLOCK_DIM,
         )  # fmt: skip
         number += 1
-        column_tile, batch_kv_head, num_cut, num_full = work.take(number)
+        column_tile, part_of_head, num_cut, num_full = work.take(number)
 
 
 @gluon.jit(
@@ -246,22 +273,23 @@ def key_value_gradient_kernel(
     scale, q_len, kv_len, num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM], q.layout)
-    d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DIM_V], d_out.layout)
-    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_2.layout)
-    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta.layout)
-    # The consumers divide the keys, or where heads are wide, the gradients.
+    q_tiles = gl.allocate_shared_memory(q.dtype, [STAGES * PARTS, 1, 1, BLOCK_M, BLOCK_DIM], q.layout)
+    d_out_tiles = gl.allocate_shared_memory(d_out.dtype, [STAGES * PARTS, 1, 1, BLOCK_M, BLOCK_DIM_V], d_out.layout)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * _spread(BLOCK_M), 1, BLOCK_M], lse_2.layout)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES * _spread(BLOCK_M), 1, BLOCK_M], delta.layout)
+    # The consumers divide the keys, or where heads are wide, the gradients. Of heads past 256, a piece of work is one
+    # part of a head: it computes all scores, and 256 dims of the gradients.
     KEY_TILES: gl.constexpr = 2 if BLOCK_DIM + BLOCK_DIM_V <= 256 else 1
-    k_tiles = gl.allocate_shared_memory(k.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [KEY_TILES, 1, 1, 64, BLOCK_DIM_V], v.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [KEY_TILES * PARTS, 1, 1, 64, BLOCK_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [KEY_TILES * PARTS, 1, 1, 64, BLOCK_DIM_V], v.layout)
     row_tiles = make_scalars(STAGES)
     work = make_work(3)
     q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     k_ring = Ring(k_tiles, make_barriers(KEY_TILES, 1), make_barriers(KEY_TILES, 2 // KEY_TILES))
-    lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
+    lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS * PARTS, KV_HEADS_PER_MASK * PARTS)
     hopper.fence_async_shared()
     if KEY_TILES == 2:
         gl.warp_specialize(
@@ -278,7 +306,7 @@ def key_value_gradient_kernel(
                 )),
                 (_produce_rows, (
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
+                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, PARTS, STAGES,
                 )),
                 (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
             ],
@@ -294,18 +322,18 @@ def key_value_gradient_kernel(
                 (_consume_for_values, (
                     d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, row_tiles, k_ring, p_ring, work,
                     d_v_strides, scale, q_len, kv_len,
-                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM_V, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
+                    KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM_V, BLOCK_M, BLOCK_DIM_V, PARTS, STAGES,
                 )),
                 (_consume_for_keys, (
                     d_k, has_nan, q_ring, d_out_ring, delta_tiles, k_ring, v_tiles, p_ring, work, d_k_strides, scale,
-                    kv_len, KV_HEADS, HEADS_PER_KV_HEAD, DIM, BLOCK_M, BLOCK_DIM, BLOCK_DIM_V, STAGES,
+                    kv_len, KV_HEADS, HEADS_PER_KV_HEAD, DIM, BLOCK_M, BLOCK_DIM, PARTS, STAGES,
                 )),
                 (_produce_rows, (
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, STAGES,
+                    v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, PARTS, STAGES,
                 )),
                 (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
             ],
             [4, 1, 1],
-            REGISTERS,
+            REGISTERS if PARTS == 1 else REGISTERS_OF_PARTS,
         )  # fmt: skip

@@ -83,7 +83,7 @@ def _hand_over_mask(visible, masks, step):
 @gluon.jit
 def make_masks(
     bounds, lists, masks, work, q_len, kv_len,
-    NUM_PLANES: gl.constexpr, BLOCK_N: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
+    NUM_PLANES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, FIRST_IS_MASKED: gl.constexpr,
 ):  # fmt: skip
     """Make the masks of each row tile's cut tiles; with ``FIRST_IS_MASKED`` also that of a first tile that is full.
 
@@ -100,7 +100,8 @@ def make_masks(
             first_tile, end_tile = load_run(runs, run, lists.max_runs, 1)
             for column_tile in range(first_tile, end_tile):
                 first_column = column_tile * BLOCK_N
-                visible = _visible_rows(mask_bounds, row_tile * 128, first_column, q_len, kv_len, NUM_PLANES, BLOCK_N)
+                first_row = row_tile * BLOCK_M
+                visible = _visible_rows(mask_bounds, first_row, first_column, q_len, kv_len, NUM_PLANES, BLOCK_N)
                 step = _hand_over_mask(visible, masks, step)
         if FIRST_IS_MASKED and (num_cut == 0) & (num_full > 0):
             all_visible = gl.full([4, BLOCK_N], -1, gl.int32, _MASK_LAYOUT)
@@ -123,13 +124,16 @@ def _words_layout(block_n):
 
 
 @gluon.jit
-def hide_by_mask(values, hidden_value, masks, step, BLOCK_N: gl.constexpr, consumer: gl.constexpr):
-    """``values`` [64, BLOCK_N], with ``hidden_value`` where the mask number ``step`` of `make_masks` has no bit."""
+def hide_by_mask(values, hidden_value, masks, step, BLOCK_N: gl.constexpr, half: gl.constexpr):
+    """``values`` [64, BLOCK_N], with ``hidden_value`` where the mask number ``step`` of `make_masks` has no bit.
+
+    ``half``: of its 128 rows.
+    """
     layout: gl.constexpr = _words_layout(BLOCK_N)
     STAGES: gl.constexpr = masks.tiles.shape[0]
     stage = step % STAGES
     masks.wait(stage, step // STAGES & 1)
-    words = masks.tiles.index(stage).slice(2 * consumer, 2).load(gl.SliceLayout(1, layout))
+    words = masks.tiles.index(stage).slice(2 * half, 2).load(gl.SliceLayout(1, layout))
     rows = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     bits = gl.expand_dims(gl.expand_dims(1 << rows, 0), 2)
     by_words = gl.convert_layout(values.reshape([2, 32, BLOCK_N]), layout, assert_trivial=True)

@@ -5,18 +5,37 @@ it may be overwritten.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..launch.tile_sources import descriptors_can_address
-from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, mbarrier
+from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, hopper, mbarrier
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
-def padded_dim(dim: int) -> int:
-    """Width of a tile for a head size; TMA fills what lies past the head with 0."""
+class Widths(NamedTuple):
+    """How the dims of a head are cut into tiles; TMA fills what lies past the head with 0.
+
+    Attributes:
+        block_dim, block_dim_v: dims of a tile of Q and K, and of V.
+        parts: tiles beside each other. Two consumers hold the sums of 256 dims each.
+    """
+
+    block_dim: int
+    block_dim_v: int
+    parts: int
+
+    @classmethod
+    def of(cls, dim: int, dim_v: int) -> "Widths":
+        if max(dim, dim_v) > 256:
+            return cls(256, 256, 2)
+        return cls(_padded(dim), _padded(dim_v), 1)
+
+
+def _padded(dim: int) -> int:
     return 64 if dim <= 64 else 128 if dim <= 128 else 256
 
 
@@ -68,10 +87,40 @@ def forgotten(index):
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def load_parts(source, coordinates, full, tiles, index, PARTS: gl.constexpr):
+    """Fill a buffer by TMA: ``PARTS`` tiles of neighbouring dims, from the row with these coordinates on."""
+    BLOCK_DIM: gl.constexpr = source.block_type.shape[3]
+    batch, head, row = coordinates
+    for part in gl.static_range(PARTS):
+        async_load(source, [batch, head, row, part * BLOCK_DIM], full, tiles.index(index * PARTS + part))
+
+
+@gluon.jit
+def tile_of(tiles, index):
+    """What TMA loaded into the buffer, [rows, dims]."""
+    ROWS: gl.constexpr = tiles.shape[3]
+    BLOCK_DIM: gl.constexpr = tiles.shape[4]
+    return tiles.index(index).reshape([ROWS, BLOCK_DIM])
+
+
+@gluon.jit
+def product_over_dims(left, left_index, right, right_index, layout: gl.constexpr, PARTS: gl.constexpr):
+    """``left @ right.T`` of two buffers of ``PARTS`` tiles, issued."""
+    ROWS: gl.constexpr = left.shape[3]
+    COLUMNS: gl.constexpr = right.shape[3]
+    sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+    for part in gl.static_range(PARTS):
+        rows = tile_of(left, left_index * PARTS + part)
+        columns = tile_of(right, right_index * PARTS + part)
+        sums = hopper.warpgroup_mma(rows, columns.permute([1, 0]), sums, use_acc=part > 0, is_async=True)
+    return sums
+
+
 @aggregate
 class Ring:
     """Buffers that one partition fills and others empty, in turn. They start empty: to wait for the phase before the
-    first one succeeds at once.
+    first one succeeds at once. A buffer for TMA has one or two tiles.
     """
 
     tiles: gl.shared_memory_descriptor
@@ -85,9 +134,10 @@ class Ring:
     @gluon.jit
     def load(self, source, coordinates, index, phase):
         """Fill a buffer by TMA once it is empty."""
+        PARTS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
         mbarrier.wait(self.empty.index(index), phase)
-        mbarrier.expect(self.full.index(index), source.block_type.nbytes)
-        async_load(source, coordinates, self.full.index(index), self.tiles.index(index))
+        mbarrier.expect(self.full.index(index), PARTS * source.block_type.nbytes)
+        load_parts(source, coordinates, self.full.index(index), self.tiles, index, PARTS)
 
     @gluon.jit
     def wait(self, index, phase):
@@ -137,13 +187,13 @@ def _stored_layout(num_warps, block_dim):
 
 @gluon.jit
 def store_rows(
-    target, strides, tile, batch, head, first, length, DIM: gl.constexpr, BLOCK_DIM: gl.constexpr
+    target, strides, tile, batch, head, first, first_dim, length, DIM: gl.constexpr, BLOCK_DIM: gl.constexpr
 ):  # fmt: skip
-    """Write ``tile`` [64, BLOCK_DIM] to the rows of one head that exist, 8 bytes a thread."""
+    """Write ``tile`` [64, BLOCK_DIM] to the rows and dims of one head that exist, 8 bytes a thread."""
     layout: gl.constexpr = _stored_layout(gl.num_warps(), BLOCK_DIM)
     tile = gl.convert_layout(tile.to(target.dtype.element_ty), layout)
     rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    dims = gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, layout))
+    dims = first_dim + gl.arange(0, BLOCK_DIM, gl.SliceLayout(0, layout))
     base = target + batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1] + first.to(gl.int64) * strides[2]
     mask = (first + rows < length)[:, None] & (dims < DIM)[None, :]
     gl.store(base + rows[:, None] * strides[2] + dims[None, :], tile, mask=mask)

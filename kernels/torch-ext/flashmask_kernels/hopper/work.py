@@ -18,6 +18,9 @@ from .tiles import load_scalar, make_barriers, make_scalars, store_scalar
 LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 REGISTERS = gl.constexpr([240, 24, 24])
 REGISTERS_WITH_MASKS = gl.constexpr([240, 24, 24, 24])
+# Of heads past 256: their tiles of scores are small, and their producer loads each in two parts.
+REGISTERS_OF_PARTS = gl.constexpr([224, 56, 56])
+REGISTERS_OF_PARTS_WITH_MASKS = gl.constexpr([224, 56, 56, 56])
 # The next piece of work is drawn when so many tiles of this one remain to be loaded: long enough for the draw.
 TILES_LEFT = gl.constexpr(2)
 _BYTES_IN_L2 = 32 << 20
