@@ -151,7 +151,11 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
             name: int(re.search(rf"\.{name}:\s*(\d+)", kernel.asm["amdgcn"])[1])
             for name in ("vgpr_count", "vgpr_spill_count")
         }
-        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "serialized": 0, "unwritten": 0}
+        return {
+            "registers": found["vgpr_count"],
+            "spills": found["vgpr_spill_count"],
+            **dict.fromkeys(("serialized", "unwritten", "packed_tests"), 0),
+        }
     report = said_by_ptxas(kernel, target)
     unwritten = []
     if "wgmma" in kernel.asm["ptx"]:
@@ -166,6 +170,8 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
         # ptxas says so when it must wait for every wgmma by itself.
         "serialized": len(re.findall(r"serializ|C751[0-9]", report)),
         "unwritten": len(unwritten),
+        # LLVM packs the results of tests that it vectorises, and takes them out again.
+        "packed_tests": len(re.findall(r"selp\.b16\s+%\w+, -?1, 0,", kernel.asm["ptx"])),
     }
 
 

@@ -1,10 +1,11 @@
 """Every shipped configuration compiles for every architecture, fits its shared memory and spills within budget; ptxas
-gave its matrix products the operands they ask for."""
+gave its matrix products the operands they ask for, and LLVM left the tests of masks as they are."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -40,6 +41,7 @@ def test_kernels_compile_within_their_budgets(architecture: str) -> None:
         or used["shared"] > SHARED_MEMORY[architecture]
         or used["serialized"]
         or used["unwritten"]
+        or (used["packed_tests"] and re.search("hopper (attention|key|query|fused)", name))
     }
     assert not too_much
 
