@@ -67,11 +67,15 @@ def padded_rows(q_len: int) -> int:
 
 
 class RowStatistics:
-    """The statistics of inputs of one kind: float32 ``[B, H, padded_rows(S)]`` each."""
+    """The statistics of inputs of one kind: float32 ``[B, H, padded_rows(S)]`` each.
+
+    Attributes:
+        layout: of each.
+    """
 
     def __init__(self, out: Tensor, d_out: Tensor, d_lse: Tensor | None) -> None:
         batch_size, num_heads, q_len, dim_v = out.shape
-        self._layout = Layout.of_rows(batch_size, num_heads, padded_rows(q_len))
+        self.layout = Layout.of_rows(batch_size, num_heads, padded_rows(q_len))
         block_m = 64
         constants = {
             "NUM_HEADS": num_heads,
@@ -86,6 +90,6 @@ class RowStatistics:
 
     def __call__(self, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
         """The log-sum-exp in base 2 and delta."""
-        lse_2, delta = self._layout.new(lse), self._layout.new(lse)
+        lse_2, delta = self.layout.new(lse), self.layout.new(lse)
         self._launch(out, d_out, lse, d_lse, lse_2, delta)
         return lse_2, delta

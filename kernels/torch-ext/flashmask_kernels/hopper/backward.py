@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.nan_repair import redo_backward
@@ -15,6 +16,7 @@ from ..common.row_statistics import RowStatistics, padded_rows
 from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import gradient_layouts
+from ..launch.tile_sources import TileSources
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
@@ -41,7 +43,7 @@ class AttentionBackward:
         scale: float,
         configs: Configs,
     ) -> None:
-        query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
         block_dim, block_dim_v, parts = Widths.of(dim, dim_v)
@@ -54,12 +56,15 @@ class AttentionBackward:
         config = configs.key_value_gradient
         num_column_tiles = tiles_in(kv_len, config.block_n)
         num_items = num_column_tiles * batch_size * kv_heads * parts
-        self._block_m = config.block_m
-        self._column_blocks = (
+        blocks: tuple[tuple[int, ...], ...] = (
             (config.block_m, block_dim),
             (64, block_dim),
             (64, block_dim_v),
             (config.block_m, block_dim_v),
+        )
+        statistic = self._row_statistics.layout.new(out, torch.float32).flatten(0, 1)
+        self._column_sources = TileSources(
+            *map(tile_source, (*inputs, statistic, statistic), (*blocks, (config.block_m,), (config.block_m,)))
         )
         numbers: tuple[Any, ...] = (
             d_key_strides,
@@ -93,12 +98,8 @@ class AttentionBackward:
         config = configs.query_gradient
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
-        self._row_blocks = (
-            (64, block_dim),
-            (config.block_n, block_dim),
-            (config.block_n, block_dim_v),
-            (64, block_dim_v),
-        )
+        blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v), (64, block_dim_v)
+        self._row_sources = TileSources(*map(tile_source, inputs, blocks))
         numbers = (
             d_query_strides,
             scale,
@@ -149,13 +150,8 @@ class AttentionBackward:
         d_query, d_key, d_value = gradients
         column_counter, row_counter, has_nan = new_counters(3, query.device)
         self._launch_d_key_value(
-            *(tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._column_blocks)),
-            *(tile_source(statistic.flatten(0, 1), 1, self._block_m) for statistic in (lse_2, delta)),
-            d_key, d_value, bounds, by_column, column_counter, has_nan,
-        )  # fmt: skip
-        self._launch_d_query(
-            *(tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._row_blocks)),
-            lse_2, delta, d_query, bounds, by_row, row_counter, has_nan,
-        )  # fmt: skip
+            *self._column_sources(*inputs, lse_2, delta), d_key, d_value, bounds, by_column, column_counter, has_nan
+        )
+        self._launch_d_query(*self._row_sources(*inputs), lse_2, delta, d_query, bounds, by_row, row_counter, has_nan)
         self._redo(has_nan, *inputs, lse_2, delta, *gradients, bounds, by_column, by_row)
         return d_query, d_key, d_value, delta

@@ -14,6 +14,7 @@ from ..common.tiles import LN_2, LOG2_E
 from ..configs import Config
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout
+from ..launch.tile_sources import TileSources
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import gl, gluon, hopper
 from .masks import hide_by_mask, make_mask_ring, make_masks
@@ -282,7 +283,8 @@ class AttentionForward:
         num_items = num_row_tiles * batch_size * num_heads
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
         self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
-        self._blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
+        blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
+        self._sources = TileSources(*map(tile_source, (query, key, value), blocks))
         numbers = (
             self._out_layout.strides[:3],
             scale,
@@ -327,7 +329,6 @@ class AttentionForward:
         out = self._out_layout.new(query)
         lse = self._lse_layout.new(query, torch.float32)
         counter, has_nan = new_counters(2, query.device)
-        sources = (tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._blocks))
-        self._launch(*sources, out, lse, bounds, schedule, sinks, counter, has_nan)
+        self._launch(*self._sources(*inputs), out, lse, bounds, schedule, sinks, counter, has_nan)
         self._redo(has_nan, query, key, value, out, lse, bounds, schedule, sinks)
         return out, lse

@@ -19,6 +19,7 @@ from ..common.tiles import store_rows as store_tile
 from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout, gradient_layouts
+from ..launch.tile_sources import TileSources
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .masks import hide, load_planes
@@ -344,7 +345,7 @@ class FusedAttentionBackward:
         scale: float,
         configs: Configs,
     ) -> None:
-        query, key, value, d_out = (addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
@@ -357,7 +358,10 @@ class FusedAttentionBackward:
         num_row_tiles, num_column_tiles = tiles_in(q_len, config.block_m), tiles_in(kv_len, config.block_n)
         num_items = num_column_tiles * batch_size * kv_heads
         self._sums_layout = Layout.of_rows(batch_size, num_heads, num_row_tiles * config.block_m * BLOCK.value)
-        self._blocks = tuple((rows, BLOCK.value) for rows in (config.block_m, *[config.block_n] * 2, config.block_m))
+        statistic = self._row_statistics.layout.new(out, torch.float32).flatten(0, 1)
+        rows, columns = (config.block_m, BLOCK.value), (config.block_n, BLOCK.value)
+        blocks = rows, columns, columns, rows, (config.block_m,), (config.block_m,)
+        self._sources = TileSources(*map(tile_source, (*inputs, statistic, statistic), blocks))
         numbers = (
             d_key_strides,
             d_value_strides,
@@ -412,11 +416,7 @@ class FusedAttentionBackward:
         d_query, d_key, d_value = gradients
         sums = self._sums_layout.new(query, torch.float32).zero_()
         counter, has_nan = new_counters(2, query.device)
-        self._launch(
-            *(tile_source(tensor, 1, 1, *block) for tensor, block in zip(inputs, self._blocks)),
-            *(tile_source(statistic.flatten(0, 1), 1, BLOCK.value) for statistic in (lse_2, delta)),
-            sums, d_key, d_value, bounds, by_column, counter, has_nan,
-        )  # fmt: skip
+        self._launch(*self._sources(*inputs, lse_2, delta), sums, d_key, d_value, bounds, by_column, counter, has_nan)
         self._launch_d_query(sums, d_query, has_nan)
         self._redo(has_nan, *inputs, lse_2, delta, *gradients, bounds, by_column, by_row)
         return d_query, d_key, d_value, delta

@@ -44,8 +44,9 @@ def addressable(tensor: Tensor) -> Tensor:
     return tensor if descriptors_can_address(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def tile_source(tensor: Tensor, *block: int) -> TensorDescriptor:
-    """The TMA descriptor of ``tensor`` for tiles of shape ``block``."""
+def tile_source(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+    """The TMA descriptor of ``tensor`` for tiles of ``block`` in its last dimensions."""
+    block = (1,) * (tensor.dim() - len(block)) + block
     layout = _tile_layout(block, tensor.dtype)
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
 

@@ -29,7 +29,7 @@ _FEWEST_TILES = 400  # three for each processor
 
 def new_counters(count: int, device: torch.device) -> list[Tensor]:
     """Integers that start at 0: kernels count pieces of work in them, and note NaN."""
-    return list(torch.zeros(count, dtype=torch.int32, device=device).split(1))
+    return list(torch.zeros(count, dtype=torch.int32, device=device).unbind())
 
 
 def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.tiles import head_dim_blocks
 from ..configs import Config
@@ -43,10 +44,11 @@ class AttentionLauncher:
         _, kv_heads, kv_len, dim_v = value.shape
         block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
-        use_descriptors = config.use_descriptors and descriptors_can_address(*inputs)
         rows, columns = config.block_m, config.block_n
         tiles = (rows, block_dim), (columns, block_dim), (columns, block_dim_v), (rows, block_dim_v)
-        self._sources = TileSources(inputs, tiles if use_descriptors else None)
+        # Without descriptors, `load_rows` reads from the tensors themselves.
+        use_descriptors = config.use_descriptors and descriptors_can_address(*inputs)
+        self._sources = TileSources(*map(_descriptor, inputs, tiles)) if use_descriptors else None
         numbers = (
             *(tensor.stride()[:3] for tensor in inputs),
             *strides,
@@ -78,4 +80,9 @@ class AttentionLauncher:
         self._launch = Launcher(kernel, programs, numbers, {**common_constants, **constants}, **config.options)
 
     def __call__(self, inputs: tuple[Tensor, ...], *others: Tensor | None) -> None:
-        self._launch(*self._sources(*inputs), inputs, *others)
+        sources = self._sources(*inputs) if self._sources else inputs
+        self._launch(*sources, inputs, *others)
+
+
+def _descriptor(tensor: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])

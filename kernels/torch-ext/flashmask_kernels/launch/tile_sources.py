@@ -1,32 +1,24 @@
-"""Kernel arguments from which tiles are loaded: tensors or TMA descriptors of them."""
+"""Kernel arguments from which tiles are loaded: TMA descriptors of tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class TileSources:
-    """Makes the kernel arguments from which `load_rows` reads tensors ``[B, H, S, D]`` of the same kinds as
-    ``tensors``: TMA descriptors for ``tiles`` of rows and head sizes, or without these the tensors themselves.
-    """
+    """Makes descriptors of tensors of one kind, as those that it is given, of Triton or Gluon."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], tiles: tuple[tuple[int, int], ...] | None) -> None:
-        # Most of the time to make a descriptor goes into checking its arguments, which are checked once here.
-        self._descriptors = [
-            {**vars(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, *tile])), "base": None}
-            for tensor, tile in zip(tensors, tiles or ())
-        ]
+    def __init__(self, *descriptors: Any) -> None:
+        # Most of the time to make a descriptor goes into checking its arguments, which these did.
+        self._kinds = [(type(descriptor), {**vars(descriptor), "base": None}) for descriptor in descriptors]
 
     def __call__(self, *tensors: Tensor) -> tuple[Any, ...]:
-        if not self._descriptors:
-            return tensors
         sources = []
-        for tensor, descriptor in zip(tensors, self._descriptors):
-            source = object.__new__(TensorDescriptor)
-            vars(source).update(descriptor, base=tensor)
+        for tensor, (cls, fields) in zip(tensors, self._kinds):
+            source = object.__new__(cls)
+            vars(source).update(fields, base=tensor)
             sources.append(source)
         return tuple(sources)
 
