@@ -23,7 +23,7 @@ from .work import REGISTERS, REGISTERS_OF_PARTS, TILES_LEFT, Lists, assign_work,
 
 @gluon.constexpr_function
 def _spread(rows):
-    """Every how manyth buffer of that many statistics TMA can fill: it writes to multiples of 128 bytes."""
+    """From one buffer of ``rows`` statistics to the next that TMA can fill: it writes to multiples of 128 bytes."""
     return max(32 // rows, 1)
 
 
