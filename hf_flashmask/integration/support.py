@@ -37,7 +37,8 @@ def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, b
         raise ValueError(
             "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
             f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
-            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches"
+            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches, if "
+            "the model hands them to its mask functions"
         )
 
 
