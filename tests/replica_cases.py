@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tiny_vision
 import torch
@@ -29,7 +29,7 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from parallel_cases import count_masks, device_of_rank
+from parallel_cases import count_masks, device_of_rank, error_of
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, build, eager_twin, longrope, packed
 from torch import Tensor, nn
@@ -691,15 +691,15 @@ def keep_without_an_engine() -> dict[str, float]:
     return {}
 
 
-def attend_in_ring(name: str) -> dict[str, float]:
+def attend_in_ring(name: str) -> NoReturn:
     """torch's `context_parallel`."""
     model = build_model(name)
     input_ids = torch.randint(1, VOCABULARY, (1, 24))
     positions = torch.arange(24)[None]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with context_parallel(mesh, buffers=[input_ids, positions], buffer_seq_dims=[1, 1]):
-        model(input_ids=input_ids, position_ids=positions, use_cache=False)
-    return {}
+        refusal = error_of(lambda: model(input_ids=input_ids, position_ids=positions, use_cache=False))
+    raise refusal
 
 
 def after_the_ring(name: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
@@ -21,7 +22,7 @@ from parallel_cases import CASES, FAULTS, LOST, WORLD, Case
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor import experimental
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import create_causal_mask
 
@@ -264,16 +265,54 @@ def one_rank(tmp_path: Path) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def test_a_model_that_was_compiled_before_a_ring(one_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["MONKEY_PATCH", "TORCH_FUNCTION"])
+def ring(one_rank: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """torch's `context_parallel`, in each way that some torch has to replace attention."""
+    if request.param != "MONKEY_PATCH":
+        modes = getattr(experimental._attention, "_DispatchMode", None)
+        if not hasattr(modes, request.param):
+            pytest.skip("torch 2.9 alone has this way")
+        monkeypatch.setattr(experimental._attention, "_dispatch_mode", modes[request.param])
+    mesh = init_device_mesh("cpu", (1,))
+    return lambda: experimental.context_parallel(mesh, buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1])
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_ring_is_refused_until_it_is_left(
+    ring: Callable[[], Any], is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
-    compiled = torch.compile(tiny_models.build("llama"), backend="eager")
-    expected = compiled(**batch).logits
-    ring = context_parallel(init_device_mesh("cpu", (1,)), buffers=[torch.zeros(1, 8)], buffer_seq_dims=[1])
-    with ring, pytest.raises(NotImplementedError, match="torch's `context_parallel`"):
-        compiled(**batch)
+    model = tiny_models.build("llama")
+    model = torch.compile(model, backend="eager") if is_compiled else model
+    expected = model(**batch).logits
+    with ring():
+        assert_refuses_ring(model, batch)
+        with ring():
+            assert_refuses_ring(model, batch)
+    assert torch.equal(model(**batch).logits, expected)
     original = nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *args: original(*args))
-    assert torch.equal(compiled(**batch).logits, expected)
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_a_ring_that_an_error_has_left(ring: Callable[[], Any]) -> None:
+    batch = tiny_models.packed(tiny_models.random_documents([5, 3]))
+    model = tiny_models.build("llama")
+    expected = model(**batch).logits
+    original = nn.functional.scaled_dot_product_attention
+    with contextlib.suppress(KeyError), ring():
+        raise KeyError
+    if nn.functional.scaled_dot_product_attention is not original:  # torch 2.9 to 2.11
+        assert_refuses_ring(model, batch)
+        with ring():
+            pass
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def assert_refuses_ring(model: nn.Module, batch: dict[str, Any]) -> None:
+    way_out = "enter the context again and leave it without an error"
+    with pytest.raises(NotImplementedError, match=f"torch's `context_parallel`.*{way_out}"):
+        model(**batch)
 
 
 # Models that read positions elsewhere than in `position_ids`

@@ -5,7 +5,8 @@ Replicas and shards of parameters (DDP, FSDP, HSDP, ZeRO) leave calls alone. Oth
 * tensor parallelism leaves each rank some heads: a mask that differs between heads is cut likewise (`heads_of_rank`);
 * `nn.DataParallel` cuts every tensor along its first dimension;
 * sequence parallelism gathers the rows of a layer after the masks were made, and may drop those;
-* torch's `context_parallel` replaces `scaled_dot_product_attention`, and nothing else.
+* torch's `context_parallel` replaces `scaled_dot_product_attention`, and nothing else. Torch 2.9 to 2.11 stay in this
+  state when an error leaves the context.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.overrides import _get_current_function_mode_stack as _function_modes
 
 from .conversion import range_of
 from .documents import Documents, are_ids
@@ -40,19 +43,30 @@ _WAY_OUT = (
 
 def refuse_ring() -> None:
     """Refuse torch's `context_parallel`: attention would stay within this rank's part of the sequence."""
-    if _is_of_ring(functional.scaled_dot_product_attention):
+    if _is_of_ring(functional.scaled_dot_product_attention) or any(map(_is_mode_of_ring, _function_modes())):
         raise NotImplementedError(
             "torch's `context_parallel` (also accelerate's `cp_size`) replaces scaled_dot_product_attention only: with "
             'attn_implementation="flashmask" each rank would attend to its own part of the sequence. It needs "sdpa". '
-            f"{_WAY_OUT}."
+            f"{_WAY_OUT}. Where an error has left the context, torch 2.9 to 2.11 keep the function replaced and the "
+            "buffers cut: enter the context again and leave it without an error, and make the buffers anew."
         )
+
+
+def _is_mode_of_ring(mode: TorchFunctionMode) -> bool:
+    """torch 2.9 has this way to replace the function as well. Guards of graphs watch which modes are entered."""
+    return _is_defined_in(type(mode), "_context_parallel")
 
 
 @torch.compiler.assume_constant_result
 def _is_of_ring(function: Callable) -> bool:
     """In a graph the answer is a constant, for this function: where it is another one, a guard fails."""
-    is_replaced = getattr(function, "__qualname__", "").startswith("_distribute_function.")
-    return is_replaced and function.__module__.startswith("torch.distributed.")
+    return _is_defined_in(function, "_distribute_function")
+
+
+def _is_defined_in(local: Any, function: str) -> bool:
+    """Whether this function or class is made in that function of torch.distributed."""
+    is_local = getattr(local, "__qualname__", "").startswith(f"{function}.<locals>.")
+    return is_local and local.__module__.startswith("torch.distributed.")
 
 
 def refuse_cut_call(
