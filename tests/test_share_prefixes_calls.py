@@ -480,6 +480,19 @@ def test_adapters_that_sample_are_refused() -> None:
     refused(model.eval(), NotImplementedError, sampling)
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_layers_are_looked_at_wherever_they_are(is_training: bool) -> None:
+    """Shared by two owners, in a list, beside a part that is left out, and apart from others of their class."""
+    model = build("llama").train(is_training)
+    layers = model.model.layers
+    layers[0].mlp.register_module("gate", None)
+    layers[1].mlp.parts = nn.ModuleList([nn.Identity(), nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.25))])
+    layers[0].mlp.part = layers[1].mlp.parts[1]
+    message = r"set `layers\.0\.mlp\.part\.1` = 0 in the model \(Sequential\)"
+    model.model.layers[1].mlp.parts.train()
+    refused(model, NotImplementedError, message)
+
+
 def test_random_layers_of_the_users_own_are_named() -> None:
     model = build("llama").train()
     model.model.layers[1].mlp.my_noise = 0.25

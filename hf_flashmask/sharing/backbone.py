@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import sys
+from collections import defaultdict
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -121,15 +122,28 @@ def adapters_that_see_rows(model: nn.Module) -> set[str]:
     Lily averages its routing over all tokens; aLoRA begins at the last invocation sequence of each row.
     """
     found = set()
-    for layer in model.modules():
-        variants = vars(layer).get("lora_variant", {})  # `getattr` takes ten times as long where there is none
-        is_lily = type(layer).__module__.startswith("peft.tuners.lily")
-        if (not is_lily and not variants) or getattr(layer, "disable_adapters", False):
-            continue
-        for name in getattr(layer, "active_adapters", ()):
-            if is_lily or type(variants.get(name)).__name__ == "ALoraLinearVariant":
-                found.add(f"the {'Lily' if is_lily else 'aLoRA'} adapter {name!r} of PEFT")
+    for layer_class, layers in modules_by_class(model).items():
+        is_lily = layer_class.__module__.startswith("peft.tuners.lily")
+        for layer in layers:
+            variants = vars(layer).get("lora_variant", {})  # `getattr` takes ten times as long where there is none
+            if (not is_lily and not variants) or getattr(layer, "disable_adapters", False):
+                continue
+            for name in getattr(layer, "active_adapters", ()):
+                if is_lily or type(variants.get(name)).__name__ == "ALoraLinearVariant":
+                    found.add(f"the {'Lily' if is_lily else 'aLoRA'} adapter {name!r} of PEFT")
     return found
+
+
+def modules_by_class(model: nn.Module) -> dict[type, list[Any]]:
+    """All modules, a shared one once for each owner. `modules()` takes several times as long, in every call."""
+    found: list[Any] = [model]
+    by_class: dict[type, list[Any]] = defaultdict(list)
+    for module in found:
+        by_class[type(module)].append(module)
+        if module is not None and module._modules:
+            found += module._modules.values()
+    by_class.pop(type(None), None)  # parts that a model leaves out
+    return by_class
 
 
 class Traits(NamedTuple):

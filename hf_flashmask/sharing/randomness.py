@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone import source_of
+from .backbone import modules_by_class, source_of
 
 _WORDS = ("drop", "jitter", "noise")
 _ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
@@ -22,12 +22,14 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
         raise NotImplementedError(
             "share_prefixes cannot share tokens while Phi-MoE trains: its routers draw random numbers for every token"
         )
-    if any(map(_is_sampling_adapter, backbone.modules())):
+    layers_of_class = modules_by_class(backbone)
+    pvera = (kind for kind in layers_of_class if kind.__module__.startswith("peft.tuners.pvera"))
+    if any(_is_sampling(layer) for kind in pvera for layer in layers_of_class[kind]):
         raise NotImplementedError(
             "share_prefixes cannot share tokens under PVeRA of PEFT, which draws random numbers for every token: use "
             "VeRA, or evaluation mode with `sample_at_inference=False`"
         )
-    settings = dict.fromkeys(_settings(backbone))
+    settings = dict.fromkeys(_settings(backbone, layers_of_class))
     if not settings:
         return
     places: dict[str, list[str]] = {}
@@ -40,8 +42,8 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
     )
 
 
-def _is_sampling_adapter(layer: Any) -> bool:
-    if not type(layer).__module__.startswith("peft.tuners.pvera") or getattr(layer, "disable_adapters", True):
+def _is_sampling(layer: Any) -> bool:
+    if getattr(layer, "disable_adapters", True):
         return False
     return any(layer.training or layer.sample_at_inference.get(name) for name in layer.active_adapters)
 
@@ -53,23 +55,33 @@ def _when(place: str, names: list[str]) -> str:
     return f" before the model is made, as from_pretrained(..., {', '.join(names)}) does"
 
 
-def _settings(backbone: PreTrainedModel) -> Iterator[tuple[str, str]]:
+def _settings(backbone: PreTrainedModel, layers_of_class: Mapping[type, list[Any]]) -> Iterator[tuple[str, str]]:
     """For everything random, the setting that stops it, and where the user finds that setting."""
-    modules = dict(backbone.named_modules())
-    for name, module in modules.items():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            if module.p > 0:
-                owner, _, attribute = name.rpartition(".")
-                yield _setting_of(backbone, name, modules[owner], attribute, module.p)
-            continue
-        for attribute, value in vars(module).items():
-            if attribute not in _ATTRIBUTES_OF_MODULES and _is_random(attribute) and _is_positive(value):
-                yield _setting_of(backbone, f"{name}.{attribute}", module, attribute, value)
-        for setting in _settings_read_in_training(source_of(module)):
-            if _is_positive(getattr(getattr(module, "config", None), setting, None)):
+    random: list[tuple[Any, str]] = []
+    for layer_class, layers in layers_of_class.items():
+        training = [layer for layer in layers if layer.training]
+        random += _random_attributes(layer_class, training)
+        for setting in _settings_read_in_training(source_of(layers[0])):
+            if any(_is_positive(getattr(getattr(layer, "config", None), setting, None)) for layer in training):
                 yield f"{setting}=0.0", "the config"
+    names = {layer: name for name, layer in backbone.named_modules()} if random else {}
+    for layer, attribute in random:
+        name = names[layer]
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            owner, _, attribute = name.rpartition(".")
+            yield _setting_of(backbone, name, backbone.get_submodule(owner), attribute, layer.p)
+        else:
+            yield _setting_of(backbone, f"{name}.{attribute}", layer, attribute, vars(layer)[attribute])
+
+
+def _random_attributes(layer_class: type, layers: list[Any]) -> Iterator[tuple[Any, str]]:
+    """The attributes that make layers of one class random. Names are looked at once for all layers: they are many."""
+    if issubclass(layer_class, nn.modules.dropout._DropoutNd):
+        yield from ((layer, "p") for layer in layers if layer.p > 0)
+        return
+    names = set().union(*map(vars, layers)) - _ATTRIBUTES_OF_MODULES
+    for name in sorted(filter(_is_random, names)):
+        yield from ((layer, name) for layer in layers if _is_positive(vars(layer).get(name)))
 
 
 def _setting_of(
