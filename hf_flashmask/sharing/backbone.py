@@ -135,14 +135,15 @@ def adapters_that_see_rows(model: nn.Module) -> set[str]:
 
 
 def modules_by_class(model: nn.Module) -> dict[type, list[Any]]:
-    """All modules, a shared one once for each owner. `modules()` takes several times as long, in every call."""
-    found: list[Any] = [model]
+    """All modules. `modules()` takes several times as long, in every call."""
+    found, seen = [model], {model}
     by_class: dict[type, list[Any]] = defaultdict(list)
     for module in found:
         by_class[type(module)].append(module)
-        if module is not None and module._modules:
-            found += module._modules.values()
-    by_class.pop(type(None), None)  # parts that a model leaves out
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
     return by_class
 
 
