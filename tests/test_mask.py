@@ -369,6 +369,17 @@ def test_positions_of_floats(name: str) -> None:
             torch.testing.assert_close(logits, logits_alone(eager_twin(model), documents), **TOLERANCE)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_positions_of_floats_beside_a_cache(cache: str) -> None:
+    model, (prefix, rest, other) = build("llama"), random_documents([4, 3, 6])
+    twin, filled = eager_twin(model), CACHES[cache](model.config)
+    model(prefix, past_key_values=filled, use_cache=True)
+    positions = torch.cat([torch.arange(4.0, 7), torch.arange(6.0)])[None]
+    logits = model(torch.cat([rest, other], 1), position_ids=positions, past_key_values=filled, use_cache=True).logits
+    expected = torch.cat([twin(torch.cat([prefix, rest], 1)).logits[:, 4:], twin(other).logits], 1)
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
 MULTIMODAL = [("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL"), ("qwen3_vl", "Qwen3VL")]
 
 

@@ -23,6 +23,7 @@ from .inspection import note_layer
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import NAME, logger
+from .query_scale import scale_by_document, scales_by_column
 from .whole_sequence import check_tokens, refuse_part_alone, stand_in_for
 
 __all__ = ["RANGE_OF_SDPA", "flashmask_attention_forward"]
@@ -114,6 +115,8 @@ def flashmask_attention_forward(
         is_causal=is_causal,
         sliding_window=sliding_window or None,
     )
+    if exchange is None and scales_by_column(module):
+        query = scale_by_document(module, query, attention_mask, documents, mask)
     if not torch.compiler.is_compiling():
         note_layer(module, of_queries, of_keys, mask)
     target_dtype = _target_dtype(module, query)

@@ -4,6 +4,7 @@ beside a cache.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import bounds as _bounds
-from .mask import Place
+from .mask import Mask, Place
 from .reading import may_be_read
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "document_ids_of",
     "documents_of_cross_attention",
     "documents_of_layer",
+    "first_columns",
     "ids_beside_cache",
     "is_cross_attention",
+    "refuse_documents_under",
     "refuse_fractions",
     "refuse_ids_as_factors",
     "refuse_ids_as_weights",
@@ -155,6 +158,49 @@ def starts_of_later_documents(position_ids: Tensor, is_token: Tensor | None, pla
     return torch.where(row_of_key < 0, 0, of_call[:, row_of_key.clamp(0, place.q_len - 1)])
 
 
+def first_columns(mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> Tensor | None:
+    """The column of the first token of each query's document, by all that the mask and the layer are told.
+
+    A document that continues the tokens in a cache starts with them.
+
+    Args:
+        mask: what the layer was called with. Bounds of users say nothing of documents.
+        documents: what the layer was told.
+        q_len: the number of queries.
+
+    Returns:
+        `[B or 1, S_q or 1]`, or None where nothing is said of documents or padding.
+    """
+    known: list[Tensor] = []
+    place, is_token, has_documents = Place(q_len, q_len), None, False
+    if isinstance(mask, Mask) and mask.place is not None:
+        place, is_token, has_documents = mask.place, mask.is_token, mask.has_documents
+        if is_token is not None:
+            known.append(is_token.byte().argmax(1, keepdim=True))
+        if mask.document_ends is not None:
+            starts = _bounds.document_starts(mask.document_ends)
+            known.append(starts if place.is_square else starts[:, place.q_offset : place.q_offset + q_len])
+        if mask.position_ids is not None:
+            known.append(_first_columns_by_positions(mask.position_ids, is_token, place))
+    if documents is not None and documents.cu_seq_lens_q is not None:
+        ends, starts = documents.cu_seq_lens_q, documents.cu_seq_lens_q
+        if documents.cu_seq_lens_k is not None:
+            starts = documents.cu_seq_lens_k
+        row = torch.arange(q_len, dtype=ends.dtype, device=ends.device)
+        known.append(starts[torch.searchsorted(ends, row, right=True) - 1][None])
+    elif documents is not None and documents.position_ids is not None and not has_documents:
+        known.append(_first_columns_by_positions(documents.position_ids, is_token, place))
+    return functools.reduce(torch.maximum, known) if known else None
+
+
+def _first_columns_by_positions(position_ids: Tensor, is_token: Tensor | None, place: Place) -> Tensor:
+    rows = _documents_among_rows(position_ids, is_token, place)
+    starts = _bounds.document_starts(rows.ends).long()
+    position_ids = position_ids.expand(len(starts), -1)
+    is_alone = position_ids.gather(1, starts) < position_ids.gather(1, rows.first.expand(len(starts), -1))
+    return torch.where(starts > rows.first, starts + place.q_offset * is_alone, 0)
+
+
 def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, has_ranges: bool) -> Tensor:
     """Bounds that keep the documents of a call beside a cache apart; what is causal in the mask stays to be added.
 
@@ -218,7 +264,8 @@ class _Rows(NamedTuple):
 
 def _documents_among_rows(position_ids: Tensor, is_token: Tensor | None, place: Place) -> _Rows:
     if is_token is None:
-        return _Rows(_bounds.document_ends(position_ids), position_ids.new_zeros(1, 1), None)
+        first = torch.zeros(1, 1, dtype=torch.int64, device=position_ids.device)
+        return _Rows(_bounds.document_ends(position_ids), first, None)
     key_of_row = torch.arange(place.q_len, device=is_token.device) + (place.q_offset - place.kv_offset)
     is_row_token = is_token[:, key_of_row.clamp(0, place.kv_len - 1)]
     first = is_row_token.byte().argmax(1, keepdim=True)
@@ -362,6 +409,19 @@ def refuse_ids_in_generation(attention_mask: Any) -> None:
             "`attention_mask` holds document ids, and generate appends 1 to it, and adds it up to count positions: "
             "give each prompt a row of the batch, with a mask of 0 and 1; in a loop of your own append the id of the "
             "document that goes on",
+        )
+
+
+def refuse_documents_under(adapters: str, mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> None:
+    """Refuse rows of several documents under adapters that see whole rows."""
+    first = first_columns(mask, documents, q_len)
+    if first is not None and q_len > 1:
+        _refuse(
+            first[:, 1:] != first[:, :-1],
+            f"this call packs documents into a row under {adapters}, and what it makes of a token depends on other "
+            "tokens of the call: aLoRA begins at the last invocation sequence of a row, Lily averages its routing over "
+            "all tokens. Give each document a row of the batch, for Lily a call of its own; or use another adapter, "
+            "such as LoRA without `alora_invocation_tokens`",
         )
 
 

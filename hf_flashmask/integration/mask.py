@@ -63,7 +63,9 @@ class Mask:
         has_documents: whether the documents that `position_ids` tell apart are in it.
         is_token: bool `[B, S_k]`, False for padding. None without padding.
         document_ids: numbers `[B, S_k]`, the 2-D mask, where its values may tell documents apart.
-        document_ends: `[B or 1, S_k]`, past-the-last token of each one's document, as far as the mask function knows.
+        document_ends: `[B or 1, S]`, for all tokens so far: past-the-last token of the document of each, as far as the
+            mask function knows.
+        position_ids: `[B or 1, S_q]`, which tell the documents among the queries beside a cache.
         place: of queries and keys; None in final masks, which no documents are added to.
         tree: the prefix tree that each layer narrows to its own window or chunk.
         exchange: how layers attend that hold a part of the sequence; the mask is that of the whole sequence.
@@ -87,6 +89,7 @@ class Mask:
         is_token: Tensor | None = None,
         document_ids: Tensor | None = None,
         document_ends: Tensor | None = None,
+        position_ids: Tensor | None = None,
         place: Place | None = None,
         tree: Tree | None = None,
         exchange: Exchange | None = None,
@@ -100,7 +103,8 @@ class Mask:
             tree,
         )
         self.shape = torch.Size((1, 1, 1, kv_len)) if bounds is None else bounds.shape
-        self.device, self.document_ids, self.document_ends = device, document_ids, document_ends
+        self.device, self.document_ids = device, document_ids
+        self.document_ends, self.position_ids = document_ends, position_ids
         self.exchange = exchange
         self.memo = Memo()
         self._moved: dict[torch.device, Mask] = {}
@@ -141,6 +145,7 @@ class Mask:
             is_token=None if self.is_token is None else move(self.is_token),
             document_ids=None if self.document_ids is None else move(self.document_ids),
             document_ends=None if self.document_ends is None else move(self.document_ends),
+            position_ids=None if self.position_ids is None else move(self.position_ids),
             place=self.place,
             tree=None if tree is None else tree._replace(bounds=move(tree.bounds), depth=move(tree.depth)),
             exchange=self.exchange,
@@ -167,6 +172,7 @@ class Mask:
                     "is_token",
                     "document_ids",
                     "document_ends",
+                    "position_ids",
                 )
             }
             | {"kv_len": self.shape[-1], "place": self.place, "tree": self.tree},

@@ -284,7 +284,8 @@ def flashmask_mask(
         has_documents=is_apart or of_cache is not None,
         is_token=is_token,
         document_ids=hints.document_ids,
-        document_ends=hints.document_ends if is_apart else hints.ends_of_ids if place.is_square else None,
+        document_ends=hints.document_ends if is_apart else hints.ends_of_ids,
+        position_ids=of_cache,
         place=place,
         exchange=hints.exchange,
     )
