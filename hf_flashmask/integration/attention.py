@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashmask_kernels import flashmask_attention
 
+from .adapters import refuse_adapters_that_see_rows
 from .decoding import are_few_rows, attend_few_rows
 from .dense_rows import attend_dense_rows, sees_most_keys
 from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention, refuse_ids_as_weights
@@ -98,6 +99,7 @@ def flashmask_attention_forward(
             )
         else:
             documents = documents_of_layer(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        refuse_adapters_that_see_rows(module, query, attention_mask, documents)
         of_queries, of_keys = query, key
         # Whether an engine has put a function of its own in the place of this one.
         is_wrapped = attention_mask is None and ALL_ATTENTION_FUNCTIONS[NAME] is not flashmask_attention_forward

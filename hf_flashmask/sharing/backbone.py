@@ -7,13 +7,13 @@ import functools
 import inspect
 import re
 import sys
-from collections import defaultdict
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..integration import NAME
+from ..integration.adapters import adapters_that_see_rows
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
@@ -111,40 +111,20 @@ def meeting_places(model: PreTrainedModel) -> str:
     """Where tokens meet elsewhere than in attention, by name; empty if nowhere."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None)
     other_layers = set(layer_types or ()) - _ATTENTION_LAYER_TYPES
-    convolutions = {type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)}
-    found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(model)))
+    convolutions = {type(module).__name__ for module in modules_of(model) if isinstance(module, nn.Conv1d)}
+    found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(modules_of(model))))
     return found or ("a recurrent state" if model._is_stateful else "")
 
 
-def adapters_that_see_rows(model: nn.Module) -> set[str]:
-    """Active adapters of PEFT whose effect on a token depends on other tokens of the call, by name.
-
-    Lily averages its routing over all tokens; aLoRA begins at the last invocation sequence of each row.
-    """
-    found = set()
-    for layer_class, layers in modules_by_class(model).items():
-        is_lily = layer_class.__module__.startswith("peft.tuners.lily")
-        for layer in layers:
-            variants = vars(layer).get("lora_variant", {})  # `getattr` takes ten times as long where there is none
-            if (not is_lily and not variants) or getattr(layer, "disable_adapters", False):
-                continue
-            for name in getattr(layer, "active_adapters", ()):
-                if is_lily or type(variants.get(name)).__name__ == "ALoraLinearVariant":
-                    found.add(f"the {'Lily' if is_lily else 'aLoRA'} adapter {name!r} of PEFT")
-    return found
-
-
-def modules_by_class(model: nn.Module) -> dict[type, list[Any]]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules. `modules()` takes several times as long, in every call."""
     found, seen = [model], {model}
-    by_class: dict[type, list[Any]] = defaultdict(list)
     for module in found:
-        by_class[type(module)].append(module)
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
                 found.append(child)
-    return by_class
+    return found
 
 
 class Traits(NamedTuple):

@@ -14,7 +14,8 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 from ..integration import flashmask_attention_forward
-from .backbone import Traits, adapters_that_see_rows, check_implementation, source_of
+from ..integration.adapters import adapters_that_see_rows
+from .backbone import Traits, check_implementation, modules_of, source_of
 from .randomness import refuse_randomness
 
 _ARGUMENTS_OF_ALL_MODELS = {
@@ -46,7 +47,7 @@ def check_call(backbone: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             "share_prefixes cannot honour `output_router_logits=True`: it would count shared tokens once and padding "
             "never"
         )
-    if adapters := ", ".join(sorted(adapters_that_see_rows(backbone))):  # that came after the hooks
+    if adapters := ", ".join(sorted(adapters_that_see_rows(modules_of(backbone)))):  # that came after the hooks
         raise NotImplementedError(
             f"share_prefixes cannot share tokens under {adapters}: what it makes of a token depends on other tokens of "
             "the batch; use LoRA without `alora_invocation_tokens`, or another adapter"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone import modules_by_class, source_of
+from .backbone import modules_of, source_of
 
 _WORDS = ("drop", "jitter", "noise")
 _ATTRIBUTES_OF_MODULES = frozenset(vars(nn.Module()))
@@ -22,7 +23,9 @@ def refuse_randomness(backbone: PreTrainedModel) -> None:
         raise NotImplementedError(
             "share_prefixes cannot share tokens while Phi-MoE trains: its routers draw random numbers for every token"
         )
-    layers_of_class = modules_by_class(backbone)
+    layers_of_class: dict[type, list[Any]] = defaultdict(list)
+    for module in modules_of(backbone):
+        layers_of_class[type(module)].append(module)
     pvera = (kind for kind in layers_of_class if kind.__module__.startswith("peft.tuners.pvera"))
     if any(_is_sampling(layer) for kind in pvera for layer in layers_of_class[kind]):
         raise NotImplementedError(
