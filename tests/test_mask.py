@@ -356,6 +356,24 @@ def test_cu_seq_lens_beside_a_cache(name: str, cache: str) -> None:
         model(rest, **call, past_key_values=filled, use_cache=True)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_chunks_of_lengths_beside_a_cache(cache: str) -> None:
+    """Of 4 tokens. Beside a cache they start with the documents that positions tell apart."""
+    model, (first, rest, other) = build("llama4"), random_documents([6, 5, 9])
+    twin, restarting = eager_twin(model), torch.cat([torch.arange(6, 11), torch.arange(9)])[None]
+    expected = torch.cat([twin(torch.cat([first, rest], 1)).logits[:, 6:], twin(other).logits], 1)
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 5, 14]), "cu_seq_lens_k": torch.tensor([0, 11, 20])}
+    for positions in (restarting, torch.arange(6, 20)[None], None):
+        filled = CACHES[cache](model.config)
+        model(first, past_key_values=filled, use_cache=True)
+        call = {**lengths, "position_ids": positions, "past_key_values": filled, "use_cache": True}
+        if positions is restarting:
+            torch.testing.assert_close(model(torch.cat([rest, other], 1), **call).logits, expected, **TOLERANCE)
+            continue
+        with pytest.raises(NotImplementedError, match="layers with chunks are not told where they start"):
+            model(torch.cat([rest, other], 1), **call)
+
+
 # Positions of other kinds
 
 

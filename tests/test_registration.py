@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import run_versions
+import tiny_vision
 import torch
 import transformers
 from processes import run_python
@@ -296,6 +297,19 @@ def test_so_does_a_part_of_a_model(part: str) -> None:
     assert b"hf_flashmask" not in pickle.dumps(model)
     model.set_attn_implementation("flashmask")
     assert b"hf_flashmask" in pickle.dumps(model.model)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
+def test_models_that_have_used_flashmask_keep_no_hooks(name: str) -> None:
+    model = tiny_vision.build(name)
+    hooked = [part for part in model.modules() if part._forward_pre_hooks]
+    assert hooked
+    model.set_attn_implementation("sdpa")
+    assert not any(part._forward_pre_hooks or part._forward_pre_hooks_with_kwargs for part in hooked)
+    assert b"hf_flashmask" not in pickle.dumps(model)
+    model.set_attn_implementation("flashmask")
+    model.set_attn_implementation("flashmask")
+    assert [len(part._forward_pre_hooks) for part in hooked] == [1] * len(hooked)
 
 
 # Who asks whether FlashAttention is requested

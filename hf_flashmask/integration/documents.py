@@ -28,7 +28,9 @@ __all__ = [
     "first_columns",
     "ids_beside_cache",
     "is_cross_attention",
+    "refuse_chunks_of_lengths",
     "refuse_documents_under",
+    "refuse_dropped_lengths",
     "refuse_fractions",
     "refuse_ids_as_factors",
     "refuse_ids_as_weights",
@@ -310,6 +312,18 @@ def chunks_of_documents(bounds: Tensor, by_lengths: Tensor, by_mask: Tensor | No
     return torch.where(bounds > index, chunk_ends, bounds)  # padding does not even see itself
 
 
+def refuse_chunks_of_lengths(mask: Mask, documents: Documents, q_len: int, chunk: int) -> None:
+    """Refuse lengths beside a cache where the chunks of a document would not start with it, as those of the mask do."""
+    by_lengths, by_mask = first_columns(None, documents, q_len), first_columns(mask, None, q_len)
+    assert by_lengths is not None
+    behind = by_lengths - (0 if by_mask is None else by_mask)
+    _refuse(
+        (behind > 0) & (behind % chunk != 0),
+        "`cu_seq_lens_q` packs documents behind cached tokens, and layers with chunks are not told where they start: "
+        "pass `position_ids` [B, S] that restart with every document as well",
+    )
+
+
 def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:
     """The 2-D mask, `[B, S]`, where its values may tell documents apart: `(1, 1, 2, 2, 2, 0)` is two and padding.
 
@@ -372,6 +386,18 @@ def refuse_ids_as_factors(ids: Tensor, model_type: str) -> None:
         f"`attention_mask` holds document ids, and {model_type} computes with the mask (multiplies states by it, or "
         "adds it up to positions): pass a mask of 0 and 1, and `position_ids` that restart with every document",
     )
+
+
+def refuse_dropped_lengths(lengths: Tensor, position_ids: Tensor | None, model_type: str) -> None:
+    """Refuse `cu_seq_lens_q` in a model that does not hand it on, unless positions tell the same documents apart."""
+    reason = (
+        f"`cu_seq_lens_q` does not reach the attention of {model_type}, whose documents would see each other: pass "
+        "`position_ids` [B, S] that restart with every document"
+    )
+    if position_ids is None:
+        raise NotImplementedError(reason)
+    by_lengths = _bounds.from_cu_seqlens(lengths, position_ids.shape[-1])[:, 0, 0]
+    _refuse(_bounds.document_ends(position_ids) > by_lengths, reason)
 
 
 def refuse_fractions(attention_mask: Tensor) -> None:

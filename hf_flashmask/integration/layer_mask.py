@@ -18,7 +18,13 @@ from flashmask_kernels.dispatch import is_exported
 
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
-from .documents import Documents, after_cache, check_lengths_beside_cache, chunks_of_documents
+from .documents import (
+    Documents,
+    after_cache,
+    check_lengths_beside_cache,
+    chunks_of_documents,
+    refuse_chunks_of_lengths,
+)
 from .engines import heads_of_rank
 from .final_bounds import refuse_mask_of_flex_attention, warn_of_meeting_documents
 from .mask import Mask, Place
@@ -114,12 +120,12 @@ def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> Lay
     if mask.bounds is None:
         return LayerMask(apart, place.q_len)
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
-    tells_lengths = place.is_square and documents.cu_seq_lens_q is not None
-    if chunk is not None and tells_lengths and mask.has_ranges and is_causal:
-        bounds = chunks_of_documents(mask.bounds, apart[:, 0, 0], mask.document_ends, chunk)
-    else:
-        bounds = _bounds.intersect(mask.bounds, apart, q_len=place.q_len)
-    return LayerMask(bounds, place.q_len)
+    if chunk is not None and mask.has_ranges and documents.cu_seq_lens_q is not None:
+        if place.is_square and is_causal:
+            bounds = chunks_of_documents(mask.bounds, apart[:, 0, 0], mask.document_ends, chunk)
+            return LayerMask(bounds, place.q_len)
+        refuse_chunks_of_lengths(mask, documents, place.q_len, chunk)
+    return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len), place.q_len)
 
 
 def _without_mask(

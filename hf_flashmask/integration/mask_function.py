@@ -101,11 +101,13 @@ def prepare(
     place = Place(*sizes)
     if is_token is not None and place.is_square:
         _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
-    ids = None if is_cross_attention else document_ids_of(attention_mask, inputs_embeds.device)
+    ids = document_ids_of(attention_mask, inputs_embeds.device)
+    if ids is not None and computes_with_mask(config) and (length > 1 or is_cross_attention):
+        refuse_ids_as_factors(ids, config.model_type)
+    if is_cross_attention:
+        ids = None
     if ids is not None and length > 1:
         refuse_fractions(ids)
-        if computes_with_mask(config):
-            refuse_ids_as_factors(ids, config.model_type)
     positions = position_ids if are_of_tokens(position_ids, batch, length) else None
 
     def once(what: str, build: Callable[[], T]) -> T:

@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .arguments import by_name
+from .hooks import set_hook
 from .mask import Mask
 from .name import NAME
 
 __all__ = ["keep_documents", "takes_text_positions", "with_text_positions"]
 
 
-def keep_documents(model: PreTrainedModel) -> None:
-    """Add the hook to a model that needs it; again is harmless."""
-    if takes_text_positions(model) and _add_text_positions not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_add_text_positions, with_kwargs=True)
+def keep_documents(model: PreTrainedModel, implementation: str) -> None:
+    """Add the hook to a model that needs it and uses flashmask now, or remove it."""
+    set_hook(model, _add_text_positions, is_needed=implementation == NAME and takes_text_positions(model))
 
 
 def takes_text_positions(model: PreTrainedModel) -> bool:

@@ -15,6 +15,7 @@ from transformers.generation import utils as generation_utils
 from transformers.utils import generic
 
 from .attention import flashmask_attention_forward
+from .call_checks import check_calls
 from .closures import check_factories
 from .documents import refuse_ids_in_generation
 from .mask_function import flashmask_mask, prepare
@@ -79,9 +80,10 @@ def _wrap_dispatch(original: Callable, _: str) -> Callable:
             if keeps_eager(self):
                 logger.warning_once(f"{type(self).__name__} supports only eager attention, and keeps it.")
                 return "eager"
-            keep_documents(self)
         implementation = original(self, requested_attention, *args, **kwargs)
         _import_when_unpickled(self, implementation)
+        keep_documents(self, implementation)
+        check_calls(self, implementation)
         return implementation
 
     return get_correct

@@ -44,13 +44,13 @@ def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, b
 
 def computes_with_mask(config: transformers.PreTrainedConfig) -> bool:
     """Whether a model computes with the numbers of the 2-D mask: recurrent and convolutional layers multiply states by
-    it, embeddings multiply by it, or add it up to count positions.
+    it, embeddings multiply by it, or add it up to count positions, the encoder of Pegasus-X takes 1 alone for a token.
     """
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return config.model_type in _IN_EMBEDDINGS or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
+    return config.model_type in _COMPUTE_WITH_MASK or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
 
 
-_IN_EMBEDDINGS = {"esm", "opt", "biogpt"}
+_COMPUTE_WITH_MASK = {"esm", "opt", "biogpt", "pegasus_x"}
 _OF_RECURRENT_LAYERS = ("apply_mask_to_padding_states", "create_recurrent_attention_mask")
 
 
