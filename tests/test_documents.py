@@ -209,9 +209,12 @@ def test_new_tokens_see_the_cached_ones_of_their_document(name: str, new: int) -
         check_documents(name, eager_twin(model), batch, torch.cat([first, second], dim=1))
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("positions", [None, "columns", "restarting"])
 @pytest.mark.parametrize("lengths", [[2, 5, 1, 3], [4, 4, 3], [9, 2]])
-def test_chunks_start_with_each_document_of_lengths(lengths: list[int], positions: str | None) -> None:
+def test_chunks_start_with_each_document_of_lengths(
+    lengths: list[int], positions: str | None, is_compiled: bool
+) -> None:
     """Chunks of 4 tokens. The mask function is not told the lengths."""
     model = build("llama4")
     documents = [torch.randint(1, VOCABULARY, (1, length)) for length in lengths]
@@ -222,7 +225,11 @@ def test_chunks_start_with_each_document_of_lengths(lengths: list[int], position
     elif positions == "restarting":
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     alone = logits_alone(eager_twin(model), documents)
-    torch.testing.assert_close(model(**batch, use_cache=False).logits, alone, **TOLERANCE)
+    if is_compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, alone, **TOLERANCE)
 
 
 def test_compiled_chunks_start_with_each_document_beside_a_cache() -> None:

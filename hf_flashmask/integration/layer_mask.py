@@ -121,9 +121,11 @@ def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> Lay
         return LayerMask(apart, place.q_len)
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
     if chunk is not None and mask.has_ranges and documents.cu_seq_lens_q is not None:
-        if place.is_square and is_causal:
-            bounds = chunks_of_documents(mask.bounds, apart[:, 0, 0], mask.document_ends, chunk)
-            return LayerMask(bounds, place.q_len)
+        # Compiled graphs have two planes, of which the second is the triangle.
+        if place.is_square and mask.bounds.shape[2] <= 2 and getattr(module, "is_causal", True):
+            lts, *triangle = mask.bounds.split(1, dim=2)
+            lts = chunks_of_documents(lts, apart[:, 0, 0], mask.document_ends, chunk)
+            return LayerMask(torch.cat([lts, *triangle], dim=2) if triangle else lts, place.q_len)
         refuse_chunks_of_lengths(mask, documents, place.q_len, chunk)
     return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len), place.q_len)
 
