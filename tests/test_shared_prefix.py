@@ -167,21 +167,27 @@ def test_models_that_count_positions_in_their_own_way(name: str, is_shared_when_
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "side", "settings"),
     [
-        ("llama4_text", {"floor_scale": 4, "attn_temperature_tuning": True, "attn_scale": 2.0}),
-        ("ministral3", {"rope_parameters": {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}}),
+        ("llama4_text", "right", {"floor_scale": 4, "attn_temperature_tuning": True, "attn_scale": 2.0}),
+        (
+            "ministral3",
+            "left",
+            {"rope_parameters": {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4}},
+        ),
     ],
 )
-def test_scores_that_grow_with_positions(name: str, settings: dict[str, Any]) -> None:
-    """From position 4 on Ministral 3 scales scores, and Llama 4 from column 4 on, which packing would move."""
+def test_scores_that_grow_with_positions(name: str, side: str, settings: dict[str, Any]) -> None:
+    """From position 4 on Ministral 3 scales scores, and Llama 4 from column 4 on, which packing would move. Eager
+    attention counts padding on the left as columns; flashmask does not, with or without shared prefixes.
+    """
     if "rope_parameters" in settings:
         default = transformers.AutoConfig.for_model(name).rope_parameters
         settings = {"rope_parameters": {**default, **settings["rope_parameters"]}}
     model = build_family(name, **settings)
     for rows in ([[5, 6, 7, 8, 1, 2, 3], [5, 6, 7, 8, 1]], [[5, 6, 7], [5, 6]]):
         model.zero_grad()
-        input_ids, mask = padded_batch(rows, "left")
+        input_ids, mask = padded_batch(rows, side)
         batch = {"input_ids": input_ids, "attention_mask": mask}
         shared = assert_same_logits_and_gradients(model, eager_twin(model), batch, mask)
         assert shared.computed_tokens == (12 if len(rows[0]) > 4 else 3)
