@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny_models import DECODERS, VOCABULARY, WINDOW, WINDOWED, build, eager_twin, padded, random_documents
+from tiny_models import DECODERS, VOCABULARY, WINDOW, WINDOWED, build, eager_twin, packed, padded, random_documents
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 # Every kind of attention that decoding tells apart: plain, windows, softcap, sinks, chunks.
@@ -180,3 +180,22 @@ def test_compiled_generation_with_a_static_cache(name: str) -> None:
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     assert torch.equal(model.generate(**arguments), expected)
     torch._dynamo.reset()
+
+
+# Packed prompts
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_packed_prompts_are_refused(options: dict[str, Any]) -> None:
+    """A step of one token does not tell which documents of the prompt it goes on with."""
+    model, call = build("llama"), packed(random_documents([5, 4])) | {"max_new_tokens": 3, "do_sample": False} | options
+    for mask in ({}, {"attention_mask": torch.ones(1, 9, dtype=torch.long)}):
+        with pytest.raises(NotImplementedError, match="the tokens that generate appends would see all of them"):
+            model.generate(**call, **mask)
+
+
+def test_positions_of_one_document_in_each_row_are_taken() -> None:
+    model = build("llama")
+    batch = padded(random_documents([6, 4, 1]), "left")
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(**batch, **options), eager_twin(model).generate(**batch, **options))

@@ -29,6 +29,7 @@ __all__ = [
     "ids_beside_cache",
     "is_cross_attention",
     "refuse_chunks_of_lengths",
+    "refuse_documents_in_generation",
     "refuse_documents_under",
     "refuse_dropped_lengths",
     "refuse_fractions",
@@ -436,6 +437,32 @@ def refuse_ids_in_generation(attention_mask: Any) -> None:
             "give each prompt a row of the batch, with a mask of 0 and 1; in a loop of your own append the id of the "
             "document that goes on",
         )
+
+
+def refuse_documents_in_generation(position_ids: Any, attention_mask: Any) -> None:
+    """Refuse positions of several documents: new tokens would see all of them, as nothing tells in a step of one token.
+
+    Args:
+        position_ids: `[B or 1, S]`, or `[4, B or 1, S]`, of which the first plane counts tokens. Others pass.
+        attention_mask: the 2-D mask of all tokens so far. Without it, padding on the left may have the position of the
+            first token.
+    """
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        is_token = attention_mask[:, attention_mask.shape[1] - position_ids.shape[1] :].bool()
+        ends, first = _bounds.document_ends(position_ids.to(is_token.device), is_token), is_token.byte().argmax(1, True)
+        row = torch.arange(1, ends.shape[1], device=ends.device)
+        restarts = (ends[:, :-1] == row) & (row > first) & is_token[:, 1:]
+    else:
+        restarts = position_ids[:, 1:] < position_ids[:, :-1]
+    _refuse(
+        restarts,
+        "`position_ids` pack several documents into a row, and the tokens that generate appends would see all of them: "
+        "give each prompt a row of the batch, padded on the left, with an `attention_mask` of 0 and 1",
+    )
 
 
 def refuse_documents_under(adapters: str, mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> None:

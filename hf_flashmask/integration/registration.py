@@ -17,7 +17,7 @@ from transformers.utils import generic
 from .attention import flashmask_attention_forward
 from .call_checks import check_calls
 from .closures import check_factories
-from .documents import refuse_ids_in_generation
+from .documents import refuse_documents_in_generation, refuse_ids_in_generation
 from .mask_function import flashmask_mask, prepare
 from .mrope import keep_documents
 from .name import NAME, is_misspelled, logger
@@ -144,8 +144,11 @@ def _wrap_generation(original: Callable, _: str) -> Callable:
 
     def validate(self: Any, model_kwargs: dict[str, Any]) -> None:
         if getattr(self.config.get_text_config(decoder=True), "_attn_implementation", None) == NAME:
-            mask = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
-            refuse_ids_in_generation(model_kwargs.get(mask))
+            is_encoder_decoder = self.config.is_encoder_decoder
+            mask = model_kwargs.get("decoder_attention_mask" if is_encoder_decoder else "attention_mask")
+            refuse_ids_in_generation(mask)
+            if not is_encoder_decoder:
+                refuse_documents_in_generation(model_kwargs.get("position_ids"), mask)
         original(self, model_kwargs)
 
     return validate
