@@ -28,7 +28,11 @@ def build(model_class: type[PreTrainedModel]) -> PreTrainedModel:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["Nemotron", "StableLm"])
 def test_lengths_that_layers_drop_are_refused(name: str) -> None:
-    model, documents = build(getattr(transformers, f"{name}ForCausalLM")), random_documents(LENGTHS)
+    try:
+        model = build(getattr(transformers, f"{name}ForCausalLM"))
+    except ValueError as error:  # Nemotron, until it uses the attention interface
+        pytest.skip(str(error))
+    documents = random_documents(LENGTHS)
     twin, batch = eager_twin(model), packed(documents)
     lengths = {"cu_seq_lens_q": cumulative_lengths(documents), "cu_seq_lens_k": cumulative_lengths(documents)}
     alone = logits_alone(twin, documents)
