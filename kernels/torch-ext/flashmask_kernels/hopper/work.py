@@ -3,7 +3,7 @@
 The warps of a thread block have different tasks. The scheduler draws pieces of work (one row tile or column tile of
 one head) from a counter, each shortly before it is used. The producer loads their tiles by TMA. Where a piece is a row
 tile, two warps make the masks of its cut tiles from the bounds. Two consumers of four warps each compute 64 rows or
-columns.
+columns, or of wide heads a part of the dims or one of the gradients.
 """
 
 import torch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TileSources:
-    """Makes descriptors of tensors of one kind, as those that it is given, of Triton or Gluon."""
+    """Makes descriptors, of Triton or Gluon, like ``descriptors`` but of other tensors of the same kinds."""
 
     def __init__(self, *descriptors: Any) -> None:
         # Most of the time to make a descriptor goes into checking its arguments, which these did.
