@@ -32,6 +32,7 @@ from .tiles import (
     note_nan,
     store_rows,
     store_scalar,
+    tile_of,
     tile_source,
 )
 from .work import TILES_LEFT, Lists, assign_work, heads_per_group, load_run, make_work, new_counters, num_programs
@@ -46,7 +47,7 @@ _D_S_STAGES = gl.constexpr(2)
 
 @gluon.jit
 def _produce(
-    q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tile, work,
+    q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, work,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """K and V fill one buffer together, and so do Q, the statistics of its rows and their number."""
@@ -59,11 +60,7 @@ def _produce(
         batch = batch_kv_head // KV_HEADS
         kv_head = batch_kv_head % KV_HEADS
         runs = lists.runs_of(batch_kv_head, column_tile)
-        full = k_ring.full.index(0)
-        mbarrier.wait(k_ring.empty.index(0), (number & 1) ^ 1)
-        mbarrier.expect(full, k.block_type.nbytes + v.block_type.nbytes)
-        async_load(k, [batch, kv_head, column_tile * 128, 0], full, k_ring.tiles.index(0))
-        async_load(v, [batch, kv_head, column_tile * 128, 0], full, v_tile)
+        k_ring.load_both(k, v, v_tiles, [batch, kv_head, column_tile * 128], 0, (number & 1) ^ 1)
         for head in range(kv_head * HEADS_PER_KV_HEAD, (kv_head + 1) * HEADS_PER_KV_HEAD):
             for IS_CUT in gl.static_range(1, -1, -1):
                 for run in range(gl.load(runs + (1 - IS_CUT))):
@@ -106,7 +103,7 @@ def _times_statistic(tile, factor, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tile, d_s_ring,
+    d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, d_s_ring,
     work, d_k_strides, d_v_strides, scale, q_len, kv_len,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, NUM_PLANES: gl.constexpr, DIM: gl.constexpr,
     DIM_V: gl.constexpr, STAGES: gl.constexpr, consumer: gl.constexpr,
@@ -116,8 +113,8 @@ def _consume(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
 
-    k_tile = k_ring.tiles.index(0).reshape([128, BLOCK]).slice(64 * consumer, 64)
-    v_tile = v_tile.reshape([128, BLOCK]).slice(64 * consumer, 64)
+    k_tile = tile_of(k_ring.tiles, 0).slice(64 * consumer, 64)
+    v_tile = tile_of(v_tiles, 0).slice(64 * consumer, 64)
     factor = scale * LOG2_E
     of_lse = -1.0 / factor
     number = 0
@@ -138,8 +135,8 @@ def _consume(
                 for _ in range(num_cut if IS_CUT else num_full):
                     stage = step % STAGES
                     phase = step // STAGES & 1
-                    q_tile = q_ring.tiles.index(stage).reshape([BLOCK, BLOCK])
-                    d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK, BLOCK])
+                    q_tile = tile_of(q_ring.tiles, stage)
+                    d_out_tile = tile_of(d_out_ring.tiles, stage)
                     q_ring.wait(stage, phase)
                     scores = _times_statistic(lse_tiles.index(stage), of_lse, layout)
                     d_p = _times_statistic(delta_tiles.index(stage), -1.0, layout)
@@ -183,7 +180,7 @@ def _make_query_gradients(
     HEADS_PER_KV_HEAD: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    k_tile = k_ring.tiles.index(0).reshape([128, BLOCK])
+    k_tile = tile_of(k_ring.tiles, 0)
     number = 0
     step = 0
     column_tile, batch_kv_head, num_cut, num_full = work.take(number)
@@ -271,7 +268,7 @@ def fused_gradient_kernel(
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], lse_2.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], delta.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [1, 1, 1, 128, BLOCK], k.layout)
-    v_tile = gl.allocate_shared_memory(v.dtype, [1, 1, 128, BLOCK], v.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [1, 1, 1, 128, BLOCK], v.layout)
     d_s_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK], q.dtype)
     d_s_tiles = gl.allocate_shared_memory(q.dtype, [_D_S_STAGES, 128, BLOCK], d_s_layout)
     # dQ reads a number last: by then the producer may be ahead by the stages of Q and those of dS.
@@ -287,12 +284,12 @@ def fused_gradient_kernel(
         [
             (_consume, (
                 d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tile, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                v_tiles, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
                 KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, 0,
             )),
             (_consume, (
                 d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tile, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
+                v_tiles, d_s_ring, work, d_k_strides, d_v_strides, scale, q_len, kv_len,
                 KV_HEADS, HEADS_PER_KV_HEAD, NUM_PLANES, DIM, DIM_V, STAGES, 1,
             )),
             (_make_query_gradients, (
@@ -300,7 +297,7 @@ def fused_gradient_kernel(
             )),
             (_produce, (
                 q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
-                v_tile, work, KV_HEADS, HEADS_PER_KV_HEAD, STAGES,
+                v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, STAGES,
             )),
             (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
         ],

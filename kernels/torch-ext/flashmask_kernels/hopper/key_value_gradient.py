@@ -52,11 +52,7 @@ def _produce_rows(
         KEY_TILES: gl.constexpr = k_ring.full.shape[0]
         for consumer in gl.static_range(KEY_TILES):
             column = (column_tile * KEY_TILES + consumer) * 64
-            full = k_ring.full.index(consumer)
-            mbarrier.wait(k_ring.empty.index(consumer), (number & 1) ^ 1)
-            mbarrier.expect(full, PARTS * (k.block_type.nbytes + v.block_type.nbytes))
-            load_parts(k, [batch, kv_head, column], full, k_ring.tiles, consumer, PARTS)
-            load_parts(v, [batch, kv_head, column], full, v_tiles, consumer, PARTS)
+            k_ring.load_both(k, v, v_tiles, [batch, kv_head, column], consumer, (number & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -98,8 +94,8 @@ def _consume_rows(
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
 
-    k_tile = k_ring.tiles.index(consumer).reshape([64, BLOCK_DIM])
-    v_tile = v_tiles.index(consumer).reshape([64, BLOCK_DIM_V])
+    k_tile = tile_of(k_ring.tiles, consumer)
+    v_tile = tile_of(v_tiles, consumer)
     factor = scale * LOG2_E
     number = 0
     step = 0
@@ -120,11 +116,11 @@ def _consume_rows(
                 phase = step // STAGES & 1
                 step += 1
                 q_ring.wait(stage, phase)
-                q_tile = q_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM])
+                q_tile = tile_of(q_ring.tiles, stage)
                 scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
                 d_out_ring.wait(stage, phase)
-                d_out_tile = d_out_ring.tiles.index(stage).reshape([BLOCK_M, BLOCK_DIM_V])
+                d_out_tile = tile_of(d_out_ring.tiles, stage)
                 d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..common.tiles import LOG2_E
-from .gluon_api import gl, gluon, hopper, mbarrier
+from .gluon_api import gl, gluon, hopper
 from .masks import hide_by_mask, make_mask_ring, make_masks
-from .tiles import Ring, forgotten, load_parts, make_barriers, note_nan, product_over_dims, store_rows, tile_of
+from .tiles import Ring, forgotten, make_barriers, note_nan, product_over_dims, store_rows, tile_of
 from .work import (
     REGISTERS_OF_PARTS_WITH_MASKS,
     REGISTERS_WITH_MASKS,
@@ -20,8 +20,8 @@ from .work import (
 @gluon.jit
 def _produce_columns(
     q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
-    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr,
-    Q_TILES: gl.constexpr, STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, Q_TILES: gl.constexpr,
+    STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Q and dO fill one buffer together."""
     number = 0
@@ -36,11 +36,7 @@ def _produce_columns(
         runs = lists.runs_of(batch_head, row_tile)
         for tile in gl.static_range(Q_TILES):
             row = (row_tile * Q_TILES + tile) * 64
-            full = q_ring.full.index(tile)
-            mbarrier.wait(q_ring.empty.index(tile), (number & 1) ^ 1)
-            mbarrier.expect(full, PARTS * (q.block_type.nbytes + d_out.block_type.nbytes))
-            load_parts(q, [batch, head, row], full, q_ring.tiles, tile, PARTS)
-            load_parts(d_out, [batch, head, row], full, d_out_tiles, tile, PARTS)
+            q_ring.load_both(q, d_out, d_out_tiles, [batch, head, row], tile, (number & 1) ^ 1)
         for IS_CUT in gl.static_range(1, -1, -1):
             for run in range(gl.load(runs + (1 - IS_CUT))):
                 first_tile, end_tile = load_run(runs, run, lists.max_runs, IS_CUT)
@@ -160,7 +156,7 @@ def query_gradient_kernel(
             )),
             (_produce_columns, (
                 q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
-                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, PARTS, Q_TILES, STAGES, V_STAGES,
+                NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, STAGES, V_STAGES,
             )),
             (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N, False)),

@@ -141,6 +141,15 @@ class Ring:
         load_parts(source, coordinates, self.full.index(index), self.tiles, index, PARTS)
 
     @gluon.jit
+    def load_both(self, source, other_source, other_tiles, coordinates, index, phase):
+        """Fill a buffer by TMA once it is empty, and the same one of ``other_tiles``, which shares its barriers."""
+        PARTS: gl.constexpr = self.tiles.shape[0] // self.full.shape[0]
+        mbarrier.wait(self.empty.index(index), phase)
+        mbarrier.expect(self.full.index(index), PARTS * (source.block_type.nbytes + other_source.block_type.nbytes))
+        load_parts(source, coordinates, self.full.index(index), self.tiles, index, PARTS)
+        load_parts(other_source, coordinates, self.full.index(index), other_tiles, index, PARTS)
+
+    @gluon.jit
     def wait(self, index, phase):
         mbarrier.wait(self.full.index(index), phase)
 
