@@ -530,7 +530,21 @@ def parallel_section(run: Json) -> list[str]:
         "visible tiles and the bytes on the wire, by `benchmarks/parallel_cost.py`.",
         "",
         *table(header, body, left=2),
+        *measured_again(run),
     ]
+
+
+def measured_again(run: Json) -> list[str]:
+    """Ways in runs after that of the table, without one GPU to compare with."""
+    lines = []
+    for other in runs_of("parallel_gpu"):
+        if other["environment"]["updated"] > run["environment"]["updated"]:
+            speeds: dict[str, list[str]] = {}
+            for row in measured_ways(other["rows"]):
+                speeds.setdefault(workload_name(row), []).append(f"`{row['way']}` {row['tokens_per_second']:,}")
+            date = other["environment"]["date"]
+            lines += [f"\nMeasured again, {date}: {name}: {', '.join(ways)} tokens/s." for name, ways in speeds.items()]
+    return lines
 
 
 def links_of(run: Json) -> Links | None:

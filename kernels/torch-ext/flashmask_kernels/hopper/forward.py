@@ -16,7 +16,7 @@ from ..launch.launcher import Launcher
 from ..launch.layout import Layout
 from ..launch.tile_sources import TileSources
 from ..schedule import mask_strides, max_runs_of, tiles_in
-from .gluon_api import gl, gluon, hopper
+from .gluon_api import gl, gluon, hopper, mbarrier
 from .masks import hide_by_mask, make_mask_ring, make_masks
 from .tiles import (
     Ring,
@@ -51,6 +51,9 @@ def _produce(
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, BLOCK_N: gl.constexpr, Q_TILES: gl.constexpr,
     Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    # V's buffers are one behind K's: a consumer multiplies with the V of one tile beside the K of the next. What is in
+    # the first counts for nothing.
+    mbarrier.arrive(v_ring.full.index(0), count=1)
     number = 0
     step = 0
     row_tile, batch_head, num_cut, num_full = work.read(number)
@@ -72,8 +75,10 @@ def _produce(
                     stage = step % STAGES
                     phase = (step // STAGES & 1) ^ 1
                     k_ring.load(k, [batch, kv_head, column_tile * BLOCK_N], stage, phase)
-                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N], stage, phase)
                     step += 1
+                    stage = step % STAGES
+                    phase = (step // STAGES & 1) ^ 1
+                    v_ring.load(v, [batch, kv_head, column_tile * BLOCK_N], stage, phase)
                     tiles_left -= 1
                     work.draw_next(tiles_left == TILES_LEFT)
         number += 1
@@ -133,6 +138,7 @@ def _consume(
     number = 0
     step = 0
     mask_step = 0
+    pairs = _pack(gl.zeros([64, BLOCK_N], gl.float32, scores_layout), dtype)
     row_tile, batch_head, num_cut, num_full = work.take(number)
     while row_tile >= 0:
         head = batch_head % NUM_HEADS
@@ -149,51 +155,40 @@ def _consume(
 
         buffer = number % Q_STAGES * Q_TILES + own_rows
         q_ring.wait(buffer, number // Q_STAGES & 1)
-        if num_cut + num_full > 0:
-            # The first tile: no product with V runs beside it. It is masked even if it is full, which changes nothing.
-            stage = step % STAGES
-            k_ring.wait(stage, step // STAGES & 1)
-            scores = product_over_dims(q_ring.tiles, buffer, k_ring.tiles, stage, scores_layout, PARTS)
-            scores = hopper.warpgroup_mma_wait(0, [scores])
-            k_ring.release(stage)
-            scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, own_rows)
-            mask_step += 1
-            probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, True)
-            pairs = _pack(probabilities, dtype)
-            first_is_cut = (num_cut > 0).to(gl.int32)
-            for IS_CUT in gl.static_range(1, -1, -1):
-                num_tiles = num_cut - first_is_cut if IS_CUT else num_full - 1 + first_is_cut
-                for _ in range(num_tiles):
-                    last_stage = step % STAGES
-                    last_phase = step // STAGES & 1
-                    step += 1
-                    stage = step % STAGES
-                    own = forgotten(buffer) if PARTS == 2 else buffer
-                    k_ring.wait(stage, step // STAGES & 1)
-                    scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS)
-                    v_ring.wait(last_stage, last_phase)
-                    v_tile = tile_of(v_ring.tiles, last_stage * PARTS + own_part)
-                    output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
-                    scores = hopper.warpgroup_mma_wait(1, [scores])
-                    k_ring.release(stage)
-                    if IS_CUT:
-                        scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, own_rows)
-                        mask_step += 1
-                    probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
-                    output = hopper.warpgroup_mma_wait(0, [output])
-                    v_ring.release(last_stage)
-                    output = output * gl.convert_layout(correction, out_row_layout)[:, None]
-                    pairs = _pack(probabilities, dtype)
-            q_ring.release(buffer)
+        first_step = step
+        for IS_CUT in gl.static_range(1, -1, -1):
+            for _ in range(num_cut if IS_CUT else num_full):
+                stage = step % STAGES
+                phase = step // STAGES & 1
+                own = forgotten(buffer) if PARTS == 2 else buffer
+                k_ring.wait(stage, phase)
+                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS)
+                v_ring.wait(stage, phase)
+                v_tile = tile_of(v_ring.tiles, stage * PARTS + own_part)
+                probabilities = _unpack(pairs, dtype, p_layout)
+                # The first tile of a piece has no product beside it. What it computes is dropped by the second.
+                has_begun = step > first_step + 1
+                output = hopper.warpgroup_mma(probabilities, v_tile, output, use_acc=has_begun, is_async=True)
+                scores = hopper.warpgroup_mma_wait(1, [scores])
+                k_ring.release(stage)
+                if IS_CUT:
+                    scores = hide_by_mask(scores, float("-inf"), masks, mask_step, BLOCK_N, own_rows)
+                    mask_step += 1
+                probabilities, row_max, row_sum, correction = _softmax(scores, row_max, row_sum, factor, IS_CUT)
+                output = hopper.warpgroup_mma_wait(0, [output])
+                v_ring.release(stage)
+                output = output * gl.convert_layout(correction, out_row_layout)[:, None]
+                pairs = _pack(probabilities, dtype)
+                step += 1
+        q_ring.release(buffer)
+        if step > first_step:
             stage = step % STAGES
             v_ring.wait(stage, step // STAGES & 1)
             v_tile = tile_of(v_ring.tiles, stage * PARTS + own_part)
-            output = hopper.warpgroup_mma(_unpack(pairs, dtype, p_layout), v_tile, output, is_async=True)
+            probabilities = _unpack(pairs, dtype, p_layout)
+            has_begun = step > first_step + 1
+            output = hopper.warpgroup_mma(probabilities, v_tile, output, use_acc=has_begun, is_async=True)
             output = hopper.warpgroup_mma_wait(0, [output])
-            v_ring.release(stage)
-            step += 1
-        else:
-            q_ring.release(buffer)
 
         # A row that saw nothing: output 0 / 1, log-sum-exp -inf + log 1.
         row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
@@ -250,7 +245,7 @@ def attention_forward_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, Q_STAGES, STAGES,
             )),
             (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N, True)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS if PARTS == 1 else REGISTERS_OF_PARTS_WITH_MASKS,

@@ -37,9 +37,9 @@ from .tiles import (
 )
 from .work import TILES_LEFT, Lists, assign_work, heads_per_group, load_run, make_work, new_counters, num_programs
 
-# 4 x 128 threads with 128 registers fill the register file: each consumer takes 208, dQ 72, and the others 24.
+# 4 x 128 threads with 128 registers fill the register file: each consumer takes 192, dQ 104, and the others 24.
 _LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 128}
-REGISTERS = gl.constexpr([208, 72, 24, 24])
+REGISTERS = gl.constexpr([192, 104, 24, 24])
 # Both head sizes and the rows of a tile: the layouts below are written for one warpgroup's product of 64 x 64.
 BLOCK = gl.constexpr(64)
 _D_S_STAGES = gl.constexpr(2)
@@ -130,6 +130,8 @@ def _consume(
         d_k_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         d_v_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         k_ring.wait(0, number & 1)
+        # From registers: both operands of 64 x 64 are read from shared memory no faster than they are multiplied.
+        own_k = k_tile.load(operand_layout)
         for _ in range(HEADS_PER_KV_HEAD):
             for IS_CUT in gl.static_range(1, -1, -1):
                 for _ in range(num_cut if IS_CUT else num_full):
@@ -140,7 +142,7 @@ def _consume(
                     q_ring.wait(stage, phase)
                     scores = _times_statistic(lse_tiles.index(stage), of_lse, layout)
                     d_p = _times_statistic(delta_tiles.index(stage), -1.0, layout)
-                    scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, is_async=True)
+                    scores = hopper.warpgroup_mma(own_k, q_tile.permute([1, 0]), scores, is_async=True)
                     d_out_ring.wait(stage, phase)
                     d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, is_async=True)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
@@ -186,20 +188,22 @@ def _make_query_gradients(
     column_tile, batch_kv_head, num_cut, num_full = work.take(number)
     while column_tile >= 0:
         k_ring.wait(0, number & 1)
+        # dQ transposed, for the same reason: K^T is the operand that can stay in registers.
+        k_transposed = k_tile.permute([1, 0]).load(gl.DotOperandLayout(0, layout, 2))
+        k_ring.release(0)
         for head in range(HEADS_PER_KV_HEAD):
             first_tile = (batch_kv_head * HEADS_PER_KV_HEAD + head) * num_row_tiles
             for _ in range(num_cut + num_full):
                 stage = step % _D_S_STAGES
                 d_s_ring.wait(stage, step // _D_S_STAGES & 1)
                 row_tile = first_tile + load_scalar(row_tiles.index(step % (STAGES + _D_S_STAGES)))
-                d_s_tile = d_s_ring.tiles.index(stage).permute([1, 0])
+                d_s_tile = d_s_ring.tiles.index(stage)
                 d_q_tile = gl.zeros([BLOCK, BLOCK], gl.float32, layout)
-                d_q_tile = hopper.warpgroup_mma(d_s_tile, k_tile, d_q_tile, use_acc=False, is_async=True)
+                d_q_tile = hopper.warpgroup_mma(k_transposed, d_s_tile, d_q_tile, use_acc=False, is_async=True)
                 d_q_tile = hopper.warpgroup_mma_wait(0, [d_q_tile])
                 d_s_ring.release(stage)
                 _add_to_sums(d_q_sums + row_tile.to(gl.int64) * (BLOCK * BLOCK), d_q_tile)
                 step += 1
-        k_ring.release(0)
         number += 1
         column_tile, batch_kv_head, num_cut, num_full = work.take(number)
 
@@ -310,11 +314,11 @@ def fused_gradient_kernel(
 def query_gradient_of_sums_kernel(
     d_q_sums, d_q, has_nan, d_q_strides, scale, q_len, num_row_tiles, NUM_HEADS: tl.constexpr, DIM: tl.constexpr
 ):
-    """dQ of one row tile, from its sums in the order of `_add_to_sums`."""
+    """dQ of one row tile, from the sums of dQ transposed in the order of `_add_to_sums`."""
     batch_head = tl.program_id(0) // num_row_tiles
     row_tile = tl.program_id(0) % num_row_tiles
     sums = tl.load(d_q_sums + tl.program_id(0).to(tl.int64) * 4096 + tl.arange(0, 4096))
-    by_row = tl.permute(tl.reshape(sums, (8, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
+    by_row = tl.permute(tl.reshape(sums, (8, 4, 8, 4, 2, 2)), (0, 3, 5, 1, 4, 2))
     tile = tl.reshape(by_row, (64, 64)) * scale
     if holds_nan(tile):
         tl.store(has_nan, 1)

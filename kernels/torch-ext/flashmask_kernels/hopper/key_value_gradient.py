@@ -110,6 +110,9 @@ def _consume_rows(
         d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
         k_ring.wait(consumer, number & 1)
+        # From registers: both operands of 64 x 64 are read from shared memory no faster than they are multiplied.
+        own_k = k_tile.load(gl.DotOperandLayout(0, scores_layout, 2)) if BLOCK_DIM == 64 else k_tile
+        own_v = v_tile.load(gl.DotOperandLayout(0, scores_layout, 2)) if BLOCK_DIM == 64 else v_tile
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
@@ -118,11 +121,11 @@ def _consume_rows(
                 q_ring.wait(stage, phase)
                 q_tile = tile_of(q_ring.tiles, stage)
                 scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                scores = hopper.warpgroup_mma(k_tile, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                scores = hopper.warpgroup_mma(own_k, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
                 d_out_ring.wait(stage, phase)
                 d_out_tile = tile_of(d_out_ring.tiles, stage)
                 d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
+                d_p = hopper.warpgroup_mma(own_v, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
                 row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)

@@ -159,7 +159,7 @@ def query_gradient_kernel(
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, STAGES, V_STAGES,
             )),
             (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
-            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N, False)),
+            (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N)),
         ],
         [4, 1, 1, 2],
         REGISTERS_WITH_MASKS if PARTS == 1 else REGISTERS_OF_PARTS_WITH_MASKS,
