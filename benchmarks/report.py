@@ -530,7 +530,6 @@ def parallel_section(run: Json) -> list[str]:
         "visible tiles and the bytes on the wire, by `benchmarks/parallel_cost.py`.",
         "",
         *table(header, body, left=2),
-        *measured_again(run),
     ]
 
 
@@ -1222,7 +1221,8 @@ def many_gpus_section() -> str:
     run = parallel_run()
     if run is None:
         return "Not measured yet."
-    return "\n".join([*parallel_section(run), "", *scaling_section(results("parallel_scaling"), run)])
+    predicted = scaling_section(results("parallel_scaling"), run)
+    return "\n".join([*parallel_section(run), *measured_again(run), "", *predicted])
 
 
 def parallel_run() -> Json | None:
