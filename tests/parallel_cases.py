@@ -71,6 +71,7 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{mode}-2-long", "gemma3", "long", mode, 2)
         yield Case(f"{mode}-encoder", "bert", "encoder", mode)
         yield Case(f"{mode}-cu_seq_lens", "llama", "cu_seq_lens", mode)
+        yield Case(f"{mode}-cu_seq_lens_beside_positions", "gemma3", "cu_seq_lens_beside_positions", mode, 2)
         yield Case(f"{mode}-rows", "gpt_oss", "rows", mode)
         yield Case(f"{mode}-rows_with_bounds", "gemma3", "rows_with_bounds", mode, 2)
         for counted in ("by_group", "over_all_ranks"):
@@ -208,6 +209,10 @@ def make_example(kind: str, config: Any) -> Example:
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
         calls = [{"token_type_ids": torch.ones_like(document)} for document in documents]
         return Example(batch, [(document, document) for document in documents], calls)
+    elif kind == "cu_seq_lens_beside_positions":  # which tell all documents apart but the third from the second
+        ends = tiny_models.cumulative_lengths(documents)
+        batch["position_ids"][:, ends[2] : ends[3]] += lengths[1]
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends[[0, 2, -1]]
     elif kind == "cu_seq_lens":
         ends = tiny_models.cumulative_lengths(documents).repeat_interleave(2)  # documents without tokens among them
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends

@@ -329,6 +329,10 @@ TINY = {
 }
 
 
+OPT = {"word_embed_proj_dim": 32, "ffn_dim": 48}
+CLIP = {"bos_token_id": 1, "eos_token_id": 2}
+
+
 def of_class(name: str, **options: Any) -> transformers.PreTrainedModel:
     model_class = getattr(transformers, name)
     return model_class._from_config(model_class.config_class(**TINY | options), attn_implementation="flashmask")
@@ -339,6 +343,7 @@ def of_class(name: str, **options: Any) -> transformers.PreTrainedModel:
     [
         (lambda: tiny_models.build("llama4", attn_temperature_tuning=True, floor_scale=8), 64, "scale scores by the"),
         (lambda: of_class("RobertaForCausalLM", is_decoder=True), 16, "counts positions by the tokens"),
+        (lambda: of_class("OPTForCausalLM", **OPT), 16, "counts positions by the tokens"),
     ],
 )
 def test_rows_whose_positions_depend_on_all_tokens_are_refused(
@@ -346,7 +351,7 @@ def test_rows_whose_positions_depend_on_all_tokens_are_refused(
 ) -> None:
     parallel = hf_flashmask.sequence_parallel(make(), one_rank)
     with pytest.raises((NotImplementedError, ValueError), match=message):
-        parallel.shard({"input_ids": torch.ones(1, length, dtype=torch.long)})
+        parallel.shard({"input_ids": torch.ones(1, length, dtype=torch.long), "attention_mask": torch.ones(1, length)})
 
 
 def test_a_number_of_labels_beside_losses_over_answers_is_refused(one_rank: Any) -> None:
@@ -379,6 +384,11 @@ def test_padding_does_not_count_for_longrope(one_rank: Any, lengths: list[int]) 
     [
         ("BertModel", {}, "the pooler of BertModel"),
         ("BartForCausalLM", {"d_model": 32}, "its forward takes no `position_ids`"),
+        ("MobileBertModel", {"embedding_size": 32}, r"tokens meet elsewhere than in attention \(trigram_input\)"),
+        ("CLIPTextModel", CLIP, "the `pooler_output` of CLIPTextModel"),
+        ("AltCLIPTextModel", {}, "the `pooler_output` of AltCLIPTextModel"),
+        ("GPT2DoubleHeadsModel", {"n_embd": 32, "n_head": 4}, "GPT2SequenceSummary of GPT2DoubleHeadsModel"),
+        ("CsmDepthDecoderModel", {}, "its forward takes no `position_ids`"),
     ],
 )
 def test_models_that_read_other_places_of_a_row_are_refused(

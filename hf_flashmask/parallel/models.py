@@ -14,7 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.mrope import takes_text_positions
-from ..sharing.backbone import Traits, meeting_places, source_of, takes_positions
+from ..sharing.backbone import Traits, find_backbone, meeting_places, source_of, takes_positions
 from .exchanges import kv_heads_on_the_wire
 from .media import media_of
 
@@ -60,8 +60,13 @@ def check_model(base: PreTrainedModel) -> Traits:
             f"sequence_parallel does not serve the pooler of {name}, which reads the first token of a row: build the "
             "model without it (add_pooling_layer=False)"
         )
+    if found := _heads_that_read_one_token(base):
+        raise NotImplementedError(
+            f"sequence_parallel does not serve {found} of {name}, which reads one token of a row, that one rank has: "
+            "train this model without it"
+        )
     backbone = cast(PreTrainedModel, base.base_model)
-    traits = Traits.of(backbone)
+    traits = Traits.of(find_backbone(base, "sequence_parallel"))
     if not takes_positions(backbone):
         raise NotImplementedError(
             f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
@@ -78,6 +83,15 @@ def check_model(base: PreTrainedModel) -> Traits:
             "the loss of one process: set it to False"
         )
     return traits
+
+
+def _heads_that_read_one_token(base: PreTrainedModel) -> str:
+    """What computes an output from one token of each row, by name; empty if nothing does."""
+    for model in (base, base.base_model):
+        returned = inspect.signature(inspect.unwrap(type(model).forward)).return_annotation
+        if "Pooling" in str(returned) and not hasattr(model, "pooler"):  # text models of CLIP
+            return "the `pooler_output`"
+    return next((type(part).__name__ for part in base.modules() if type(part).__name__.endswith("SequenceSummary")), "")
 
 
 def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> None:

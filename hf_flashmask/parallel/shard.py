@@ -141,7 +141,8 @@ def read_batch(
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
-        documents = _positions_of_lengths(cu_seq_lens, of_keys, rows, index)
+        by_lengths = _positions_of_lengths(cu_seq_lens, of_keys, rows, index, short)
+        documents = by_lengths if documents is None else _apart_by_both(by_lengths, documents, _tokens_of(mask, length))
     if isinstance(mask, Tensor) and mask.ndim == 4:  # bounds are final; positions tell whether they are prefix trees
         documents = positions[0] if positions.ndim == 3 else positions
     if mask is None and tail and documents is None:
@@ -220,7 +221,8 @@ def _tokens_of(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor |
     return mask[:, :length].ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor) -> Tensor:
+def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor, length: int) -> Tensor:
+    """Positions `[1, S]` that restart with every document, and with the padding behind `length` tokens."""
     if rows != 1:
         raise ValueError(
             f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {rows} rows; pass "
@@ -229,9 +231,16 @@ def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int
     if of_keys is not None and not torch.equal(of_keys, cu_seq_lens):
         raise ValueError("`cu_seq_lens_k` must be `cu_seq_lens_q`: queries and keys are the same tokens")
     check_cumulative("cu_seq_lens_q", cu_seq_lens)
-    starts = cu_seq_lens.to(index)
+    starts = cu_seq_lens.to(index).clamp(max=length)
     document = torch.searchsorted(starts, index, right=True) - 1
     return (index - starts[document])[None]
+
+
+def _apart_by_both(by_lengths: Tensor, position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+    """Positions `[1, S]` that restart with every document of either."""
+    index = torch.arange(by_lengths.shape[1], device=by_lengths.device)
+    starts = _bounds.document_starts(_bounds.document_ends(position_ids, is_token))
+    return torch.minimum(by_lengths, index - starts)
 
 
 def _padded_mask(mask: Any, shape: tuple[int, int], length: int) -> Tensor | dict[str, Tensor] | None:

@@ -104,13 +104,16 @@ def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") ->
 
 
 def takes_positions(backbone: PreTrainedModel) -> bool:
-    return "position_ids" in inspect.signature(type(backbone).forward).parameters
+    is_told = "position_ids" in inspect.signature(type(backbone).forward).parameters
+    return is_told and "`position_ids` were provided but will be ignored" not in source_of(backbone)
 
 
 def meeting_places(model: PreTrainedModel) -> str:
     """Where tokens meet elsewhere than in attention, by name; empty if nowhere."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None)
-    other_layers = set(layer_types or ()) - _ATTENTION_LAYER_TYPES
+    config: Any = model.config.get_text_config()
+    other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
+    if getattr(config, "trigram_input", False):  # MobileBERT joins the embeddings of neighbours
+        other_layers.add("trigram_input")
     convolutions = {type(module).__name__ for module in modules_of(model) if isinstance(module, nn.Conv1d)}
     found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(modules_of(model))))
     return found or ("a recurrent state" if model._is_stateful else "")
