@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import build, config_of, cumulative_lengths, eager_twin, packed, random_documents
+from tiny_models import build, config_of, cumulative_lengths, eager_twin, logits_alone, packed, random_documents
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,6 +130,21 @@ def test_is_causal_of_the_call_goes_before_that_of_the_module() -> None:
     ):
         out, _ = flashmask_attention_forward(module, *inputs, None, is_causal=is_causal)
         torch.testing.assert_close(out, dense_attention(*inputs, visible))
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "afmoe", "llama4"])
+def test_documents_are_apart_by_lengths_or_positions(name: str, is_padded: bool, use_cache: bool) -> None:
+    """The lengths tell the third from the second, positions the others."""
+    model, documents = build(name), random_documents([9, 7, 5, 6])
+    expected = logits_alone(eager_twin(model), documents)
+    batch, ends = packed(documents), cumulative_lengths(documents)
+    batch["position_ids"][:, ends[2] : ends[3]] += 7
+    batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = ends[[0, 2, 4]]
+    if is_padded:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    torch.testing.assert_close(model(**batch, use_cache=use_cache).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_cu_seq_lens_of_queries_and_keys() -> None:
@@ -601,9 +616,9 @@ LAUNCHES = {
     "llama": (8, 18, 26),
     "mistral": (11, 21, 29),
     "gemma2": (11, 23, 34),  # layers of two kinds
-    "gpt_oss": (11, 44, 20),  # the same, and the mask function is not told about `position_ids`
+    "gpt_oss": (11, 44, 33),  # the same, and the mask function is not told about `position_ids`
     "llama4": (22, 33, 52),  # chunks are made anew with the lengths
-    "bert": (11, 34, 8),
+    "bert": (11, 34, 21),
 }
 
 

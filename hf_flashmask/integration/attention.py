@@ -68,8 +68,8 @@ def flashmask_attention_forward(
         softcap: scores become `softcap * tanh(scores / softcap)`.
         s_aux: `[H]`, the attention sinks.
         position_ids: `[B or 1, S]`; in self-attention a document starts wherever they do not increase.
-        cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, cumulative lengths of one packed row. They go before
-            `position_ids`.
+        cu_seq_lens_q, cu_seq_lens_k: `[documents + 1]`, cumulative lengths of one packed row. Without a `Mask`, and
+            beside a cache, they go before `position_ids`; else documents are apart by either.
         kept_mask: the mask that an engine has dropped from `attention_mask`, see `keep_masks`.
 
     Returns:
@@ -98,7 +98,7 @@ def flashmask_attention_forward(
                 module, query, key, of_user is not None, cu_seq_lens_q, cu_seq_lens_k
             )
         else:
-            documents = documents_of_layer(query, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+            documents = documents_of_layer(query, position_ids, cu_seq_lens_q, cu_seq_lens_k, attention_mask)
         refuse_adapters_that_see_rows(module, query, attention_mask, documents)
         of_queries, of_keys = query, key
         # Whether an engine has put a function of its own in the place of this one.

@@ -64,7 +64,19 @@ class Documents:
     @property
     def key(self) -> str:
         """Which tensors they are."""
-        return "position_ids" if self.cu_seq_lens_q is None else "cu_seq_lens"
+        if self.cu_seq_lens_q is None:
+            return "position_ids"
+        return "cu_seq_lens" if self.position_ids is None else "both"
+
+    def beside(self, mask: Mask, q_len: int) -> Documents | None:
+        """What is to be added to a mask. Beside a cache lengths tell all."""
+        has_lengths = self.cu_seq_lens_q is not None
+        is_behind = has_lengths and mask.place is not None and not mask.place.is_square
+        if self.position_ids is None or not (mask.has_documents or q_len == 1 or is_behind):
+            return self
+        if not has_lengths:
+            return None
+        return Documents(None, self.cu_seq_lens_q, self.cu_seq_lens_k)
 
 
 def are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
@@ -81,14 +93,22 @@ def documents_of_layer(
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
+    mask: Mask | Tensor | None = None,
 ) -> Documents | None:
-    """What a layer of self-attention is told about documents. Cumulative lengths go before positions."""
+    """What a layer of self-attention is told about documents.
+
+    Beside cumulative lengths, positions tell them in layers that have a mask of tokens; those of image encoders count
+    patches.
+    """
     batch, _, q_len, _ = query.shape
+    position_ids = position_ids if are_of_tokens(position_ids, batch, q_len) else None
     if cu_seq_lens_q is None:
-        return Documents(position_ids) if are_of_tokens(position_ids, batch, q_len) else None
+        return None if position_ids is None else Documents(position_ids)
     _check_one_row(batch)
+    if not isinstance(mask, Mask):
+        position_ids = None
     differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
-    return Documents(cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k if differ else None)
+    return Documents(position_ids, cu_seq_lens_q, cu_seq_lens_k if differ else None)
 
 
 def documents_of_cross_attention(
@@ -191,7 +211,8 @@ def first_columns(mask: Mask | Tensor | None, documents: Documents | None, q_len
             starts = documents.cu_seq_lens_k
         row = torch.arange(q_len, dtype=ends.dtype, device=ends.device)
         known.append(starts[torch.searchsorted(ends, row, right=True) - 1][None])
-    elif documents is not None and documents.position_ids is not None and not has_documents:
+    has_documents |= documents is not None and documents.cu_seq_lens_q is not None and not place.is_square
+    if documents is not None and documents.position_ids is not None and not has_documents:
         known.append(_first_columns_by_positions(documents.position_ids, is_token, place))
     return functools.reduce(torch.maximum, known) if known else None
 

@@ -85,8 +85,8 @@ def layer_mask(
             assert mask.bounds is not None
             build = functools.partial(_of_user, mask.bounds, module, query, key)
             return mask.memo.get("final", (), module, build, query.device)
-        if documents is not None and documents.key == "position_ids" and (mask.has_documents or query.shape[2] == 1):
-            documents = None
+        if documents is not None:
+            documents = documents.beside(mask, query.shape[2])
         if documents is None:
             return mask.memo.get(None, (), module, lambda: _complete(mask, module, None), query.device)
         build = functools.partial(_complete, mask, module, documents)
@@ -174,8 +174,11 @@ def _document_bounds(
         build = functools.partial(
             _bounds.from_cu_seqlens, rows, place.q_len, kv_len=place.kv_len, cu_seqlens_k=keys, is_causal=is_causal
         )
-        described = ("cu_seq_lens", place.q_len, place.kv_len, place.kv_offset, is_causal)
-        return recent.get(described, documents.tensors, module, build, rows.device)
+        if position_ids is not None:
+            build = functools.partial(_apart_by_both, build, position_ids, is_token, is_causal)
+        described = (documents.key, place.q_len, place.kv_len, place.kv_offset, is_causal)
+        sources = documents.tensors if is_token is None else (*documents.tensors, is_token)
+        return recent.get(described, sources, module, build, rows.device)
     assert position_ids is not None
     if not place.is_square:
         return after_cache(position_ids, is_token, place, has_ranges=has_ranges)
@@ -185,6 +188,15 @@ def _document_bounds(
         find = functools.partial(_bounds.document_ends, position_ids)
         ends = recent.get("document ends", (position_ids,), module, find, position_ids.device)
     return _bounds.from_document_ends(ends, is_causal=is_causal)
+
+
+def _apart_by_both(
+    by_lengths: Callable[[], Tensor], position_ids: Tensor, is_token: Tensor | None, is_causal: bool
+) -> Tensor:
+    by_positions = _bounds.from_document_ends(_bounds.document_ends(position_ids, is_token), is_causal=is_causal)
+    parts = by_lengths(), by_positions
+    is_one_plane = all(part.shape[2] == 1 for part in parts)
+    return torch.minimum(*parts) if is_one_plane else _bounds.intersect(*parts)
 
 
 def _of_tensor(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor, documents: Documents | None) -> LayerMask:
