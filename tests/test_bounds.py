@@ -22,7 +22,14 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    noop_mask,
+    or_masks,
+)
 from transformers import masking_utils, modeling_flash_attention_utils
 
 import hf_flashmask.bounds as bounds_module
@@ -40,6 +47,7 @@ from hf_flashmask.bounds import (
     document_ends_of_mask,
     document_starts,
     explain,
+    from_block_mask,
     from_cu_seqlens,
     from_dense,
     from_document_ends,
@@ -49,7 +57,9 @@ from hf_flashmask.bounds import (
     from_position_ids,
     from_prefix_tree,
     from_startend_row_indices,
+    from_tiles,
     from_visible_intervals,
+    global_and_sliding_window,
     hide_keys,
     intersect,
     limit_depth,
@@ -685,6 +695,19 @@ def test_from_visible_intervals(q_len, kv_len, intervals, seed):
     result = from_visible_intervals(starts.int(), ends, q_len)
     assert result.shape[2] == (2 if intervals == 1 else 2 * (intervals + 1))
     assert_mask(result, expected, q_len)
+    assert torch.equal(from_visible_intervals(starts.to(torch.int8), ends.to(torch.int16), q_len), result)
+
+
+def test_rows_that_small_integers_do_not_hold():
+    edges = torch.tensor([[[[0, 2, 100]]]], dtype=torch.int8)
+    result = from_visible_intervals(edges, edges + 27, 300)
+    assert result.tolist() == [[[[27, 29, 127], [0, 2, 100]]]]
+
+
+def test_too_many_visible_intervals_are_refused():
+    edges = torch.zeros(1, 1, 16, 3, dtype=torch.int32)
+    with pytest.raises(TooManyIntervalsError, match="hold 16 visible intervals for each key, bounds hold at most 15"):
+        from_visible_intervals(edges, edges, 3)
 
 
 @few
@@ -802,6 +825,9 @@ def test_startend_row_indices_both_ways(form, q_len, kv_len, seed):
         assert again_causal == is_causal
     for_heads = from_startend_row_indices(indices, is_causal, q_len=q_len, num_heads=6)
     assert_mask(for_heads, np.repeat(expected, 2, axis=1), q_len)
+    never = torch.iinfo(torch.int64).max - q_len  # int32 would hold another number
+    far = torch.where(indices == q_len, never, indices.long())
+    assert_mask(from_startend_row_indices(far, is_causal, q_len=q_len), expected, q_len)
 
 
 @pytest.mark.parametrize(
@@ -876,6 +902,49 @@ def test_a_block_mask_means_what_flex_attention_computes():
     assert_mask(from_mask_mod(by_hand), expected, 12)
 
 
+@pytest.mark.parametrize("block_size", [4, 128])
+def test_a_block_mask_for_all_rows_and_heads_whose_function_looks_at_them(block_size):
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 2]])
+    windows = torch.tensor([1, 2, 5])
+
+    def mask_mod(b, h, q, k):
+        return (q >= k) & (documents[b, q] == documents[b, k]) & (q - k < windows[h])
+
+    expected = create_mask(mask_mod, 2, 3, 7, 7, "cpu").numpy()
+    blocks = -(-7 // block_size)
+    for batch, heads in ((1, 1), (2, 3), (1, 3), (2, 1)):
+        counts = torch.full((batch, heads, blocks), blocks, dtype=torch.int32)  # all blocks are partial
+        indices = torch.arange(blocks, dtype=torch.int32).expand(batch, heads, blocks, blocks)
+        made = BlockMask.from_kv_blocks(
+            counts, indices, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(7, 7), compute_q_blocks=False
+        )
+        assert_mask(from_mask_mod(made, batch_size=2, num_heads=3), expected, 7)
+    with pytest.raises(ValueError, match=r"must be those of the `BlockMask`, 2 and 1, or .*got 4 and 3"):
+        from_mask_mod(made, batch_size=4, num_heads=3)
+    with pytest.raises(ValueError, match=r"computes with its argument `head`.*pass `num_heads`"):
+        from_mask_mod(made)
+    with pytest.raises(TypeError, match="brings `q_len`, `kv_len` and `device`"):
+        from_mask_mod(made, device="cpu")
+
+
+def test_a_mask_mod_that_looks_at_rows_or_heads_needs_their_number():
+    """The mask of row 0 for all rows would let documents of the others meet."""
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+
+    def same(b, h, q, k):
+        return documents[b, q] == documents[b, k]
+
+    for mask_mod in (same, and_masks(noop_mask, same), lambda b, h, q, k: documents[b][q] == documents[b][k]):
+        with pytest.raises(ValueError, match=r"computes with its argument `batch`.*pass `batch_size`"):
+            from_mask_mod(mask_mod, 5, num_heads=1)
+        expected = (documents[:, None, :, None] == documents[:, None, None]).numpy()
+        assert_mask(from_mask_mod(mask_mod, 5, batch_size=2), expected, 5)
+    with pytest.raises(ValueError, match=r"computes with its argument `head`.*pass `num_heads`"):
+        from_mask_mod(lambda b, h, q, k: torch.where(h < 1, q >= k, q == k), 5)
+    for mask_mod in (and_masks(noop_mask), or_masks(same_key := lambda b, h, q, k: q == k, same_key)):
+        from_mask_mod(mask_mod, 5)  # which ask `batch` for its device
+
+
 def test_a_mask_mod_that_does_not_fit_is_refused_by_its_first_key():
     with pytest.raises(TooManyIntervalsError, match=r"key column 5 \(batch 0, head 0\) needs 50 hidden intervals"):
         from_mask_mod(lambda b, h, q, k: (k < 5) | (q % 2 == 0), 100, 9)
@@ -917,6 +986,7 @@ def traceable(position_ids, document_ids, cu_seqlens, padding_mask, offset, left
         simplify(intersect(documents, bidirectional(size)), planes=1),
         simplify(union(chunked(3, size, is_causal=False), sliding_window(2, size)), planes=6),
         from_prefix_tree(left_padding[None] // 2 - 1, left_padding[None] + 1, kv_len=size),
+        limit_depth(documents, position_ids, position_ids + 2, max_branches=1),
     ]
 
 
@@ -987,7 +1057,17 @@ nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
         (lambda: sliding_window(-1, 5, is_causal=False), ValueError, "at least 0"),
         (lambda: chunked(0, 5), ValueError, "`chunk_size` must be at least 1, got 0"),
         (lambda: chunked(2, 5, left_padding=torch.zeros(2, 1).int()), ValueError, r"`left_padding` must be \[B\]"),
+        (lambda: chunked(2.5, 5), TypeError, "`chunk_size` must be an integer, got float"),
+        (lambda: chunked(2, 5, left_padding=[1]), TypeError, "`left_padding` must be an integer tensor.*list"),
+        (lambda: chunked(2, 5, left_padding=torch.zeros(2, 4).int()), ValueError, r"\[B, 5\], got shape \[2, 4\]"),
         (lambda: prefix_lm(torch.tensor([1.0]), 5), TypeError, "`prefix_lengths` must be an integer tensor"),
+        (lambda: prefix_lm(1.5, 5), TypeError, "`prefix_lengths` must be an integer, got float"),
+        (lambda: prefix_lm(-1, 5), ValueError, "`prefix_lengths` must be at least 0, got -1"),
+        (lambda: global_and_sliding_window(0.5, 2, 5), TypeError, "`num_global` must be an integer, got float"),
+        (lambda: causal(5, q_offset=0.5), TypeError, "`q_offset` must be an integer, got float"),
+        (lambda: causal(5, q_offset=torch.tensor(0.5)), TypeError, "`q_offset` must be an integer tensor"),
+        (lambda: sliding_window(2, 5, q_offset=ids[0]), ValueError, r"`q_offset` must be one number .*got shape \[5\]"),
+        (lambda: from_document_ids(ids, kv_offset=ids[0, :2]), ValueError, "`kv_offset` must be one number"),
         (
             lambda: causal_with_blocks(ids, window=0),
             ValueError,
@@ -1006,9 +1086,24 @@ nine_intervals = torch.zeros(1, 1, 18, 4, dtype=torch.int32)
         (lambda: from_prefix_tree([-1, 0, 0, 1], [1, 1, 1, 1]), ValueError, "node 3 has parent 1"),
         (lambda: from_prefix_tree([1, -1], [1, 1]), ValueError, "node 0 has parent 1"),
         (lambda: from_prefix_tree([-1], [-2]), ValueError, "node 0 has -2"),
+        (lambda: from_prefix_tree([-1, 0], [2, 1.5]), TypeError, r"`lengths` must hold integers.*\[2, 1.5\]"),
+        (lambda: from_prefix_tree(ids[:1] - 1.0, ids[:1]), TypeError, "`parents` must hold integers"),
+        (lambda: from_block_mask(torch.ones(1, 1) > 0, [2.5]), TypeError, "`lengths` must hold integers"),
         (lambda: from_prefix_tree([-1], [5], kv_len=4), ValueError, "`kv_len` is 4, but the longest row has 5 tokens"),
         (lambda: from_dense(torch.zeros(3, 3)), TypeError, "bool tensor with True = visible.*pass `mask == 0`"),
         (lambda: from_dense(torch.zeros(1, 3, 3).bool()), ValueError, r"got shape \[1, 3, 3\]"),
+        (lambda: from_tiles([]), ValueError, "`tiles` holds no tile"),
+        (
+            lambda: from_tiles([torch.ones(1, 1, 3, 2).int()]),
+            ValueError,
+            "`tiles` must be bool tensors .*got torch.int32",
+        ),
+        (
+            lambda: from_tiles([torch.ones(1, 1, q, 2) > 0 for q in (3, 4)]),
+            ValueError,
+            r"got torch.bool \[1, 1, 4, 2\]",
+        ),
+        (lambda: from_visible_intervals(ids[None, None], ids[None, None, :1, :2], 5), ValueError, "the same shape"),
         (lambda: intersect(), ValueError, "at least one mask"),
         (lambda: intersect(causal(3), causal(4)), ValueError, r"one key length, got \[3, 4\]"),
         (lambda: intersect(nine_intervals, nine_intervals), ValueError, "needs 18 hidden intervals.*simplify"),
@@ -1088,6 +1183,8 @@ def test_limit_depth_refuses_what_it_cannot_hold():
         limit_depth(tree, depth, depth + 1)
     with pytest.raises(ValueError, match=r"`bounds` must be those of a prefix tree, .*got \[1, 1, 2, 17\]"):
         limit_depth(bidirectional(17), depth, depth + 1)
+    with pytest.raises(ValueError, match="`max_branches` is less than the number of leaves"):
+        limit_depth(tree[..., :5].clamp(max=5), depth[:, :5], depth[:, :5] + 1, max_branches=3)
 
 
 def test_from_dense_names_the_first_column_that_needs_too_many_intervals():

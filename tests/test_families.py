@@ -650,6 +650,13 @@ def test_frames_that_are_a_view_cost_no_copy_that_torch_warns_of():
     assert torch.equal(result, frame_causal(frames.contiguous(), local_attn_size=1))
 
 
+@pytest.mark.parametrize("document_ids", [None, torch.tensor([[0, -1], [0, 0], [1, 0]]).mT])
+def test_bounds_of_ids_that_are_a_view_are_contiguous(document_ids):
+    ids = torch.tensor([[0, 0], [0, 1], [1, 1]]).mT
+    for made in (isolated_items(ids, document_ids=document_ids), gist_tokens(ids, ids > 0, document_ids=document_ids)):
+        assert made.is_contiguous()
+
+
 def test_nothing_is_no_special_case():
     assert sinks_and_window(1, 2, length=0).shape == (1, 1, 1, 0)
     none = torch.zeros(1, 0, dtype=torch.int64)
@@ -840,6 +847,8 @@ ids = torch.zeros(2, 5, dtype=torch.int64)
         (lambda: hstu(ids[0], 5, num_targets=ids[0]), ValueError, "`num_targets` must have 4 values, got 5"),
         (lambda: fork_and_join(ids[:, None].expand(-1, 16, -1)), TooManyIntervalsError, "needs 17 hidden intervals"),
         (lambda: isolated_items(ids.float()), TypeError, "`item_ids` must be an integer tensor"),
+        (lambda: from_splits([1.5, 2], ["causal", "full"]), TypeError, "`split_lens` must hold integers"),
+        (lambda: block_diffusion(block_ids=ids, length=4), ValueError, "have 5 positions, `length` says 4"),
     ],
 )
 def test_errors_name_the_argument_and_what_came(call, error, message):

@@ -12,6 +12,7 @@ from .algebra import fewest_planes, hide_keys
 from .form import (
     FAR,
     MAX_INTERVALS,
+    NO_END,
     Offset,
     TooManyIntervalsError,
     at_keys,
@@ -19,6 +20,7 @@ from .form import (
     check_integer,
     check_lengths,
     check_per_position,
+    check_size,
     dtype_or_type,
     from_blocks,
     host_lists,
@@ -137,20 +139,19 @@ def chunked(
         int32 `[B or 1, 1, C, S_k]`, C = 1 when causal and aligned at the bottom right, else 2.
 
     Raises:
-        TypeError: when `left_padding` is not an integer tensor.
+        TypeError: when `left_padding` is not an integer tensor, or `chunk_size` no integer.
         ValueError: when it has another shape, `chunk_size` is less than 1, or a length is negative.
 
     >>> chunked(2, 5).tolist()
     [[[[2, 2, 4, 4, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    chunk_size = check_size("chunk_size", chunk_size)
     if left_padding is not None:
-        dims = (1, 2) if left_padding.shape[-1:] == (kv_len,) else (1,)
-        check_int_tensor("left_padding", left_padding, dims, "[B] or [B, S_k]")
+        check_int_tensor("left_padding", left_padding, (1, 2), "[B] or [B, S_k]")
+        if left_padding.ndim == 2 and left_padding.shape[1] != kv_len:
+            raise ValueError(f"`left_padding` must be [B] or [B, {kv_len}], got shape {list(left_padding.shape)}")
         device = left_padding.device if device is None else device
-    chunk_size = min(chunk_size, FAR)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
     if left_padding is not None:
@@ -180,7 +181,7 @@ def prefix_lm(
         int32 `[B or 1, 1, 2, S_k]`.
 
     Raises:
-        TypeError: when `prefix_lengths` is a tensor of other values.
+        TypeError: when `prefix_lengths` is no integer, or a tensor of other values.
         ValueError: when it has another shape, or a length is negative.
 
     >>> prefix_lm(2, 4).tolist()
@@ -192,7 +193,7 @@ def prefix_lm(
         device = prefix_lengths.device if device is None else device
         prefix_lengths = prefix_lengths[:, None]
     else:
-        prefix_lengths = min(prefix_lengths, FAR)
+        prefix_lengths = check_size("prefix_lengths", prefix_lengths, least=0)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
     ute = diagonal.masked_fill(position < prefix_lengths, 0)
@@ -307,6 +308,7 @@ def global_and_sliding_window(
         int32 `[1, 1, C, S_k]`: C = 4 when bidirectional, C = 1 when causal and aligned at the bottom right, else 2.
 
     Raises:
+        TypeError: when `num_global` or `window` is no integer.
         ValueError: when `num_global` is negative, `window` is too small, or a length is negative.
 
     >>> global_and_sliding_window(1, 2, 5).tolist()
@@ -314,9 +316,7 @@ def global_and_sliding_window(
     """
     kv_len = q_len if kv_len is None else kv_len
     window = _checked_window(window, is_causal)
-    if num_global < 0:
-        raise ValueError(f"`num_global` must not be negative, got {num_global}")
-    num_global = min(num_global, FAR)
+    num_global = check_size("num_global", num_global, least=0)
     diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     lts, ute = _band(diagonal, window, is_causal)
     # The rows before this one are those of global tokens.
@@ -412,7 +412,7 @@ def from_block_mask(
         raise ValueError(f"`mask` must be [n, n] or [B or 1, H or 1, n, n], got shape {list(mask.shape)}")
     device = mask.device if device is None else device
     mask = mask.cpu() if mask.ndim == 4 else mask.cpu()[None, None]
-    length_rows = host_lists(lengths)
+    length_rows = host_lists("lengths", lengths)
     for row in length_rows:
         if len(row) != mask.shape[3] or min(row, default=0) < 0:
             raise ValueError(f"`lengths` must hold a length of 0 or more for each of {mask.shape[3]} blocks, got {row}")
@@ -477,7 +477,10 @@ def from_startend_row_indices(
             f"`startend_row_indices` with is_causal={is_causal} must have {accepted} channels in its last dimension, "
             f"got shape {list(startend_row_indices.shape)}"
         )
-    planes = startend_row_indices.transpose(2, 3).to(torch.int32)
+    planes = startend_row_indices.transpose(2, 3)
+    if planes.element_size() > 4:  # "never" may be a number that int32 does not hold
+        planes = planes.clamp(-NO_END, NO_END)
+    planes = planes.to(torch.int32)
     if is_causal and channels == 2:
         q_len = kv_len if q_len is None else q_len
         ute = rows_of_keys(q_len, kv_len, None, 0, planes.device).clamp(0, q_len).expand(batch, heads, 1, kv_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from operator import index
 from typing import TypeAlias
 
 import torch
@@ -90,6 +91,7 @@ def rows_of_keys(
 ) -> Tensor:
     """The row of each key's own position, plus `below`: int32 `[S_k]`. May lie outside of `[0, q_len)`."""
     check_lengths(q_len, kv_len)
+    check_offsets(q_offset, kv_offset)
     if device is None:
         device = next((offset.device for offset in (q_offset, kv_offset) if isinstance(offset, Tensor)), None)
     shift = below + (q_len - kv_len if q_offset is None else kv_offset - q_offset)
@@ -117,6 +119,7 @@ def stack_planes(lts: Tensor, ute: Tensor | None, q_len: int) -> Tensor:
 def resolve_call(
     positions: int, q_len: int | None, kv_len: int | None, q_offset: Offset | None, kv_offset: Offset
 ) -> tuple[int, int, Offset, Offset]:
+    check_offsets(q_offset, kv_offset)
     q_len = positions if q_len is None else q_len
     kv_len = positions if kv_len is None else kv_len
     return q_len, kv_len, positions - q_len if q_offset is None else q_offset, kv_offset
@@ -192,11 +195,13 @@ def broadcast_masks(bounds: Sequence[Tensor]) -> list[Tensor]:
     return [mask.expand(batch, heads, -1, -1) for mask in bounds]
 
 
-def host_lists(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
+def host_lists(name: str, values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
     rows = list(values.tolist() if isinstance(values, Tensor) else values)
-    if rows and isinstance(rows[0], (Sequence, Tensor)):
-        return [[int(value) for value in row] for row in rows]
-    return [[int(value) for value in rows]]
+    is_batch = bool(rows) and isinstance(rows[0], (Sequence, Tensor))
+    try:
+        return [[index(value) for value in row] for row in (rows if is_batch else [rows])]
+    except TypeError:
+        raise TypeError(f"`{name}` must hold integers, or lists of integers for a batch, got {values!r:.200}") from None
 
 
 def length_of_rows(lengths: list[list[int]], kv_len: int | None) -> int:
@@ -210,6 +215,16 @@ def length_of_rows(lengths: list[list[int]], kv_len: int | None) -> int:
 def check_lengths(q_len: int, kv_len: int) -> None:
     if q_len < 0 or kv_len < 0:
         raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")
+
+
+def check_offsets(q_offset: Offset | None, kv_offset: Offset) -> None:
+    for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
+        if isinstance(offset, Tensor):
+            check_int_tensor(name, offset, (0, 1), "[]")
+            if offset.numel() != 1:
+                raise ValueError(f"`{name}` must be one number for all rows of a batch, got shape {list(offset.shape)}")
+        elif offset is not None:
+            check_integer(name, offset)
 
 
 def check_integer(name: str, value: object) -> None:

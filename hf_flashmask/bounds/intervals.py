@@ -15,7 +15,6 @@ from .form import (
     broadcast_masks,
     check_bounds,
     check_int_tensor,
-    check_intervals,
     check_size,
     lower_and_upper,
 )
@@ -44,13 +43,25 @@ def from_visible_intervals(starts: Tensor, ends: Tensor, q_len: int) -> Tensor:
     """
     for name, edge in (("starts", starts), ("ends", ends)):
         check_int_tensor(name, edge, (4,), "[B or 1, H or 1, n, S_k]")
+    if any(one != 1 and other != 1 and one != other for one, other in zip(starts.shape, ends.shape)):
+        raise ValueError(
+            "`starts` and `ends` must have the same shape, or 1 where the other one has more, got "
+            f"{list(starts.shape)} and {list(ends.shape)}"
+        )
+    # Small integers do not hold every row.
+    starts, ends = (edge.to(torch.int32) if edge.element_size() < 4 else edge for edge in (starts, ends))
     starts, ends = torch.broadcast_tensors(starts.clamp(0, q_len), ends.clamp(0, q_len))
     intervals = starts.shape[2]
     if intervals == 0:
         raise ValueError("`starts` and `ends` must hold at least one interval for each key, got n = 0")
     if intervals == 1:
         return torch.cat([ends, starts], dim=2).to(torch.int32)
-    check_intervals("from_visible_intervals", intervals + 1)
+    if intervals >= MAX_INTERVALS:
+        raise TooManyIntervalsError(
+            f"`starts` and `ends` hold {intervals} visible intervals for each key, bounds hold at most "
+            f"{MAX_INTERVALS - 1}: merge those that overlap or touch, or use bounds.from_mask_mod, which finds out how "
+            "many it needs"
+        )
     starts, ends = disjoint(starts, ends)
     visible = [(starts[:, :, number], ends[:, :, number]) for number in range(intervals)]
     return from_ordered_intervals(visible, q_len)

@@ -59,8 +59,8 @@ def from_prefix_tree(
         is_value_known = parents.is_cpu and type(parents) is Tensor and not torch.compiler.is_compiling()
         if kv_len is not None and not is_value_known:
             return _on_the_device(parents, lengths, kv_len).to(device)
-    parent_rows = host_lists(parents)
-    length_rows = host_lists(lengths)
+    parent_rows = host_lists("parents", parents)
+    length_rows = host_lists("lengths", lengths)
     if len(parent_rows) != len(length_rows):
         raise ValueError(
             f"`parents` and `lengths` must have as many rows, got {len(parent_rows)} and {len(length_rows)}"
@@ -94,6 +94,7 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
 
     Raises:
         TypeError, ValueError: when `bounds` do not have the form of bounds, or are not those of a prefix tree.
+        ValueError: when a tree has more leaves than `max_branches`. On a device it is an assertion there.
         TooManyIntervalsError: when a tree has more than `MAX_INTERVALS - 1` branches.
 
     >>> tree = from_prefix_tree([-1, 0, 0], [2, 2, 2])
@@ -113,7 +114,8 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
     # The row is a sequence of runs, in which depth goes up one by one. `run_end[i]` is where the run of row i ends.
     begins_run = torch.nn.functional.pad(depth[:, 1:] != depth[:, :-1] + 1, (1, 0), value=True)
     next_run = torch.where(begins_run, row, length).flip(1).cummin(1).values.flip(1)
-    run_end = torch.nn.functional.pad(next_run[:, 1:], (0, 1), value=length)
+    # Not `pad`: the number that it pads with would be a constant of the graph.
+    run_end = torch.cat([next_run[:, 1:], torch.full_like(next_run[:, :1], length)], dim=1)
     if max_branches is None:
         run = begins_run.cumsum(1)
         last_row = torch.maximum(subtree_end - 1, row).clamp(max=length - 1).long()
@@ -132,6 +134,7 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         branches.append((hidden_from, torch.where(end < subtree_end, end, hidden_from)))
         start = end
         end = torch.minimum(run_end.gather(1, start.clamp(max=length - 1).long()), subtree_end)
+    refuse(start < subtree_end, ValueError("`max_branches` is less than the number of leaves in a tree of `bounds`"))
     planes = [lower_start, torch.full_like(row, NO_END), torch.zeros_like(row), row]
     planes += [plane for branch in branches[:-1] for plane in branch]
     return torch.stack(planes, dim=1)[:, None]

@@ -187,6 +187,8 @@ def _blocks(
 ) -> tuple[Documents, Runs]:
     if block_ids is not None and block_size is None:
         block_ids = check_per_position("block_ids", block_ids)
+        if length is not None and length != block_ids.shape[1]:
+            raise ValueError(f"`block_ids` have {block_ids.shape[1]} positions, `length` says {length}")
         documents = documents_beside(block_ids, document_ids)
         return documents, runs_of(block_ids, *documents.ids)
     if block_size is None or block_ids is not None:

@@ -52,10 +52,12 @@ def from_splits(
             [1, 1, 1, 1, 0],
             [1, 1, 0, 0, 1]], dtype=torch.int32)
     """
-    length_rows = host_lists(split_lens)
+    length_rows = host_lists("split_lens", split_lens)
     is_batch = any(not isinstance(modes, str) for modes in attn_modes)
     mode_rows = [[str(mode) for mode in modes] for modes in (attn_modes if is_batch else [attn_modes])]
-    document_rows = [[sum(row)] for row in length_rows] if document_lens is None else host_lists(document_lens)
+    document_rows = (
+        [[sum(row)] for row in length_rows] if document_lens is None else host_lists("document_lens", document_lens)
+    )
     if not len(length_rows) == len(mode_rows) == len(document_rows):
         raise ValueError(
             "`split_lens`, `attn_modes` and `document_lens` must have as many rows, got "

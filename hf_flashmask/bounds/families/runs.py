@@ -41,9 +41,9 @@ class Documents:
 
     def hide_padding(self, bounds: Tensor, copies: int = 1) -> Tensor:
         """Of keys that are so many copies of the positions, one after the other."""
-        if self.is_padding is None:
-            return bounds
-        return hide_keys(bounds, self.is_padding if copies == 1 else self.is_padding.repeat(1, copies))
+        if self.is_padding is not None:
+            bounds = hide_keys(bounds, self.is_padding if copies == 1 else self.is_padding.repeat(1, copies))
+        return bounds.contiguous()  # ids may be a view of other strides
 
 
 def runs_of(*ids: Tensor) -> Runs:
