@@ -156,7 +156,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, eps=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, 1 - step / steps))
     run = Run()
-    end = steps if stop_after is None else stop_after
+    end = steps if stop_after is None else min(steps, stop_after)
     for step in range(end):
         chosen = torch.randint(len(rows.input_ids), (args.batch_size,), generator=generator)
         loss = loss_of(rows[chosen], generator)

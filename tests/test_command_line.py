@@ -152,10 +152,19 @@ def test_run_takes_modules_and_commands(executed: list[tuple[list[str], dict[str
     assert command[1:] == ["-m", "x", "--config=a b"]
 
 
-def test_run_refuses_what_is_not_there(executed: list[tuple[list[str], dict[str, str]]]) -> None:
-    result = call("run", "trian.py")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("trian.py", "there is no file trian.py"),
+        ("trian", "'trian' is neither a Python file nor a command; give a module as `-m trian`"),
+    ],
+)
+def test_run_refuses_what_is_not_there(
+    target: str, message: str, executed: list[tuple[list[str], dict[str, str]]]
+) -> None:
+    result = call("run", target)
     assert result.exit_code == 2
-    assert "'trian.py' is neither a Python file nor a command" in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
     assert not executed
 
 
@@ -253,6 +262,27 @@ def test_estimate_names_a_file_that_does_not_exist(tmp_path: Path) -> None:
     assert "there is no file" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("command", ["estimate", "explain"])
+def test_a_tokenizer_that_is_not_there_is_named(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(name: str) -> None:
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", no_network)
+    torch.save({"input_ids": torch.ones(1, 4).long(), "position_ids": torch.arange(4)[None]}, tmp_path / "batch.pt")
+    others = [write_lines(tmp_path / "data.jsonl", [{"text": "a"}]), "--max-length", "8"]
+    result = call(command, *(others if command == "estimate" else [str(tmp_path / "batch.pt")]), "--tokenizer", "mine")
+    assert result.exit_code == 2
+    assert "--tokenizer 'mine' is no folder here, or cannot be read: We couldn't connect" in " ".join(
+        result.output.split()
+    )
+
+
+def test_estimate_says_what_to_do_with_columns_of_other_names(tmp_path: Path) -> None:
+    result = call("estimate", write_lines(tmp_path / "data.jsonl", [{"body": "a"}]), "--max-length", "8")
+    assert result.exit_code == 2
+    assert "Rename the columns of the file, such as the one with texts to `text`" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -278,6 +308,13 @@ def test_estimate_says_why_it_cannot_read_a_file(
 
 
 # explain
+
+
+def test_explain_says_that_a_2d_mask_is_not_causal(tmp_path: Path) -> None:
+    torch.save({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, tmp_path / "batch.pt")
+    printed = call("explain", str(tmp_path / "batch.pt")).output
+    assert "attention_mask (a causal model hides later keys besides): int32 [1, 1, " in printed
+    assert "██████··\n██████··\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,13 @@ def test_block_diffusion_fails_when_documents_see_each_other(
         run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "3", "--next-token-steps", "2")
 
 
+def test_fewer_steps_than_are_compared_with_a_dense_mask(run_script: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_script("block_diffusion.py", *BLOCK_DIFFUSION, "--steps", "2", "--next-token-steps", "2")
+    assert "the losses of 2 steps differ" in printed
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["loss"]["flashmask"] == pytest.approx(report["loss"]["dense"], abs=1e-4)
+
+
 DRAFT = [*PACKED_TEXT, "--target-steps", "20", "--anchors", "8", "--prompts", "32", "--learning-rate", "0.01"]
 
 

@@ -18,7 +18,7 @@ from . import estimate as estimation
 from . import explain as explanation
 from .environment import report
 from .running import run as run_program
-from .sequences import read_sequences
+from .sequences import load_tokenizer, read_sequences
 
 app = typer.Typer(
     name="python -m hf_flashmask",
@@ -90,9 +90,9 @@ def estimate(
     It prints padding, fill, visible pairs and the expected speed.
     """
     with _mistakes_in_one_line():
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
-        loaded = None if tokenizer is None else AutoTokenizer.from_pretrained(tokenizer)
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
         sequences = read_sequences(data, loaded, max_length, split=split, most_examples=examples)
         result = estimation.estimate(sequences, max_length, batch_size)
         name = model or tokenizer

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.benchmark import Timer
 
 from flashmask_kernels import flashmask_attention
 
@@ -142,6 +141,8 @@ def _results(attend: Attend, inputs: Inputs, d_out: Tensor) -> list[Tensor]:
 
 def _time_in_turn(functions: list[Callable[[], Any]], seconds: float) -> Iterator[list[float]]:
     """The seconds that each function takes, one figure for each round; every round calls all of them."""
+    from torch.utils.benchmark import Timer  # warns of a missing GPU where it is imported beside a CUDA toolkit
+
     timers = [
         Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         for function in functions

@@ -15,6 +15,7 @@ from transformers import BatchEncoding
 from .. import bounds as bounds_of
 from ..training.labels import AnswerLabels
 from ..visualization import plot, to_html, to_text
+from .sequences import load_tokenizer
 
 _TILE = 64
 
@@ -84,6 +85,8 @@ def masks_of(content: Any) -> dict[str, Tensor]:
             f"the batch has {', '.join(content) or 'nothing'}: a mask is in tensors `attention_mask`, `position_ids` "
             "[B, S] or `cu_seq_lens_q`. Without them the model's own mask is all there is"
         )
+    if [*parts] == ["attention_mask"]:
+        return {"attention_mask (a causal model hides later keys besides)": parts["attention_mask"]}
     whole = next(iter(parts.values()))
     for other in list(parts.values())[1:]:
         whole = bounds_of.intersect(whole, other)
@@ -178,12 +181,10 @@ def write_page(masks: Mapping[str, Tensor], q_len: int | None, labels: Labels, p
 
 
 def _texts(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:
-    from transformers import AutoTokenizer
-
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError("--tokenizer is for a batch with `input_ids` [B, S], and this file has none")
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    loaded: Any = load_tokenizer(tokenizer)
     return [[loaded.decode(token) for token in row] for row in ids.tolist()]
 
 

@@ -35,7 +35,9 @@ def run(target: str, arguments: Sequence[str], *, is_module: bool) -> NoReturn:
 def _command(target: str, *, is_module: bool) -> list[str]:
     if is_module:
         return [sys.executable, "-m", target]
-    if Path(target).suffix == ".py" and Path(target).is_file():
+    if Path(target).suffix == ".py":
+        if not Path(target).is_file():
+            raise FileNotFoundError(f"there is no file {target}")
         return [sys.executable, target]
     # Commands of an environment that is not activated lie beside its Python.
     found = shutil.which(target, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

@@ -65,6 +65,19 @@ def read_sequences(
     return Sequences(groups, columns, num_truncated)
 
 
+def load_tokenizer(name: str) -> Any:
+    """
+    Raises:
+        ValueError: when there is none of that name, or no network to ask for it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer {name!r} is no folder here, or cannot be read: {error}") from error
+
+
 def _load(data: str, split: str) -> Any:
     try:
         import datasets
@@ -106,7 +119,10 @@ def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
         if set(columns) <= set(found):
             return columns
     known = "; ".join(" + ".join(columns) for columns in _COLUMNS)
-    raise ValueError(f"the dataset has the columns {', '.join(found)}; one of these sets is needed: input_ids; {known}")
+    raise ValueError(
+        f"the dataset has the columns {', '.join(found)}; one of these sets is needed: input_ids; {known}. Rename the "
+        "columns of the file, such as the one with texts to `text`"
+    )
 
 
 def _tokenize(number: int, row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any) -> Group:
