@@ -134,7 +134,8 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         branches.append((hidden_from, torch.where(end < subtree_end, end, hidden_from)))
         start = end
         end = torch.minimum(run_end.gather(1, start.clamp(max=length - 1).long()), subtree_end)
-    refuse(start < subtree_end, ValueError("`max_branches` is less than the number of leaves in a tree of `bounds`"))
+    is_left = start < subtree_end.clamp(max=length)
+    refuse(is_left, ValueError("`max_branches` is less than the number of leaves in a tree of `bounds`"))
     planes = [lower_start, torch.full_like(row, NO_END), torch.zeros_like(row), row]
     planes += [plane for branch in branches[:-1] for plane in branch]
     return torch.stack(planes, dim=1)[:, None]
