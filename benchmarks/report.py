@@ -697,6 +697,11 @@ def scaling_section(scaling: Json, run: Json) -> list[str]:
     ]
 
 
+def without_sign_of_zero(share: float) -> float:
+    """In whole per cent. A model that was fitted to a figure misses it by a rounding of either sign."""
+    return round(share, 2) + 0.0
+
+
 def compared_with_measured(simulation: Simulation, run: Json) -> Iterator[list[str]]:
     masks = {"one": "one document", "packed": "packed documents"}
     for row in sorted(run["rows"], key=lambda row: row["workload"]):
@@ -711,8 +716,12 @@ def compared_with_measured(simulation: Simulation, run: Json) -> Iterator[list[s
             figures = [figures_of_way(row)[0], f"{guess:.0f}", "-", "-", f"{peak:.0f}", "-"]
         else:
             held = max(row["peak_mib"]) / 1024
-            times = [f"{row['milliseconds']:.0f}", f"{guess:.0f}", f"{guess / row['milliseconds'] - 1:+.0%}"]
-            figures = [*times, f"{held:.0f}", f"{peak:.0f}", f"{peak / held - 1:+.0%}"]
+            times = [
+                f"{row['milliseconds']:.0f}",
+                f"{guess:.0f}",
+                f"{without_sign_of_zero(guess / row['milliseconds'] - 1):+.0%}",
+            ]
+            figures = [*times, f"{held:.0f}", f"{peak:.0f}", f"{without_sign_of_zero(peak / held - 1):+.0%}"]
         yield [workload_name(row), row["way"], *figures]
 
 

@@ -198,8 +198,9 @@ def section() -> str:
     lines = []
     for (heading, advice), found in sorted(groups.items()):
         lines += [f"### {heading}", "", advice, ""]
-        entries = sorted({(message.text, message.kind) for message in found}, key=lambda entry: entry[0].lower())
-        lines += [f"- {kind}: {_code(text)}" for text, kind in entries] + [""]
+        entries = {(message.text, message.kind) for message in found}
+        in_order = sorted(entries, key=lambda entry: (entry[0].lower(), entry))
+        lines += [f"- {kind}: {_code(text)}" for text, kind in in_order] + [""]
     return "\n".join(lines)
 
 

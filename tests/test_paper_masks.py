@@ -305,7 +305,7 @@ two_blocks = torch.ones(2, 2, dtype=torch.bool)
             "`window` must be at least 1 in a causal mask, got 0",
         ),
         (lambda: global_and_sliding_window(2, -1, 5, is_causal=False), ValueError, "`window` must be at least 0"),
-        (lambda: global_and_sliding_window(-1, 2, 5), ValueError, "`num_global` must not be negative, got -1"),
+        (lambda: global_and_sliding_window(-1, 2, 5), ValueError, "`num_global` must be at least 0, got -1"),
         (lambda: global_and_sliding_window(1, 2, -5), ValueError, "must not be negative, got -5"),
         (
             lambda: hash_sparse(some_hashes.float(), some_hashes),
