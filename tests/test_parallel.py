@@ -386,7 +386,6 @@ def test_padding_does_not_count_for_longrope(one_rank: Any, lengths: list[int]) 
         ("BartForCausalLM", {"d_model": 32}, "its forward takes no `position_ids`"),
         ("MobileBertModel", {"embedding_size": 32}, r"tokens meet elsewhere than in attention \(trigram_input\)"),
         ("CLIPTextModel", CLIP, "the `pooler_output` of CLIPTextModel"),
-        ("AltCLIPTextModel", {}, "the `pooler_output` of AltCLIPTextModel"),
         ("GPT2DoubleHeadsModel", {"n_embd": 32, "n_head": 4}, "GPT2SequenceSummary of GPT2DoubleHeadsModel"),
         ("CsmDepthDecoderModel", {}, "its forward takes no `position_ids`"),
     ],
