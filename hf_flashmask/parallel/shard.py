@@ -142,7 +142,9 @@ def read_batch(
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
         by_lengths = _positions_of_lengths(cu_seq_lens, of_keys, rows, index, short)
-        documents = by_lengths if documents is None else _apart_by_both(by_lengths, documents, _tokens_of(mask, length))
+        documents = (
+            by_lengths if documents is None else _positions_of_both(by_lengths, documents, _tokens_of(mask, length))
+        )
     if isinstance(mask, Tensor) and mask.ndim == 4:  # bounds are final; positions tell whether they are prefix trees
         documents = positions[0] if positions.ndim == 3 else positions
     if mask is None and tail and documents is None:
@@ -236,7 +238,7 @@ def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int
     return (index - starts[document])[None]
 
 
-def _apart_by_both(by_lengths: Tensor, position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+def _positions_of_both(by_lengths: Tensor, position_ids: Tensor, is_token: Tensor | None) -> Tensor:
     """Positions `[1, S]` that restart with every document of either."""
     index = torch.arange(by_lengths.shape[1], device=by_lengths.device)
     starts = _bounds.document_starts(_bounds.document_ends(position_ids, is_token))
