@@ -697,9 +697,10 @@ def scaling_section(scaling: Json, run: Json) -> list[str]:
     ]
 
 
-def without_sign_of_zero(share: float) -> float:
-    """In whole per cent. A model that was fitted to a figure misses it by a rounding of either sign."""
-    return round(share, 2) + 0.0
+def beside_prediction(measured: float, predicted: float) -> list[str]:
+    """Both, and the error. A model that was fitted to a figure misses it by a rounding, of either sign."""
+    error = round(predicted / measured - 1, 2) + 0.0
+    return [f"{measured:.0f}", f"{predicted:.0f}", f"{error:+.0%}"]
 
 
 def compared_with_measured(simulation: Simulation, run: Json) -> Iterator[list[str]]:
@@ -716,12 +717,7 @@ def compared_with_measured(simulation: Simulation, run: Json) -> Iterator[list[s
             figures = [figures_of_way(row)[0], f"{guess:.0f}", "-", "-", f"{peak:.0f}", "-"]
         else:
             held = max(row["peak_mib"]) / 1024
-            times = [
-                f"{row['milliseconds']:.0f}",
-                f"{guess:.0f}",
-                f"{without_sign_of_zero(guess / row['milliseconds'] - 1):+.0%}",
-            ]
-            figures = [*times, f"{held:.0f}", f"{peak:.0f}", f"{without_sign_of_zero(peak / held - 1):+.0%}"]
+            figures = [*beside_prediction(row["milliseconds"], guess), *beside_prediction(held, peak)]
         yield [workload_name(row), row["way"], *figures]
 
 

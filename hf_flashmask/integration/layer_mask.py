@@ -174,10 +174,11 @@ def _document_bounds(
         build = functools.partial(
             _bounds.from_cu_seqlens, rows, place.q_len, kv_len=place.kv_len, cu_seqlens_k=keys, is_causal=is_causal
         )
+        sources = documents.tensors
         if position_ids is not None:
             build = functools.partial(_apart_by_both, build, position_ids, is_token, is_causal)
+            sources = sources if is_token is None else (*sources, is_token)
         described = (documents.key, place.q_len, place.kv_len, place.kv_offset, is_causal)
-        sources = documents.tensors if is_token is None else (*documents.tensors, is_token)
         return recent.get(described, sources, module, build, rows.device)
     assert position_ids is not None
     if not place.is_square:
