@@ -22,7 +22,7 @@ from attention_checks import (
 )
 from torch import Tensor
 
-from flashmask_kernels import api, dispatch, flashmask_attention
+from flashmask_kernels import api, dispatch, flashmask_attention, reference_attention
 from flashmask_kernels.configs import select_specialized_configs
 
 pytestmark = pytest.mark.gpu
@@ -214,6 +214,15 @@ def test_what_the_portable_kernels_compute() -> None:
     assert not dispatch.specializes(query[:, :, :1000], value, bounds, None, 0.0)
     assert not dispatch.specializes(query.float(), value.float(), bounds, None, 0.0)
     assert not dispatch.specializes(query[..., :32], value[..., :32], bounds, None, 0.0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_scale_of_zero(dim: int) -> None:
+    """All visible keys have the same weight. The backward of these kernels would divide by the scale."""
+    query, key, value = (model_tensor(1, 1100, heads, dim, torch.bfloat16, "cuda") for heads in (4, 2, 2))
+    scaled = functools.partial(attend, scale=0.0)
+    dense = functools.partial(reference_attention, scale=0.0)
+    assert_matches_reference(scaled, query, key, value, masks(1100, 1100)["causal"].cuda(), reference=dense)
 
 
 def test_new_lengths_do_not_recompile() -> None:

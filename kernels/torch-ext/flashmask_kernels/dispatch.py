@@ -186,9 +186,10 @@ def family_of(
 ) -> Family:
     if not needs_gradients and decodes(query, value, bounds, dropout_p):
         return DECODING
-    if not specializes(query, value, bounds, softcap, dropout_p):
+    # The scores of `hopper`'s backward begin with the log-sum-exp divided by the scale.
+    if not specializes(query, value, bounds, softcap, dropout_p) or scale == 0:
         return PORTABLE
-    return HOPPER if deterministic or not fuses_backward(query, value, scale) else FUSED_HOPPER
+    return HOPPER if deterministic or not fuses_backward(query, value) else FUSED_HOPPER
 
 
 MOST_DECODED_ROWS = 16
@@ -261,12 +262,11 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
     return select_specialized_configs(query.device, query.dtype, max(dim, dim_v)) is not None
 
 
-def fuses_backward(query: Tensor, value: Tensor, scale: float) -> bool:
+def fuses_backward(query: Tensor, value: Tensor) -> bool:
     """Whether `hopper` has one kernel for all gradients of these inputs. It adds dQ in an order that changes."""
     from .configs import LARGEST_FUSED_DIM
 
-    # Its scores begin with the log-sum-exp divided by the scale.
-    return max(query.shape[-1], value.shape[-1]) <= LARGEST_FUSED_DIM and scale > 0
+    return max(query.shape[-1], value.shape[-1]) <= LARGEST_FUSED_DIM
 
 
 def configs_of(query: Tensor, value: Tensor, family: Family) -> Configs | None:

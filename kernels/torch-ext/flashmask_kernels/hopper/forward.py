@@ -23,6 +23,7 @@ from .tiles import (
     Widths,
     addressable,
     forgotten,
+    held_dims,
     make_barriers,
     note_nan,
     product_over_dims,
@@ -155,6 +156,9 @@ def _consume(
 
         buffer = number % Q_STAGES * Q_TILES + own_rows
         q_ring.wait(buffer, number // Q_STAGES & 1)
+        # With heads of 65 to 128 the tensor cores are busy anyway.
+        q_tile = tile_of(q_ring.tiles, buffer * PARTS)
+        held_q = None if q_tile.shape[1] == 128 else held_dims(q_tile, 64 * PARTS, scores_layout)
         first_step = step
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range(num_cut if IS_CUT else num_full):
@@ -162,7 +166,8 @@ def _consume(
                 phase = step // STAGES & 1
                 own = forgotten(buffer) if PARTS == 2 else buffer
                 k_ring.wait(stage, phase)
-                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS)
+                scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
+                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores, PARTS, False, held_q)
                 v_ring.wait(stage, phase)
                 v_tile = tile_of(v_ring.tiles, stage * PARTS + own_part)
                 probabilities = _unpack(pairs, dtype, p_layout)

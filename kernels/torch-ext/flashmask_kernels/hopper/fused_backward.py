@@ -26,6 +26,7 @@ from .masks import hide, load_planes
 from .tiles import (
     Ring,
     addressable,
+    held_dims,
     load_scalar,
     make_barriers,
     make_scalars,
@@ -34,6 +35,7 @@ from .tiles import (
     store_scalar,
     tile_of,
     tile_source,
+    times_statistic,
 )
 from .work import TILES_LEFT, Lists, assign_work, heads_per_group, load_run, make_work, new_counters, num_programs
 
@@ -87,21 +89,6 @@ def _produce(
 
 
 @gluon.jit
-def _times_statistic(tile, factor, layout: gl.constexpr):
-    """``factor`` times a statistic of each row of queries, as [keys, rows]: what a sum of products begins with.
-
-    Scores that begin with the log-sum-exp need no registers for it later, nor a subtraction. The assembly makes each
-    register a value of its own: ptxas would copy values that several share between the products, and wait for those
-    before (C7517).
-    """
-    value = tile.load(layout).broadcast_to([64, BLOCK])
-    return gl.inline_asm_elementwise(
-        "mul.f32 $0, $1, $2;", "=f,f,f", [value, gl.full([64, BLOCK], factor, gl.float32, layout)],
-        dtype=gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _consume(
     d_k, d_v, has_nan, bounds, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring, v_tiles, d_s_ring,
     work, d_k_strides, d_v_strides, scale, q_len, kv_len,
@@ -130,8 +117,7 @@ def _consume(
         d_k_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         d_v_tile = gl.zeros([64, BLOCK], gl.float32, layout)
         k_ring.wait(0, number & 1)
-        # From registers: both operands of 64 x 64 are read from shared memory no faster than they are multiplied.
-        own_k = k_tile.load(operand_layout)
+        held_k = held_dims(k_tile, BLOCK, layout)
         for _ in range(HEADS_PER_KV_HEAD):
             for IS_CUT in gl.static_range(1, -1, -1):
                 for _ in range(num_cut if IS_CUT else num_full):
@@ -140,9 +126,9 @@ def _consume(
                     q_tile = tile_of(q_ring.tiles, stage)
                     d_out_tile = tile_of(d_out_ring.tiles, stage)
                     q_ring.wait(stage, phase)
-                    scores = _times_statistic(lse_tiles.index(stage), of_lse, layout)
-                    d_p = _times_statistic(delta_tiles.index(stage), -1.0, layout)
-                    scores = hopper.warpgroup_mma(own_k, q_tile.permute([1, 0]), scores, is_async=True)
+                    scores = times_statistic(lse_tiles.index(stage), of_lse, layout)
+                    d_p = times_statistic(delta_tiles.index(stage), -1.0, layout)
+                    scores = hopper.warpgroup_mma(held_k, q_tile.permute([1, 0]), scores, is_async=True)
                     d_out_ring.wait(stage, phase)
                     d_p = hopper.warpgroup_mma(v_tile, d_out_tile.permute([1, 0]), d_p, is_async=True)
                     scores = hopper.warpgroup_mma_wait(1, [scores])
@@ -328,7 +314,7 @@ def query_gradient_of_sums_kernel(
 
 
 class FusedAttentionBackward:
-    """The backward kernels for inputs of one kind, as `AttentionBackward`, for head sizes to 64 and a scale above 0.
+    """The backward kernels for inputs of one kind, as `AttentionBackward`, for head sizes to 64.
     dQ is not bitwise repeatable.
     """
 

@@ -8,6 +8,7 @@ from .masks import hide, load_planes
 from .tiles import (
     Ring,
     forgotten,
+    held_dims,
     load_parts,
     load_scalar,
     make_barriers,
@@ -17,6 +18,7 @@ from .tiles import (
     store_rows,
     store_scalar,
     tile_of,
+    times_statistic,
 )
 from .work import REGISTERS, REGISTERS_OF_PARTS, TILES_LEFT, Lists, assign_work, load_run, make_work
 
@@ -94,9 +96,8 @@ def _consume_rows(
     d_s_layout: gl.constexpr = gl.DotOperandLayout(0, d_k_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_v_layout, 2)
 
-    k_tile = tile_of(k_ring.tiles, consumer)
-    v_tile = tile_of(v_tiles, consumer)
     factor = scale * LOG2_E
+    of_lse = -1.0 / factor
     number = 0
     step = 0
     column_tile, batch_kv_head, num_cut, num_full = work.take(number)
@@ -110,9 +111,9 @@ def _consume_rows(
         d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
         k_ring.wait(consumer, number & 1)
-        # From registers: both operands of 64 x 64 are read from shared memory no faster than they are multiplied.
-        own_k = k_tile.load(gl.DotOperandLayout(0, scores_layout, 2)) if BLOCK_DIM == 64 else k_tile
-        own_v = v_tile.load(gl.DotOperandLayout(0, scores_layout, 2)) if BLOCK_DIM == 64 else v_tile
+        # With heads past 64, registers are left for half of K.
+        held_k = held_dims(tile_of(k_ring.tiles, consumer), 64, scores_layout)
+        held_v = held_dims(tile_of(v_tiles, consumer), 64, scores_layout) if BLOCK_DIM == 64 else None
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
@@ -120,24 +121,22 @@ def _consume_rows(
                 step += 1
                 q_ring.wait(stage, phase)
                 q_tile = tile_of(q_ring.tiles, stage)
-                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                scores = hopper.warpgroup_mma(own_k, q_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+                scores = times_statistic(_statistics(lse_tiles, stage), of_lse, scores_layout)
+                d_p = times_statistic(_statistics(delta_tiles, stage), -1.0, scores_layout)
+                scores = product_over_dims(k_ring.tiles, consumer, q_ring.tiles, stage, scores, 1, True, held_k)
                 d_out_ring.wait(stage, phase)
                 d_out_tile = tile_of(d_out_ring.tiles, stage)
-                d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                d_p = hopper.warpgroup_mma(own_v, d_out_tile.permute([1, 0]), d_p, use_acc=False, is_async=True)
-                row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
+                d_p = product_over_dims(v_tiles, consumer, d_out_ring.tiles, stage, d_p, 1, True, held_v)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
-                probabilities = gl.exp2(scores * factor - row_lse_2)
+                probabilities = gl.exp2(scores * factor)
                 if IS_CUT:
                     row = load_scalar(row_tiles.index(stage)) * BLOCK_M
                     rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, scores_layout))
                     probabilities = hide(probabilities, 0.0, rows, columns, planes, mask_bounds, kv_len, NUM_PLANES)
                 p_tile = gl.convert_layout(probabilities.to(dtype), p_layout)
-                row_delta = _statistics(delta_tiles, stage).load(scores_layout)
                 d_v_tile = hopper.warpgroup_mma(p_tile, d_out_tile, d_v_tile, is_async=True)
                 d_p = hopper.warpgroup_mma_wait(1, [d_p])
-                d_scores = probabilities * (d_p - row_delta)
+                d_scores = probabilities * d_p
                 d_s_tile = gl.convert_layout(d_scores.to(dtype), d_s_layout)
                 d_k_tile = hopper.warpgroup_mma(d_s_tile, q_tile, d_k_tile, is_async=True)
                 d_v_tile = hopper.warpgroup_mma_wait(1, [d_v_tile])
@@ -181,13 +180,15 @@ def _consume_for_values(
         planes = load_planes(mask_bounds, columns, q_len, kv_len, NUM_PLANES)
         d_v_tile = gl.zeros([64, BLOCK_DIM_V], gl.float32, d_v_layout)
         k_ring.wait(0, number & 1)
+        held_k = held_dims(tile_of(k_ring.tiles, 0), 64 * PARTS, scores_layout)
         for IS_CUT in gl.static_range(1, -1, -1):
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
                 phase = step // STAGES & 1
                 own = forgotten(0)
                 q_ring.wait(stage, phase)
-                scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores_layout, PARTS)
+                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+                scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores, PARTS, False, held_k)
                 row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
                 scores = hopper.warpgroup_mma_wait(0, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)
@@ -234,12 +235,14 @@ def _consume_for_keys(
         part = part_of_head % PARTS
         d_k_tile = gl.zeros([64, BLOCK_DIM], gl.float32, d_k_layout)
         k_ring.wait(0, number & 1)
+        held_v = held_dims(tile_of(v_tiles, 0), 64 * PARTS, scores_layout)
         for _ in range((num_cut + num_full) * HEADS_PER_KV_HEAD):
             stage = step % STAGES
             phase = step // STAGES & 1
             own = forgotten(0)
             d_out_ring.wait(stage, phase)
-            d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, scores_layout, PARTS)
+            d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
+            d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, d_p, PARTS, False, held_v)
             q_ring.wait(stage, phase)
             row_delta = _statistics(delta_tiles, stage).load(scores_layout)
             d_p = hopper.warpgroup_mma_wait(0, [d_p])

@@ -106,16 +106,58 @@ def tile_of(tiles, index):
 
 
 @gluon.jit
-def product_over_dims(left, left_index, right, right_index, layout: gl.constexpr, PARTS: gl.constexpr):
-    """``left @ right.T`` of two buffers of ``PARTS`` tiles, issued."""
-    ROWS: gl.constexpr = left.shape[3]
-    COLUMNS: gl.constexpr = right.shape[3]
-    sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+def held_dims(tile, MOST: gl.constexpr, layout: gl.constexpr):
+    """The first dims of a tile in registers, for products with that layout in which its rows are on the left.
+
+    Two operands of 64 x 64 in shared memory take as long to read as to multiply.
+    """
+    DIMS: gl.constexpr = MOST if tile.shape[1] > MOST else tile.shape[1]
+    return tile.slice(0, DIMS, 1).load(gl.DotOperandLayout(0, layout, 2))
+
+
+@gluon.constexpr_function
+def _doublings(number, end):
+    return (end // number).bit_length() - 1
+
+
+@gluon.jit
+def product_over_dims(
+    left, left_index, right, right_index, sums, PARTS: gl.constexpr, ADD: gl.constexpr = False, held=None
+):  # fmt: skip
+    """``left @ right.T`` of two buffers of ``PARTS`` tiles, issued; with ``ADD`` it is added to ``sums``. ``held`` has
+    the first dims of ``left``.
+    """
     for part in gl.static_range(PARTS):
         rows = tile_of(left, left_index * PARTS + part)
         columns = tile_of(right, right_index * PARTS + part)
-        sums = hopper.warpgroup_mma(rows, columns.permute([1, 0]), sums, use_acc=part > 0, is_async=True)
+        if held is None or part > 0:
+            sums = hopper.warpgroup_mma(rows, columns.permute([1, 0]), sums, use_acc=ADD or part > 0, is_async=True)
+        else:
+            HELD: gl.constexpr = held.shape[1]
+            held_columns = columns.slice(0, HELD, 1).permute([1, 0])
+            sums = hopper.warpgroup_mma(held, held_columns, sums, use_acc=ADD, is_async=True)
+            for doubling in gl.static_range(_doublings(HELD, columns.shape[1])):
+                # Slices have powers of two as sizes: as many dims as were multiplied before.
+                next_rows = rows.slice(HELD << doubling, HELD << doubling, 1)
+                next_columns = columns.slice(HELD << doubling, HELD << doubling, 1).permute([1, 0])
+                sums = hopper.warpgroup_mma(next_rows, next_columns, sums, is_async=True)
     return sums
+
+
+@gluon.jit
+def times_statistic(tile, factor, layout: gl.constexpr):
+    """``factor`` times a statistic of each row of queries, as [64 keys, rows]: what a sum of products begins with.
+
+    Scores that begin with the log-sum-exp need no registers for it later, nor a subtraction. The assembly makes each
+    register a value of its own: ptxas would copy values that several share between the products, and wait for those
+    before (C7517).
+    """
+    ROWS: gl.constexpr = tile.shape[1]
+    value = tile.load(layout).broadcast_to([64, ROWS])
+    return gl.inline_asm_elementwise(
+        "mul.f32 $0, $1, $2;", "=f,f,f", [value, gl.full([64, ROWS], factor, gl.float32, layout)],
+        dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @aggregate
