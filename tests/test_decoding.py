@@ -208,7 +208,7 @@ def test_which_calls_are_decoding(change: dict, expected: bool, monkeypatch: pyt
 def test_parts(kv_len: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They fill the GPU, as far as there are enough keys, and no part is without tiles."""
     monkeypatch.undo()
-    parts = decoding.parts_of(kv_len, programs, 64, 132)
+    parts = decoding.parts_of_keys(kv_len, programs, 64, 132)
     assert 1 <= parts <= max(1, kv_len // 64)
     assert parts == 1 or parts * programs <= 2 * 132
     assert parts * programs > 132 or parts == -(-kv_len // 256)

@@ -46,7 +46,7 @@ def test_no_schedule_crosses_streams_or_the_border_of_a_capture(
     builds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = [(False, 1)]
-    monkeypatch.setattr(schedules, "home_of", lambda device: home[0])
+    monkeypatch.setattr(schedules, "capture_and_stream", lambda device: home[0])
     bounds = random_intervals(1, 1, 1, 37, 37)
     outside = Schedules(bounds, 37)
     first = outside.get(ROWS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashmask_kernels import Schedules
-from flashmask_kernels.dispatch import is_exported
+from flashmask_kernels.dispatch import is_traced_for_export
 
 from .. import bounds as _bounds
 from .conversion import from_dense_mask
@@ -243,7 +243,7 @@ def _refuse_dense_integers(mask: Tensor, q_len: int) -> None:
             "bounds, .bool() on a dense mask of 0 and 1"
         )
     # An exported program may take other lengths, which comparing one with the planes would rule out.
-    if mask.ndim != 4 or q_len < 2 or is_exported():
+    if mask.ndim != 4 or q_len < 2 or is_traced_for_export():
         return
     is_readable = may_be_read(mask)
     if mask.shape[2] != q_len and not (mask.shape[2] == 1 and mask.is_cpu and is_readable):

@@ -27,7 +27,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from flashmask_kernels.schedules import home_of
+from flashmask_kernels.schedules import capture_and_stream
 
 __all__ = ["Memo", "recent"]
 
@@ -184,4 +184,4 @@ def _is_recomputing() -> bool:
 
 def _home(device: torch.device) -> Hashable:
     """What the memory of a tensor that is made now depends on."""
-    return torch.is_inference_mode_enabled(), *home_of(device)
+    return torch.is_inference_mode_enabled(), *capture_and_stream(device)

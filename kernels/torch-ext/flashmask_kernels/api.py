@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dispatch import DECODING, Plan, family_of, kind_of, plans, remember, tiles_of
+from .dispatch import DECODING, Plan, family_of, kind_of, plans, remember_for_kind, tiles_of
 from .dropout import draw_seed
 from .ops import (
     FlashMaskAttention,
@@ -17,9 +17,9 @@ from .ops import (
     forward_operator,
     refuse_tangents,
     schedule_operator,
-    with_dense_rows,
+    with_contiguous_dims,
 )
-from .schedules import Schedules, home_of
+from .schedules import Schedules, capture_and_stream
 
 MAX_INTERVALS = 16
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
@@ -137,7 +137,7 @@ def _attend_in_graph(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_inputs(query, key, value, bounds, is_causal, scale, softcap, sinks, dropout_p)
-    query, key, value = (with_dense_rows(tensor) for tensor in (query, key, value))
+    query, key, value = (with_contiguous_dims(tensor) for tensor in (query, key, value))
     if bounds is None:
         bounds = _plain_bounds(query.shape[2], key.shape[2], is_causal, query.device)
     bounds = bounds if bounds.is_contiguous() else bounds.contiguous()
@@ -183,7 +183,7 @@ def _attend_eagerly(
         bounds = schedules.bounds
     if plan is None:
         given = query, key, value, bounds
-        query, key, value = (with_dense_rows(tensor) for tensor in (query, key, value))
+        query, key, value = (with_contiguous_dims(tensor) for tensor in (query, key, value))
         bounds = bounds.contiguous()
         if any(copy is not tensor for copy, tensor in zip((query, key, value, bounds), given)):
             if schedules is None:
@@ -195,7 +195,7 @@ def _attend_eagerly(
         factors = *_scale_and_softcap(query, scale, softcap), dropout_p
         family = family_of(query, value, bounds, *factors, deterministic, needs_gradients)
         plan = Plan(query, key, value, *factors, family)
-        remember(plans, kind, plan)
+        remember_for_kind(plans, kind, plan)
     if plan.family == DECODING:
         out, lse = plan.decode(query, key, value, bounds, sinks)
         return (out, lse) if return_lse else out
@@ -333,7 +333,7 @@ def _plain_schedules(q_len: int, kv_len: int, is_causal: bool, device: torch.dev
     """Of causal or full attention, with their bounds. What is made inside of the capture of a CUDA graph belongs to the
     graph.
     """
-    is_capturing, stream = home_of(device)
+    is_capturing, stream = capture_and_stream(device)
     if is_capturing:
         return Schedules(_plain_bounds(q_len, kv_len, is_causal, device), q_len)
     return _plain_schedules_of_stream(stream, q_len, kv_len, is_causal, device)

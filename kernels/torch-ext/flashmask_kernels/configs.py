@@ -207,7 +207,7 @@ def _warn_of_new_triton() -> None:
         )
 
 
-def reason_against_specialized(device: torch.device) -> str | None:
+def reason_against_hopper(device: torch.device) -> str | None:
     """Why no input on this GPU is computed by the kernels of `hopper`; None where some are."""
     row = architecture(device)
     if row != "sm_90":

@@ -38,7 +38,7 @@ def kind_of(*tensors: Tensor | None) -> Kind:
     return tuple(kinds)  # by way of a list, in less time than from a generator
 
 
-def remember(memory: dict[Kind, Any], kind: Kind, value: Any) -> None:
+def remember_for_kind(memory: dict[Kind, Any], kind: Kind, value: Any) -> None:
     """Keep a value. Lengths, and so kinds, may change with every batch: a full memory is emptied."""
     if len(memory) >= MOST_REMEMBERED:
         memory.clear()
@@ -139,7 +139,7 @@ class Plan:
         if backward is None:
             _, kernels, factors = self.kernels()
             backward = kernels(d_out, d_lse, query, key, value, bounds, out, by_column, by_row, *factors, self.configs)
-            remember(self._backwards, kind, backward)
+            remember_for_kind(self._backwards, kind, backward)
         return backward(d_out, d_lse, query, key, value, bounds, out, lse, by_column, by_row, seed)
 
 
@@ -167,7 +167,7 @@ def plan_of(
     plan = plans.get(kind)
     if plan is None:
         plan = Plan(query, key, value, scale, softcap, dropout_p, family, in_graph=True)
-        remember(plans, kind, plan)
+        remember_for_kind(plans, kind, plan)
     return plan
 
 
@@ -208,7 +208,7 @@ def decodes(query: Tensor, value: Tensor, bounds: Tensor, dropout_p: float) -> b
         and query.numel() > 0
         and bounds.shape[1] in (1, kv_heads)  # the heads that share a key are in one tile, under one mask
         and not dropout_p
-        and not is_exported()
+        and not is_traced_for_export()
         and decoding_config_of(query, value) is not None
     )
 
@@ -224,7 +224,7 @@ def decoding_config_of(query: Tensor, value: Tensor) -> Config | None:
     return select_decoding_config(query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
 
 
-def is_exported() -> bool:
+def is_traced_for_export() -> bool:
     """Whether `torch.export` traces: the flag that `torch.compiler.is_exporting()` returns. Up to torch 2.11, that
     function is True in every graph of `torch.compile` as well.
     """
@@ -252,7 +252,7 @@ def specializes(query: Tensor, value: Tensor, bounds: Tensor, softcap: float | N
         or bounds.shape[1] not in (1, kv_heads)  # dK and dV visit all query heads of a key under one mask
         or softcap is not None
         or dropout_p
-        or is_exported()
+        or is_traced_for_export()
     ):
         return False
     try:

@@ -23,7 +23,7 @@ _is_batched = torch._C._functorch.is_batchedtensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def with_dense_rows(tensor: Tensor) -> Tensor:
+def with_contiguous_dims(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -103,7 +103,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of query, key, value, bounds and sinks."""
     query, key, value, bounds, sinks, seed, out, lse = saved
-    d_out = torch.zeros_like(out) if d_out is None else with_dense_rows(d_out)
+    d_out = torch.zeros_like(out) if d_out is None else with_contiguous_dims(d_out)
     d_lse = None if d_lse is None else d_lse.contiguous()
     d_query, d_key, d_value, delta = backward(d_out, d_lse, query, key, value, bounds, out, lse, seed)
     d_sinks = None

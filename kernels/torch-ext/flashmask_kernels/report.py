@@ -33,10 +33,10 @@ def describe_kernels(device: torch.device) -> list[str]:
 
 
 def _describe_specialized(device: torch.device) -> str:
-    from .configs import reason_against_specialized, select_specialized_configs
+    from .configs import reason_against_hopper, select_specialized_configs
     from .dispatch import FEWEST_SPECIALIZED_ELEMENTS
 
-    if reason := "FLASHMASK_PORTABLE is 1" if environment.PORTABLE else reason_against_specialized(device):
+    if reason := "FLASHMASK_PORTABLE is 1" if environment.PORTABLE else reason_against_hopper(device):
         return f"special kernels NOT used: {reason}"
     sizes = [size for size in _HEAD_SIZES if select_specialized_configs(device, torch.bfloat16, size) is not None]
     return (

@@ -37,7 +37,7 @@ class Schedules:
         # Only an object that is made in a graph keeps what a graph makes.
         self._made_in_graph: dict[Tiles, Tensor] | None = {} if is_traced else None
         # A fake tensor may be on a device that does not exist.
-        self._is_of_capture = not is_traced and type(bounds) is Tensor and home_of(bounds.device)[0]
+        self._is_of_capture = not is_traced and type(bounds) is Tensor and capture_and_stream(bounds.device)[0]
 
     def check(self, bounds: Tensor | None, q_len: int) -> None:
         if self.bounds is not bounds:
@@ -46,7 +46,7 @@ class Schedules:
             raise ValueError(f"`schedules` must be made for {q_len} query rows, the query's; got {self.q_len}")
 
     def get(self, tiles: Tiles) -> Tensor:
-        home = home_of(self.bounds.device)
+        home = capture_and_stream(self.bounds.device)
         schedule = self._made.get((home, tiles))
         if schedule is None:
             block_m, block_n, by_column = tiles
@@ -75,7 +75,7 @@ class Schedules:
         return schedule
 
 
-def home_of(device: torch.device) -> tuple[bool, int]:
+def capture_and_stream(device: torch.device) -> tuple[bool, int]:
     """Whether the current stream is captured into a CUDA graph, and that stream."""
     if device.type != "cuda":
         return False, 0

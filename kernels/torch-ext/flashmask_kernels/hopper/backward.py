@@ -20,8 +20,8 @@ from ..launch.tile_sources import TileSources
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
-from .tiles import Widths, addressable, tile_source
-from .work import LAUNCH_OPTIONS, heads_per_group, new_counters, num_programs
+from .tiles import TileWidths, addressable_by_tma, tma_source
+from .work import LAUNCH_OPTIONS, heads_at_a_time, new_counters, num_programs
 
 
 class AttentionBackward:
@@ -43,10 +43,10 @@ class AttentionBackward:
         scale: float,
         configs: Configs,
     ) -> None:
-        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable_by_tma(tensor) for tensor in (query, key, value, d_out))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v, parts = Widths.of(dim, dim_v)
+        block_dim, block_dim_v, parts = TileWidths.of(dim, dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         self._row_statistics = RowStatistics(out, d_out, d_lse)
@@ -64,7 +64,7 @@ class AttentionBackward:
         )
         statistic = self._row_statistics.layout.new(out, torch.float32).flatten(0, 1)
         self._column_sources = TileSources(
-            *map(tile_source, (*inputs, statistic, statistic), (*blocks, (config.block_m,), (config.block_m,)))
+            *map(tma_source, (*inputs, statistic, statistic), (*blocks, (config.block_m,), (config.block_m,)))
         )
         numbers: tuple[Any, ...] = (
             d_key_strides,
@@ -74,7 +74,7 @@ class AttentionBackward:
             kv_len,
             num_items,
             num_column_tiles,
-            heads_per_group(kv_heads, num_column_tiles * parts, query, d_out) * parts,
+            heads_at_a_time(kv_heads, num_column_tiles * parts, query, d_out) * parts,
             mask_stride_b,
             max_runs_of(by_column),
         )
@@ -99,7 +99,7 @@ class AttentionBackward:
         num_row_tiles = tiles_in(q_len, config.block_m)
         num_items = num_row_tiles * batch_size * num_heads
         blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v), (64, block_dim_v)
-        self._row_sources = TileSources(*map(tile_source, inputs, blocks))
+        self._row_sources = TileSources(*map(tma_source, inputs, blocks))
         numbers = (
             d_query_strides,
             scale,
@@ -108,7 +108,7 @@ class AttentionBackward:
             padded_rows(q_len),
             num_items,
             num_row_tiles,
-            heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
+            heads_at_a_time(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
             mask_stride_b,
             max_runs_of(by_row),
         )
@@ -144,7 +144,7 @@ class AttentionBackward:
         seed: None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Arguments and results as of `portable.AttentionBackward`."""
-        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable_by_tma(tensor) for tensor in (query, key, value, d_out))
         lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
         gradients = tuple(layout.new(query) for layout in self._gradient_layouts)
         d_query, d_key, d_value = gradients

@@ -20,25 +20,25 @@ from .gluon_api import gl, gluon, hopper, mbarrier
 from .masks import hide_by_mask, make_mask_ring, make_masks
 from .tiles import (
     Ring,
-    Widths,
-    addressable,
-    forgotten,
+    TileWidths,
+    addressable_by_tma,
     held_dims,
+    hidden_from_compiler,
     make_barriers,
     note_nan,
     product_over_dims,
     store_rows,
     tile_of,
-    tile_source,
+    tma_source,
 )
 from .work import (
     LAUNCH_OPTIONS,
     REGISTERS_OF_PARTS_WITH_MASKS,
     REGISTERS_WITH_MASKS,
     TILES_LEFT,
-    Lists,
+    ScheduleLists,
     assign_work,
-    heads_per_group,
+    heads_at_a_time,
     load_run,
     make_work,
     new_counters,
@@ -164,7 +164,7 @@ def _consume(
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
                 phase = step // STAGES & 1
-                own = forgotten(buffer) if PARTS == 2 else buffer
+                own = hidden_from_compiler(buffer) if PARTS == 2 else buffer
                 k_ring.wait(stage, phase)
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores, PARTS, False, held_q)
@@ -211,12 +211,12 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "num_items", "num_row_tiles", "heads_per_group", "mask_stride_b", "max_runs"
+        "q_len", "kv_len", "num_items", "num_row_tiles", "heads_at_a_time", "mask_stride_b", "max_runs"
     ]
 )  # fmt: skip
 def attention_forward_kernel(
     q, k, v, out, lse, bounds, schedule, sinks, counter, has_nan, out_strides,
-    scale, q_len, kv_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
+    scale, q_len, kv_len, num_items, num_row_tiles, heads_at_a_time, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, HAS_SINKS: gl.constexpr, DIM_V: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -233,7 +233,7 @@ def attention_forward_kernel(
     q_ring = Ring(q_tiles, make_barriers(Q_TILES * Q_STAGES, 1), make_barriers(Q_TILES * Q_STAGES, PARTS))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     v_ring = Ring(v_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
-    lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
+    lists = ScheduleLists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
@@ -249,7 +249,7 @@ def attention_forward_kernel(
                 q, k, v, lists, q_ring, k_ring, v_ring, work,
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, Q_STAGES, STAGES,
             )),
-            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (assign_work, (lists, counter, work, num_items, heads_at_a_time, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N)),
         ],
         [4, 1, 1, 2],
@@ -273,10 +273,10 @@ class AttentionForward:
         scale: float,
         config: Config,
     ) -> None:
-        query, key, value = (addressable(tensor) for tensor in (query, key, value))
+        query, key, value = (addressable_by_tma(tensor) for tensor in (query, key, value))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
-        block_dim, block_dim_v, parts = Widths.of(dim, dim_v)
+        block_dim, block_dim_v, parts = TileWidths.of(dim, dim_v)
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
         heads_per_kv_head = num_heads // kv_heads
         num_row_tiles = tiles_in(q_len, config.block_m)
@@ -284,7 +284,7 @@ class AttentionForward:
         self._out_layout = Layout.of_model(batch_size, num_heads, q_len, dim_v)
         self._lse_layout = Layout.of_rows(batch_size, num_heads, q_len)
         blocks = (64, block_dim), (config.block_n, block_dim), (config.block_n, block_dim_v)
-        self._sources = TileSources(*map(tile_source, (query, key, value), blocks))
+        self._sources = TileSources(*map(tma_source, (query, key, value), blocks))
         numbers = (
             self._out_layout.strides[:3],
             scale,
@@ -292,7 +292,7 @@ class AttentionForward:
             kv_len,
             num_items,
             num_row_tiles,
-            heads_per_group(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
+            heads_at_a_time(kv_heads, num_row_tiles * heads_per_kv_head, key, value) * heads_per_kv_head,
             mask_stride_b,
             max_runs_of(schedule),
         )
@@ -325,7 +325,7 @@ class AttentionForward:
         seed: None = None,
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results as of `portable.AttentionForward`."""
-        inputs = query, key, value = tuple(addressable(tensor) for tensor in (query, key, value))
+        inputs = query, key, value = tuple(addressable_by_tma(tensor) for tensor in (query, key, value))
         out = self._out_layout.new(query)
         lse = self._lse_layout.new(query, torch.float32)
         counter, has_nan = new_counters(2, query.device)

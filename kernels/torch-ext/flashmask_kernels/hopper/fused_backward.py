@@ -25,7 +25,7 @@ from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .masks import hide, load_planes
 from .tiles import (
     Ring,
-    addressable,
+    addressable_by_tma,
     held_dims,
     load_scalar,
     make_barriers,
@@ -34,10 +34,19 @@ from .tiles import (
     store_rows,
     store_scalar,
     tile_of,
-    tile_source,
     times_statistic,
+    tma_source,
 )
-from .work import TILES_LEFT, Lists, assign_work, heads_per_group, load_run, make_work, new_counters, num_programs
+from .work import (
+    TILES_LEFT,
+    ScheduleLists,
+    assign_work,
+    heads_at_a_time,
+    load_run,
+    make_work,
+    new_counters,
+    num_programs,
+)
 
 # 4 x 128 threads with 128 registers fill the register file: each consumer takes 192, dQ 104, and the others 24.
 _LAUNCH_OPTIONS = {"num_warps": 4, "maxnreg": 128}
@@ -243,13 +252,13 @@ def _add_to_sums(sums, tile):
 
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "num_items", "num_row_tiles", "num_column_tiles", "heads_per_group", "mask_stride_b",
+        "q_len", "kv_len", "num_items", "num_row_tiles", "num_column_tiles", "heads_at_a_time", "mask_stride_b",
         "max_runs",
     ]
 )  # fmt: skip
 def fused_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_q_sums, d_k, d_v, bounds, schedule, counter, has_nan, d_k_strides, d_v_strides,
-    scale, q_len, kv_len, num_items, num_row_tiles, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
+    scale, q_len, kv_len, num_items, num_row_tiles, num_column_tiles, heads_at_a_time, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -268,7 +277,7 @@ def fused_gradient_kernel(
     d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     k_ring = Ring(k_tiles, make_barriers(1, 1), make_barriers(1, 3))
     d_s_ring = Ring(d_s_tiles, make_barriers(_D_S_STAGES, 2), make_barriers(_D_S_STAGES, 1))
-    lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
+    lists = ScheduleLists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS, KV_HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
@@ -289,7 +298,7 @@ def fused_gradient_kernel(
                 q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                 v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, STAGES,
             )),
-            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK, False)),
+            (assign_work, (lists, counter, work, num_items, heads_at_a_time, BLOCK, False)),
         ],
         [4, 4, 1, 1],
         REGISTERS,
@@ -332,7 +341,7 @@ class FusedAttentionBackward:
         scale: float,
         configs: Configs,
     ) -> None:
-        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable_by_tma(tensor) for tensor in (query, key, value, d_out))
         batch_size, num_heads, q_len, dim = query.shape
         kv_heads, kv_len, dim_v = value.shape[1:]
         mask_stride_b, heads_per_mask = mask_strides(bounds, num_heads)
@@ -348,7 +357,7 @@ class FusedAttentionBackward:
         statistic = self._row_statistics.layout.new(out, torch.float32).flatten(0, 1)
         rows, columns = (config.block_m, BLOCK.value), (config.block_n, BLOCK.value)
         blocks = rows, columns, columns, rows, (config.block_m,), (config.block_m,)
-        self._sources = TileSources(*map(tile_source, (*inputs, statistic, statistic), blocks))
+        self._sources = TileSources(*map(tma_source, (*inputs, statistic, statistic), blocks))
         numbers = (
             d_key_strides,
             d_value_strides,
@@ -358,7 +367,7 @@ class FusedAttentionBackward:
             num_items,
             num_row_tiles,
             num_column_tiles,
-            heads_per_group(kv_heads, num_column_tiles, query, d_out),
+            heads_at_a_time(kv_heads, num_column_tiles, query, d_out),
             mask_stride_b,
             max_runs_of(by_column),
         )
@@ -397,7 +406,7 @@ class FusedAttentionBackward:
         seed: None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Arguments and results as of `portable.AttentionBackward`."""
-        inputs = query, key, value, d_out = tuple(addressable(tensor) for tensor in (query, key, value, d_out))
+        inputs = query, key, value, d_out = tuple(addressable_by_tma(tensor) for tensor in (query, key, value, d_out))
         lse_2, delta = self._row_statistics(out, lse, d_out, d_lse)
         gradients = tuple(layout.new(query) for layout in self._gradient_layouts)
         d_query, d_key, d_value = gradients

@@ -7,8 +7,8 @@ from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .masks import hide, load_planes
 from .tiles import (
     Ring,
-    forgotten,
     held_dims,
+    hidden_from_compiler,
     load_parts,
     load_scalar,
     make_barriers,
@@ -20,7 +20,7 @@ from .tiles import (
     tile_of,
     times_statistic,
 )
-from .work import REGISTERS, REGISTERS_OF_PARTS, TILES_LEFT, Lists, assign_work, load_run, make_work
+from .work import REGISTERS, REGISTERS_OF_PARTS, TILES_LEFT, ScheduleLists, assign_work, load_run, make_work
 
 
 @gluon.constexpr_function
@@ -185,7 +185,7 @@ def _consume_for_values(
             for _ in range((num_cut if IS_CUT else num_full) * HEADS_PER_KV_HEAD):
                 stage = step % STAGES
                 phase = step // STAGES & 1
-                own = forgotten(0)
+                own = hidden_from_compiler(0)
                 q_ring.wait(stage, phase)
                 scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
                 scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores, PARTS, False, held_k)
@@ -239,7 +239,7 @@ def _consume_for_keys(
         for _ in range((num_cut + num_full) * HEADS_PER_KV_HEAD):
             stage = step % STAGES
             phase = step // STAGES & 1
-            own = forgotten(0)
+            own = hidden_from_compiler(0)
             d_out_ring.wait(stage, phase)
             d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
             d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, d_p, PARTS, False, held_v)
@@ -266,13 +266,13 @@ def _consume_for_keys(
 
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "num_items", "num_column_tiles", "heads_per_group", "mask_stride_b", "max_runs"
+        "q_len", "kv_len", "num_items", "num_column_tiles", "heads_at_a_time", "mask_stride_b", "max_runs"
     ]
 )  # fmt: skip
 def key_value_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_k, d_v, bounds, schedule, counter, has_nan,
     d_k_strides, d_v_strides,
-    scale, q_len, kv_len, num_items, num_column_tiles, heads_per_group, mask_stride_b, max_runs,
+    scale, q_len, kv_len, num_items, num_column_tiles, heads_at_a_time, mask_stride_b, max_runs,
     KV_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, KV_HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -291,7 +291,9 @@ def key_value_gradient_kernel(
     q_ring = Ring(q_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     d_out_ring = Ring(d_out_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     k_ring = Ring(k_tiles, make_barriers(KEY_TILES, 1), make_barriers(KEY_TILES, 2 // KEY_TILES))
-    lists = Lists(schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS * PARTS, KV_HEADS_PER_MASK * PARTS)
+    lists = ScheduleLists(
+        schedule, num_column_tiles, mask_stride_b, max_runs, KV_HEADS * PARTS, KV_HEADS_PER_MASK * PARTS
+    )
     hopper.fence_async_shared()
     if KEY_TILES == 2:
         gl.warp_specialize(
@@ -310,7 +312,7 @@ def key_value_gradient_kernel(
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                     v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, PARTS, STAGES,
                 )),
-                (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+                (assign_work, (lists, counter, work, num_items, heads_at_a_time, BLOCK_M, False)),
             ],
             [4, 1, 1],
             REGISTERS,
@@ -334,7 +336,7 @@ def key_value_gradient_kernel(
                     q, k, v, d_out, lse_2, delta, lists, q_ring, d_out_ring, lse_tiles, delta_tiles, row_tiles, k_ring,
                     v_tiles, work, KV_HEADS, HEADS_PER_KV_HEAD, BLOCK_M, PARTS, STAGES,
                 )),
-                (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_M, False)),
+                (assign_work, (lists, counter, work, num_items, heads_at_a_time, BLOCK_M, False)),
             ],
             [4, 1, 1],
             REGISTERS if PARTS == 1 else REGISTERS_OF_PARTS,

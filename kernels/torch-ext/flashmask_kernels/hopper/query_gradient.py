@@ -5,12 +5,12 @@ from __future__ import annotations
 from ..common.tiles import LOG2_E
 from .gluon_api import gl, gluon, hopper
 from .masks import hide_by_mask, make_mask_ring, make_masks
-from .tiles import Ring, forgotten, make_barriers, note_nan, product_over_dims, store_rows, tile_of
+from .tiles import Ring, hidden_from_compiler, make_barriers, note_nan, product_over_dims, store_rows, tile_of
 from .work import (
     REGISTERS_OF_PARTS_WITH_MASKS,
     REGISTERS_WITH_MASKS,
     TILES_LEFT,
-    Lists,
+    ScheduleLists,
     assign_work,
     load_run,
     make_work,
@@ -83,14 +83,14 @@ def _consume_columns(
             for _ in range(num_cut if IS_CUT else num_full):
                 stage = step % STAGES
                 v_stage = step % V_STAGES
-                own = forgotten(own_rows) if BLOCK_DIM > 128 else own_rows
+                own = hidden_from_compiler(own_rows) if BLOCK_DIM > 128 else own_rows
                 v_phase = step // V_STAGES & 1
                 k_ring.wait(stage, step // STAGES & 1)
                 step += 1
                 scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores, PARTS)
                 v_ring.wait(v_stage, v_phase)
-                v_own = forgotten(v_stage) if PARTS == 2 else v_stage
+                v_own = hidden_from_compiler(v_stage) if PARTS == 2 else v_stage
                 d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
                 d_p = product_over_dims(d_out_tiles, own, v_ring.tiles, v_own, d_p, PARTS)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
@@ -118,13 +118,13 @@ def _consume_columns(
 
 @gluon.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "statistics_len", "num_items", "num_row_tiles", "heads_per_group", "mask_stride_b",
+        "q_len", "kv_len", "statistics_len", "num_items", "num_row_tiles", "heads_at_a_time", "mask_stride_b",
         "max_runs",
     ]
 )  # fmt: skip
 def query_gradient_kernel(
     q, k, v, d_out, lse_2, delta, d_q, bounds, schedule, counter, has_nan, d_q_strides,
-    scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, heads_per_group, mask_stride_b, max_runs,
+    scale, q_len, kv_len, statistics_len, num_items, num_row_tiles, heads_at_a_time, mask_stride_b, max_runs,
     NUM_HEADS: gl.constexpr, HEADS_PER_KV_HEAD: gl.constexpr, HEADS_PER_MASK: gl.constexpr,
     NUM_PLANES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_DIM: gl.constexpr, BLOCK_DIM_V: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
@@ -142,7 +142,7 @@ def query_gradient_kernel(
     q_ring = Ring(q_tiles, make_barriers(Q_TILES, 1), make_barriers(Q_TILES, PARTS))
     k_ring = Ring(k_tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     v_ring = Ring(v_tiles, make_barriers(V_STAGES, 1), make_barriers(V_STAGES, 2))
-    lists = Lists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
+    lists = ScheduleLists(schedule, num_row_tiles, mask_stride_b, max_runs, NUM_HEADS, HEADS_PER_MASK)
     hopper.fence_async_shared()
     gl.warp_specialize(
         [
@@ -160,7 +160,7 @@ def query_gradient_kernel(
                 q, k, v, d_out, lists, q_ring, d_out_tiles, k_ring, v_ring, work,
                 NUM_HEADS, HEADS_PER_KV_HEAD, BLOCK_N, Q_TILES, STAGES, V_STAGES,
             )),
-            (assign_work, (lists, counter, work, num_items, heads_per_group, BLOCK_N, True)),
+            (assign_work, (lists, counter, work, num_items, heads_at_a_time, BLOCK_N, True)),
             (make_masks, (bounds, lists, masks, work, q_len, kv_len, NUM_PLANES, Q_TILES * 64, BLOCK_N)),
         ],
         [4, 1, 1, 2],

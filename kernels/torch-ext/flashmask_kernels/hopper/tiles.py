@@ -16,7 +16,7 @@ from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, hoppe
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
-class Widths(NamedTuple):
+class TileWidths(NamedTuple):
     """How the dims of a head are cut into tiles; TMA fills what lies past the head with 0.
 
     Attributes:
@@ -29,7 +29,7 @@ class Widths(NamedTuple):
     parts: int
 
     @classmethod
-    def of(cls, dim: int, dim_v: int) -> "Widths":
+    def of(cls, dim: int, dim_v: int) -> "TileWidths":
         if max(dim, dim_v) > 256:
             return cls(256, 256, 2)
         return cls(_padded(dim), _padded(dim_v), 1)
@@ -39,12 +39,12 @@ def _padded(dim: int) -> int:
     return 64 if dim <= 64 else 128 if dim <= 128 else 256
 
 
-def addressable(tensor: Tensor) -> Tensor:
+def addressable_by_tma(tensor: Tensor) -> Tensor:
     """``tensor``, copied if TMA cannot read it where it is: expanded, or at an odd address."""
     return tensor if descriptors_can_address(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def tile_source(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
+def tma_source(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
     """The TMA descriptor of ``tensor`` for tiles of ``block`` in its last dimensions."""
     block = (1,) * (tensor.dim() - len(block)) + block
     layout = _tile_layout(block, tensor.dtype)
@@ -81,7 +81,7 @@ def load_scalar(buffer):
 
 
 @gluon.jit
-def forgotten(index):
+def hidden_from_compiler(index):
     """``index``, of which the compiler does not know that it never changes. It would compute all matrix descriptors of
     a buffer before a loop and spill them: dQ of heads of 256 took 54 instead of 39 ms (32K tokens, causal).
     """

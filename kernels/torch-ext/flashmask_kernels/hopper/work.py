@@ -32,7 +32,7 @@ def new_counters(count: int, device: torch.device) -> list[Tensor]:
     return list(torch.zeros(count, dtype=torch.int32, device=device).unbind())
 
 
-def heads_per_group(num_heads: int, tiles_per_head: int, *visited: Tensor) -> int:
+def heads_at_a_time(num_heads: int, tiles_per_head: int, *visited: Tensor) -> int:
     """How many of ``num_heads`` the programs work on at the same time where rows are long: as many as fit into L2 with
     their part of ``visited``, which all tiles of a head read, but enough that a group has many tiles, because at its
     end some programs are idle.
@@ -74,7 +74,7 @@ def _rows_are_long(schedule, num_tiles, max_runs, BLOCK: gl.constexpr):
 
 
 @aggregate
-class Lists:
+class ScheduleLists:
     """The lists of a schedule, one for each tile of each mask, and which mask a head has."""
 
     schedule: gl.tensor
@@ -146,7 +146,7 @@ def make_work(READERS: gl.constexpr):
 
 
 @gluon.jit
-def assign_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
+def assign_work(lists, counter, work, num_items, heads_at_a_time, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
     """The scheduler.
 
     The tiles with most work under a causal mask come first, after the tile of global tokens.
@@ -158,9 +158,9 @@ def assign_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.cons
     """
     num_tiles = lists.num_tiles
     max_runs = lists.max_runs
-    if heads_per_group < lists.HEADS:
+    if heads_at_a_time < lists.HEADS:
         is_long = _rows_are_long(lists.schedule, num_tiles, max_runs, BLOCK)
-        heads_per_group = gl.where(is_long, heads_per_group, lists.HEADS)
+        heads_at_a_time = gl.where(is_long, heads_at_a_time, lists.HEADS)
     num_heads = num_items // num_tiles
     number = 0
     item = gl.program_id(0)
@@ -169,12 +169,12 @@ def assign_work(lists, counter, work, num_items, heads_per_group, BLOCK: gl.cons
         tile = 0
         batch_head = item
         if item >= num_heads:
-            within = (item - num_heads) % ((num_tiles - 1) * heads_per_group)
-            group = (item - num_heads) // ((num_tiles - 1) * heads_per_group)
-            tile = 1 + within // heads_per_group
+            within = (item - num_heads) % ((num_tiles - 1) * heads_at_a_time)
+            group = (item - num_heads) // ((num_tiles - 1) * heads_at_a_time)
+            tile = 1 + within // heads_at_a_time
             if LAST_FIRST:
                 tile = num_tiles - tile
-            batch_head = group * heads_per_group + within % heads_per_group
+            batch_head = group * heads_at_a_time + within % heads_at_a_time
         runs = lists.runs_of(batch_head, tile)
         store_scalar(work.item.index(0), tile)
         store_scalar(work.item.index(1), batch_head)

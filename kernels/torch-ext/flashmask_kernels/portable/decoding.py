@@ -65,7 +65,7 @@ def row_offsets(strides, batch, heads, rows):
 
 
 @triton.jit
-def attend_tile(
+def decode_tile(
     q, k, v, out, lse, bounds, sinks, strides, factors, sizes, place, visible,
     HEADS_PER_KV_HEAD: tl.constexpr, NUM_PLANES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -130,12 +130,12 @@ def attend_tile(
 
 
 @triton.jit
-def attend_row(
+def decode_row(
     q, k, v, out, lse, bounds, sinks, strides, factors, sizes, place, visible,
     HEADS_PER_KV_HEAD: tl.constexpr, NUM_PLANES: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_DIM_V: tl.constexpr,
 ):  # fmt: skip
-    """`attend_tile` for one row by vector arithmetic, which reads only what the row sees."""
+    """`decode_tile` for one row by vector arithmetic, which reads only what the row sees."""
     q_strides, k_strides, v_strides, out_strides = strides
     q_len, kv_len, num_parts = sizes
     part, batch, kv_head, row_in_heads, first_lse = place
@@ -200,7 +200,7 @@ def decoding_kernel(
     out += part.to(tl.int64) * batch_size * q_len * NUM_HEADS * DIM_V
     first_lse = (part.to(tl.int64) * batch_size + batch) * NUM_HEADS * q_len
     visible = visible_tiles(bounds, part, num_parts, q_len, kv_len, NUM_PLANES, BLOCK_N, CHUNK)
-    has_nan = attend_tile(
+    has_nan = decode_tile(
         q, k, v, out, lse, bounds, sinks, (q_strides, k_strides, v_strides, out_strides), (scale, softcap),
         (q_len, kv_len, num_parts), (part, batch, kv_head, first_row, first_lse), visible,
         HEADS_PER_KV_HEAD, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, DIM, DIM_V, BLOCK_M, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V,
@@ -210,7 +210,7 @@ def decoding_kernel(
         # 0 x NaN is NaN, so NaN of a hidden value may be in the output. The barrier separates the two stores.
         tl.debug_barrier()
         for row in range(first_row, tl.minimum(first_row + BLOCK_M, q_len * HEADS_PER_KV_HEAD)):
-            attend_row(
+            decode_row(
                 q, k, v, out, lse, bounds, sinks, (q_strides, k_strides, v_strides, out_strides), (scale, softcap),
                 (q_len, kv_len, num_parts), (part, batch, kv_head, row, first_lse), visible,
                 HEADS_PER_KV_HEAD, NUM_PLANES, HAS_SOFTCAP, HAS_SINKS, DIM, DIM_V, BLOCK_N, BLOCK_DIM, BLOCK_DIM_V,
@@ -252,7 +252,7 @@ def merge_parts_kernel(
         tl.store(lse + row, total_max + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN_2)
 
 
-def parts_of(kv_len: int, programs_of_part: int, block_n: int, processors: int) -> int:
+def parts_of_keys(kv_len: int, programs_of_part: int, block_n: int, processors: int) -> int:
     """How many programs share the keys: by shapes alone, so that no graph depends on what a mask holds."""
     most = tiles_in(tiles_in(kv_len, block_n), FEWEST_TILES)
     return max(1, min(most, PROGRAMS_PER_PROCESSOR * processors // programs_of_part))
@@ -289,7 +289,7 @@ class DecodingForward:
         group = num_heads // kv_heads
         block_m = min(config.block_m, max(16, triton.next_power_of_2(q_len * group)))
         programs_of_part = batch_size * kv_heads * tiles_in(q_len * group, block_m)
-        num_parts = parts_of(kv_len, programs_of_part, config.block_n, num_processors(query.device))
+        num_parts = parts_of_keys(kv_len, programs_of_part, config.block_n, num_processors(query.device))
         block_dim, block_dim_v = head_dim_blocks(dim, dim_v)
         # Where Triton copied the values alone ahead, of 128 dims, ptxas left descriptors of products without a value.
         are_copied_ahead = _can_be_copied_ahead(key) and _can_be_copied_ahead(value)
