@@ -14,7 +14,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.mrope import takes_text_positions
-from ..sharing.backbone import Traits, find_backbone, meeting_places, source_of, takes_positions
+from ..sharing.backbone import backbone_takes_position_ids, find_backbone, mixing_outside_attention
+from ..sharing.layer_source import source_of_layer
+from ..sharing.traits import Traits
 from .exchanges import kv_heads_on_the_wire
 from .media import media_of
 
@@ -51,7 +53,7 @@ def check_model(base: PreTrainedModel) -> Traits:
         )
     if base.config.is_encoder_decoder:
         raise NotImplementedError(f"sequence_parallel cuts one sequence, {name} has two: an encoder's and a decoder's")
-    if found := meeting_places(base):
+    if found := mixing_outside_attention(base):
         raise NotImplementedError(
             f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
         )
@@ -67,7 +69,7 @@ def check_model(base: PreTrainedModel) -> Traits:
         )
     backbone = cast(PreTrainedModel, base.base_model)
     traits = Traits.of(find_backbone(base, "sequence_parallel"))
-    if not takes_positions(backbone):
+    if not backbone_takes_position_ids(backbone):
         raise NotImplementedError(
             f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
         )
@@ -140,7 +142,7 @@ class TokenTraits(NamedTuple):
     @classmethod
     def of(cls, base: PreTrainedModel) -> TokenTraits:
         models = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
-        makes_blocks = any(_MAKES_BLOCKS.search(source_of(part)) for part in models)
+        makes_blocks = any(_MAKES_BLOCKS.search(source_of_layer(part)) for part in models)
         names = set(inspect.signature(type(base).forward).parameters) if makes_blocks else set()
         return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)), media_of(base))
 

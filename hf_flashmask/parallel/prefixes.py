@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..sharing.shared_prefix import merge_if_shared
+from ..sharing.shared_prefix import merge_by_share_prefixes
 from ..training.labels import IGNORED
 
 __all__ = ["LabelsInTree", "MergedBatch", "merge_batch"]
@@ -56,7 +56,7 @@ def merge_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> MergedBatch
     Raises:
         NotImplementedError, ValueError: for batches of which no loss could be exact.
     """
-    tree = merge_if_shared(model, batch)
+    tree = merge_by_share_prefixes(model, batch)
     if tree is None:
         return None
     labels, shifted = batch.get("labels"), batch.get("shift_labels")

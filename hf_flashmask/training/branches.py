@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..integration import NAME, register_tree
 from ..integration.conversion import Tree
 from ..integration.support import has_key_ranges
-from ..sharing.backbone import Traits, check_backbone, find_backbone, refuse_prompt_learning
+from ..sharing.backbone import check_backbone, find_backbone, refuse_prompt_learning
+from ..sharing.traits import Traits
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from .. import bounds
 from ..integration.documents import document_ids_of
 from ..sharing import share_prefixes
-from ..sharing.call import has_cache
+from ..sharing.call import call_has_cache
 from .labels import AnswerLabels
 from .step_profile import StepProfile
 from .token_counts import num_given_tokens, padding_of_bounds
@@ -143,7 +143,7 @@ class FlashMaskCallback(TrainerCallback):
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
         # Trainers that generate answers within a step do it in training mode, token by token.
-        if not model.training or not isinstance(input_ids, Tensor) or has_cache(kwargs):
+        if not model.training or not isinstance(input_ids, Tensor) or call_has_cache(kwargs):
             return
         is_token = ~_padding_of(kwargs, input_ids)
         self._num_positions += input_ids.numel()

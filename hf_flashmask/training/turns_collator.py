@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import bounds
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
-from ..sharing.backbone import Traits, check_backbone, find_backbone
+from ..sharing.backbone import check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
+from ..sharing.traits import Traits
 from .branches import check_counts_from_zero, check_row_length
 from .evaluation import PacksIntoRows, refuse_predictions_of_rows
 from .labels import IGNORED
