@@ -32,7 +32,7 @@ from hf_flashmask import SharedPromptDataCollator, bounds
 from hf_flashmask.command_line import bench, explain
 from hf_flashmask.command_line.app import app
 from hf_flashmask.command_line.environment import describe_environment
-from hf_flashmask.command_line.estimate import Cost, WayToTrain, estimate
+from hf_flashmask.command_line.estimate import Cost, WayToTrain, estimate_ways_to_train
 from hf_flashmask.command_line.sequences import read_sequences
 
 
@@ -193,7 +193,7 @@ def test_estimate_counts_positions_and_pairs(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"input_ids": list(range(length))} for length in lengths]
     sequences = read_sequences(write_lines(tmp_path / "data.jsonl", rows), None, 10)
     assert sequences.num_truncated == 1
-    result = estimate(sequences, 10, batch_size=5)
+    result = estimate_ways_to_train(sequences, 10, batch_size=5)
     padded, _, dense, packed = result.ways
     assert (padded.positions, padded.pairs) == (50, 500)
     assert (packed.positions, packed.pairs) == (29, 15 + 6 + 45 + 3 + 55)
@@ -209,7 +209,9 @@ def test_estimate_counts_shared_prefixes(tmp_path: Path, model_folder: Path) -> 
         {"prompt": "b", "chosen": " c", "rejected": " a"},
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    result = estimate(read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2)
+    result = estimate_ways_to_train(
+        read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2
+    )
     distinct = {(0, tuple(s[:k])) for s in ("abcaa", "abcabb") for k in range(1, len(s) + 1)}
     distinct |= {(1, tuple(s[:k])) for s in ("bc", "ba") for k in range(1, len(s) + 1)}
     assert result.num_tokens == 5 + 6 + 2 + 2
@@ -496,7 +498,7 @@ def test_bench_lets_all_take_turns() -> None:
 
 
 def test_bench_spread_is_the_interquartile_range_over_the_median() -> None:
-    assert bench._spread([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
+    assert bench._spread_of_times([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:1", "cuda:x"])

@@ -94,7 +94,7 @@ def estimate(
 
         loaded = None if tokenizer is None else load_tokenizer(tokenizer)
         sequences = read_sequences(data, loaded, max_length, split=split, most_examples=examples)
-        result = estimation.estimate(sequences, max_length, batch_size)
+        result = estimation.estimate_ways_to_train(sequences, max_length, batch_size)
         name = model or tokenizer
         try:
             cost = None if name is None else estimation.Cost.of(AutoConfig.from_pretrained(name))
@@ -133,7 +133,7 @@ def explain(
         for name, bounds in masks.items():
             if row >= max(bounds.shape[0], 1):
                 raise ValueError(f"--row is {row}, but the mask has {bounds.shape[0]} rows of a batch")
-            typer.echo("\n".join(explanation.explain(name, bounds, q_len, row)))
+            typer.echo("\n".join(explanation.describe_mask_of_file(name, bounds, q_len, row)))
             if pair is not None:
                 typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
@@ -187,7 +187,7 @@ def bench(
         f"{shape.num_heads} query and {shape.kv_heads} key heads of {shape.head_dim}, torch {torch.__version__}"
     )
     typer.echo(title)
-    results = benchmark.measure(shape, seconds, note=lambda text: typer.echo(f"  {text}", err=True))
+    results = benchmark.measure_implementations(shape, seconds, note=lambda text: typer.echo(f"  {text}", err=True))
     typer.echo("\n".join(benchmark.describe_bench(shape, results)))
     if _command_can_draw() and any(result.forward is not None for result in results):
         benchmark.draw_bench(shape, results, title, plot)

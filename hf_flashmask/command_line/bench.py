@@ -60,7 +60,9 @@ class _ImplementationToTime(NamedTuple):
     passes: dict[str, Callable[[], Any]]
 
 
-def measure(shape: BenchShape, seconds: float, note: Callable[[str], None] = lambda text: None) -> list[BenchResult]:
+def measure_implementations(
+    shape: BenchShape, seconds: float, note: Callable[[str], None] = lambda text: None
+) -> list[BenchResult]:
     """Check each implementation that is installed, then time all of them in turn, round by round.
 
     What else the machine does then slows all of them in a round, not the one that has its turn.
@@ -121,11 +123,11 @@ def _result_with_times(candidate: _ImplementationToTime, times: Iterator[list[fl
     return candidate.checked._replace(
         forward=medians.get("forward"),
         backward=medians.get("backward"),
-        spread=max(map(_spread, of_passes.values()), default=None),
+        spread=max(map(_spread_of_times, of_passes.values()), default=None),
     )
 
 
-def _spread(seconds: list[float]) -> float:
+def _spread_of_times(seconds: list[float]) -> float:
     lower, median, upper = statistics.quantiles(seconds, n=4)
     return (upper - lower) / median
 

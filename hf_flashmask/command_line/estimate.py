@@ -74,7 +74,7 @@ class Estimate:
     ways: list[WayToTrain]
 
 
-def estimate(sequences: Sequences, max_length: int, batch_size: int, *, seed: int = 0) -> Estimate:
+def estimate_ways_to_train(sequences: Sequences, max_length: int, batch_size: int, *, seed: int = 0) -> Estimate:
     """Count positions and pairs of each way to train.
 
     Args:

@@ -117,7 +117,7 @@ def _bounds_of_tensor_in_file(tensor: Tensor) -> Tensor:
     return bounds_of.from_dense(tensor.bool())
 
 
-def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[str]:
+def describe_mask_of_file(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[str]:
     """The mask as lines of text; `q_len` rows, as many as keys by default."""
     q_len = bounds.shape[3] if q_len is None else q_len
     planes = bounds.shape[2]
