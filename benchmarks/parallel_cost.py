@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_flashmask.bounds import causal, from_cu_seqlens
-from hf_flashmask.parallel.deal import block_length, count_tiles, deal, padded_length
+from hf_flashmask.parallel.deal import block_length_to_deal, count_tiles_to_deal, deal, padded_length_to_deal
 from hf_flashmask.parallel.exchanges import kv_heads_on_the_wire
 
 PASSES = 3
@@ -179,14 +179,14 @@ def imbalance(lengths: list[int], ranks: int) -> float:
 
 def work_of_blocks(lengths: list[int], ranks: int) -> tuple[Tensor, int]:
     """The work of each block of rows, and the rows of a block."""
-    length = padded_length(sum(lengths), ranks)
+    length = padded_length_to_deal(sum(lengths), ranks)
     tail = [length - sum(lengths)] if length > sum(lengths) else []
     if len(lengths) == 1 and not tail:
         bounds = causal(length, length)
     else:
         bounds = from_cu_seqlens(torch.tensor([0, *accumulate([*lengths, *tail])], dtype=torch.int32), length)
-    block = block_length(length, ranks)
-    return count_tiles(bounds, block).work, block
+    block = block_length_to_deal(length, ranks)
+    return count_tiles_to_deal(bounds, block).work, block
 
 
 # Rows that nobody has measured

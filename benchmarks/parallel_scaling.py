@@ -31,7 +31,7 @@ from training_gpu import document_lengths
 from hf_flashmask.bounds import causal, from_cu_seqlens, from_prefix_tree, sliding_window
 from hf_flashmask.bounds.algebra import disjoint
 from hf_flashmask.bounds.form import hidden_intervals
-from hf_flashmask.parallel.deal import block_length, count_tiles, deal
+from hf_flashmask.parallel.deal import block_length_to_deal, count_tiles_to_deal, deal
 
 Json = dict[str, Any]
 
@@ -131,9 +131,9 @@ def zigzag(bounds: Tensor, blocks: int, ranks: int) -> Tensor:
 
 
 def dealt(bounds: Tensor, blocks: int, ranks: int) -> Tensor:
-    if block_length(blocks * TILE, ranks) != TILE:
+    if block_length_to_deal(blocks * TILE, ranks) != TILE:
         raise ValueError(f"rows of {blocks * TILE} tokens are too short for {ranks} ranks: their blocks are no tiles")
-    order = deal(count_tiles(bounds, TILE).work, ranks, TILE)
+    order = deal(count_tiles_to_deal(bounds, TILE).work, ranks, TILE)
     return order[::TILE].div(TILE, rounding_mode="floor").unflatten(0, (ranks, -1))
 
 
@@ -201,7 +201,7 @@ class CountOperations(TorchDispatchMode):
 
 def cost_of_deal(bounds: Tensor, ranks: int) -> Json:
     def work() -> Tensor:
-        return deal(count_tiles(bounds, TILE).work, ranks, TILE)
+        return deal(count_tiles_to_deal(bounds, TILE).work, ranks, TILE)
 
     with CountOperations() as operations:
         work()

@@ -31,8 +31,8 @@ from flashmask_kernels.report import describe_kernels
 from hf_flashmask import SharedPromptDataCollator, bounds
 from hf_flashmask.command_line import bench, explain
 from hf_flashmask.command_line.app import app
-from hf_flashmask.command_line.environment import report
-from hf_flashmask.command_line.estimate import Cost, Way, estimate
+from hf_flashmask.command_line.environment import describe_environment
+from hf_flashmask.command_line.estimate import Cost, WayToTrain, estimate_ways_to_train
 from hf_flashmask.command_line.sequences import read_sequences
 
 
@@ -93,7 +93,7 @@ def test_the_report_says_which_gradients_are_repeatable(
     value: str, is_repeatable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", value)
-    line = next(line for line in report().splitlines() if line.startswith("gradients"))
+    line = next(line for line in describe_environment().splitlines() if line.startswith("gradients"))
     assert ("heads of 33 to 64" in line) == (not is_repeatable)
 
 
@@ -193,7 +193,7 @@ def test_estimate_counts_positions_and_pairs(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"input_ids": list(range(length))} for length in lengths]
     sequences = read_sequences(write_lines(tmp_path / "data.jsonl", rows), None, 10)
     assert sequences.num_truncated == 1
-    result = estimate(sequences, 10, batch_size=5)
+    result = estimate_ways_to_train(sequences, 10, batch_size=5)
     padded, _, dense, packed = result.ways
     assert (padded.positions, padded.pairs) == (50, 500)
     assert (packed.positions, packed.pairs) == (29, 15 + 6 + 45 + 3 + 55)
@@ -209,7 +209,9 @@ def test_estimate_counts_shared_prefixes(tmp_path: Path, model_folder: Path) -> 
         {"prompt": "b", "chosen": " c", "rejected": " a"},
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
-    result = estimate(read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2)
+    result = estimate_ways_to_train(
+        read_sequences(write_lines(tmp_path / "data.jsonl", rows), tokenizer, 100), 100, batch_size=2
+    )
     distinct = {(0, tuple(s[:k])) for s in ("abcaa", "abcabb") for k in range(1, len(s) + 1)}
     distinct |= {(1, tuple(s[:k])) for s in ("bc", "ba") for k in range(1, len(s) + 1)}
     assert result.num_tokens == 5 + 6 + 2 + 2
@@ -225,7 +227,7 @@ def test_estimate_counts_the_operations_of_a_model(model_folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.int64))
-    assert Way("", length, length**2).operations(cost) == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
+    assert WayToTrain("", length, length**2).operations(cost) == pytest.approx(3 * counter.get_total_flops(), rel=0.05)
 
 
 def test_estimate_prints_a_table_and_draws(tmp_path: Path, model_folder: Path) -> None:
@@ -399,7 +401,7 @@ def test_explain_starts_no_document_at_padding() -> None:
     batch = {"position_ids": torch.tensor([[0, 1, 0, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0, 1, 1]])}
     shown = torch.zeros(5, 5, dtype=torch.bool)
     shown[:, [0, 1, 3, 4]] = torch.ones(5, 5).tril().bool()[:, [0, 1, 3, 4]]
-    (mask,) = explain.masks_of(batch).values()
+    (mask,) = explain.masks_in_file(batch).values()
     assert torch.equal(bounds.to_dense(mask)[0, 0], shown)
 
 
@@ -446,10 +448,10 @@ def test_explain_asks_what_floats_of_two_dimensions_are(tmp_path: Path) -> None:
 def test_bench_checks_and_times_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     implementations = bench._implementations
 
-    def with_a_leak(shape: bench.Shape, ends: torch.Tensor) -> dict[str, object]:
+    def with_a_leak(shape: bench.BenchShape, ends: torch.Tensor) -> dict[str, object]:
         found = implementations(shape, ends)
         del found["flex_attention"]  # compiling takes a minute
-        whole_row = bench._each_document_alone(torch.tensor([0, shape.length]))
+        whole_row = bench._attend_each_document_alone(torch.tensor([0, shape.length]))
         return found | {"leaking": lambda: whole_row, "failing": lambda: 1 / 0}
 
     monkeypatch.setattr(bench, "_implementations", with_a_leak)
@@ -478,25 +480,25 @@ def test_bench_lets_all_take_turns() -> None:
 
     functions = {"one": implementation("one", 1), "other": implementation("other", 3)}
     candidates = [
-        bench._Candidate(bench.Result(name, 0.0), {"forward": function, "backward": function})
+        bench._ImplementationToTime(bench.BenchResult(name, 0.0), {"forward": function, "backward": function})
         for name, function in functions.items()
     ]
     times = bench._time_in_turn([run for candidate in candidates for run in candidate.passes.values()], 0.2)
-    one, other = (bench._with_times(candidate, times) for candidate in candidates)
+    one, other = (bench._result_with_times(candidate, times) for candidate in candidates)
     assert len([name for name, _ in groupby(calls)]) >= 2 * bench.ROUNDS
     assert one.forward is not None
     assert other.forward is not None
     assert other.forward > 1.2 * one.forward
-    shape = bench.Shape(16, 1, 1, 1, 8, torch.float32, torch.device("cpu"))
+    shape = bench.BenchShape(16, 1, 1, 1, 8, torch.float32, torch.device("cpu"))
     steady = one._replace(spread=0.02)
-    assert "Times vary" not in "\n".join(bench.describe(shape, [steady, steady._replace(spread=None)]))
+    assert "Times vary" not in "\n".join(bench.describe_bench(shape, [steady, steady._replace(spread=None)]))
     assert "Times vary by up to 34%: is the machine busy?" in "\n".join(
-        bench.describe(shape, [steady, other._replace(spread=0.34)])
+        bench.describe_bench(shape, [steady, other._replace(spread=0.34)])
     )
 
 
 def test_bench_spread_is_the_interquartile_range_over_the_median() -> None:
-    assert bench._spread([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
+    assert bench._spread_of_times([4.0, 1.0, 3.0, 2.0, 5.0, 7.0, 6.0]) == (6 - 2) / 4
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cpu:1", "cuda:x"])

@@ -29,8 +29,8 @@ from transformers.masking_utils import create_causal_mask
 import hf_flashmask
 from hf_flashmask import bounds
 from hf_flashmask.integration.layer_mask import LayerMask
-from hf_flashmask.parallel.deal import block_length, count_tiles, deal, padded_length
-from hf_flashmask.parallel.exchanges import AllGather
+from hf_flashmask.parallel.deal import block_length_to_deal, count_tiles_to_deal, deal, padded_length_to_deal
+from hf_flashmask.parallel.exchanges import AllGatherExchange
 from hf_flashmask.parallel.group import Group
 from hf_flashmask.parallel.models import choose_mode
 from hf_flashmask.parallel.rotary import share_largest_position
@@ -142,9 +142,9 @@ def test_dealt_rows_balance(kind: str, ranks: int) -> None:
         lengths = torch.randint(longest // 16, longest, (length // 40,)).cumsum(0)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[lengths < length]])
         mask = bounds.from_document_ids(torch.searchsorted(starts, torch.arange(length), right=True))
-    block = block_length(length, ranks)
+    block = block_length_to_deal(length, ranks)
     assert block == 128
-    order = deal(count_tiles(mask, block).work, ranks, block)
+    order = deal(count_tiles_to_deal(mask, block).work, ranks, block)
     assert order.sort().values.tolist() == list(range(length))
     rows = order.unflatten(0, (ranks, -1))
     assert (rows.diff(dim=1) > 0).all()
@@ -164,11 +164,11 @@ def test_dealt_rows_of_many_ranks_balance_and_visit_no_more_tiles(length: int, m
     ends = torch.empty(length // 100).log_normal_(6.5, 1.0).clamp(16, 2500).long().cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[ends < length]])
     mask = bounds.from_document_ids(torch.searchsorted(starts, torch.arange(length), right=True))
-    block = block_length(length, ranks)
-    order = deal(count_tiles(mask, block).work, ranks, block)
+    block = block_length_to_deal(length, ranks)
+    order = deal(count_tiles_to_deal(mask, block).work, ranks, block)
     visited, costs = 0, []
     for rank in range(ranks):
-        own = AllGather(Group(None, rank, ranks), order).mask_of_rank(LayerMask(mask, length), heads=1)
+        own = AllGatherExchange(Group(None, rank, ranks), order).mask_of_rank(LayerMask(mask, length), heads=1)
         occupancy = bounds.tile_occupancy(own.bounds, length // ranks, tile_size=tile)
         visited += int((occupancy > 0).sum())
         costs.append(float((occupancy > 0).sum() + 0.2 * ((occupancy > 0) & (occupancy < 1)).sum()))
@@ -196,7 +196,7 @@ def test_tiles_are_those_of_the_dense_mask(block: int) -> None:
         bounds.causal(8),
     ):
         occupancy = bounds.tile_occupancy(mask, tile_size=block)
-        tiles = count_tiles(mask, block)
+        tiles = count_tiles_to_deal(mask, block)
         assert tiles.visible.tolist() == (occupancy > 0).sum((0, 1, 3)).tolist()
         cut = ((occupancy > 0) & (occupancy < 1)).sum((0, 1, 3))
         assert (tiles.cut >= cut).all()
@@ -206,9 +206,9 @@ def test_tiles_are_those_of_the_dense_mask(block: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_padded_rows_can_be_dealt(ranks: int) -> None:
     for length in [*range(1, 300), 1023, 1025, 4000, 9000, 9217]:
-        padded = padded_length(length, ranks)
+        padded = padded_length_to_deal(length, ranks)
         assert length <= padded <= max(length * 5 / 4, length + ranks)
-        assert padded % (ranks * block_length(padded, ranks)) == 0
+        assert padded % (ranks * block_length_to_deal(padded, ranks)) == 0
 
 
 def drop_masks(module: torch.nn.Module, *parts: Any, **_: Any) -> Any:

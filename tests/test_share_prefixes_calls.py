@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_flashmask import share_prefixes
-from hf_flashmask.sharing.backbone import source_of
-from hf_flashmask.sharing.shared_prefix import _to_batch
+from hf_flashmask.sharing.layer_source import source_of_layer
+from hf_flashmask.sharing.shared_prefix import _unpack_hidden_states
 
 
 def embedded_tokens(model: transformers.PreTrainedModel) -> list[int]:
@@ -196,7 +196,9 @@ class SameDevice(TorchDispatchMode):
 @pytest.mark.parametrize("has_padding", [False, True])
 def test_hidden_states_on_another_device(has_padding: bool) -> None:
     with SameDevice():
-        batch = _to_batch(torch.zeros(1, 5, 3, device="meta"), torch.tensor([[0, 1], [2, -has_padding]]), has_padding)
+        batch = _unpack_hidden_states(
+            torch.zeros(1, 5, 3, device="meta"), torch.tensor([[0, 1], [2, -has_padding]]), has_padding
+        )
     assert batch.device.type == "meta"
     assert batch.shape == (2, 2, 3)
 
@@ -504,7 +506,7 @@ def test_a_form_feed_does_not_shift_the_source_of_a_model(tmp_path: Path, monkey
     (tmp_path / "with_form_feed.py").write_text("from torch import nn\n\f\nclass Model(nn.Module):\n    layers = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     model = importlib.import_module("with_form_feed").Model()
-    assert source_of(model).strip() == "class Model(nn.Module):\n    layers = 1"
+    assert source_of_layer(model).strip() == "class Model(nn.Module):\n    layers = 1"
 
 
 def test_a_module_that_was_reloaded_gives_its_new_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,9 +516,9 @@ def test_a_module_that_was_reloaded_gives_its_new_source(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     module = importlib.import_module("edited_model")
-    assert source_of(module.Model()).strip() == source.format("0")
+    assert source_of_layer(module.Model()).strip() == source.format("0")
     path.write_text("from torch import nn\n\n" + source.format("0.25"))
-    assert source_of(importlib.reload(module).Model()).strip() == source.format("0.25")
+    assert source_of_layer(importlib.reload(module).Model()).strip() == source.format("0.25")
 
 
 def test_a_call_with_a_cache_is_passed_on() -> None:

@@ -16,8 +16,8 @@ from .. import bounds as bounds_of
 from . import bench as benchmark
 from . import estimate as estimation
 from . import explain as explanation
-from .environment import report
-from .running import run as run_program
+from .environment import describe_environment
+from .running import run_program
 from .sequences import load_tokenizer, read_sequences
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 
-class DType(str, Enum):
+class DTypeOption(str, Enum):
     """Of queries, keys and values."""
 
     float32 = "float32"
@@ -52,9 +52,9 @@ def _mistakes_in_one_line() -> Iterator[None]:
 
 
 @app.callback(invoke_without_command=True)
-def _report(context: typer.Context) -> None:
+def _print_environment(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(report())
+        typer.echo(describe_environment())
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -94,7 +94,7 @@ def estimate(
 
         loaded = None if tokenizer is None else load_tokenizer(tokenizer)
         sequences = read_sequences(data, loaded, max_length, split=split, most_examples=examples)
-        result = estimation.estimate(sequences, max_length, batch_size)
+        result = estimation.estimate_ways_to_train(sequences, max_length, batch_size)
         name = model or tokenizer
         try:
             cost = None if name is None else estimation.Cost.of(AutoConfig.from_pretrained(name))
@@ -102,9 +102,9 @@ def estimate(
             if model is not None:
                 raise
             cost = None  # a tokenizer without a model
-        typer.echo("\n".join(estimation.describe(result, cost, max_length)))
-        if _can_draw():
-            estimation.draw(result, cost, plot)
+        typer.echo("\n".join(estimation.describe_estimate(result, cost, max_length)))
+        if _command_can_draw():
+            estimation.draw_estimate(result, cost, plot)
             typer.echo(f"Picture: {plot}")
 
 
@@ -127,21 +127,21 @@ def explain(
 ) -> None:
     """A mask, or the mask of a batch, in words and as a drawing."""
     with _mistakes_in_one_line():
-        content = explanation.read(file)
-        masks = explanation.masks_of(content)
-        labels = explanation.Labels.of(content, tokenizer)
+        content = explanation.read_file(file)
+        masks = explanation.masks_in_file(content)
+        labels = explanation.TokensInFile.of(content, tokenizer)
         for name, bounds in masks.items():
             if row >= max(bounds.shape[0], 1):
                 raise ValueError(f"--row is {row}, but the mask has {bounds.shape[0]} rows of a batch")
-            typer.echo("\n".join(explanation.explain(name, bounds, q_len, row)))
+            typer.echo("\n".join(explanation.describe_mask_of_file(name, bounds, q_len, row)))
             if pair is not None:
                 typer.echo(bounds_of.explain(bounds, *pair, q_len, batch=row))
             if plot is not None:
                 picture = plot if len(masks) == 1 else plot.with_stem(f"{plot.stem}_{name}")
-                explanation.draw(name, bounds, q_len, labels, row, picture)
+                explanation.draw_mask_of_file(name, bounds, q_len, labels, row, picture)
                 typer.echo(f"Picture: {picture}")
         if html is not None:
-            explanation.write_page(masks, q_len, labels, html)
+            explanation.write_page_of_file(masks, q_len, labels, html)
             typer.echo(f"Page: {html}")
 
 
@@ -154,7 +154,7 @@ def bench(
     heads: Annotated[int | None, typer.Option(min=1, help="of queries; default: 32, 8 on a CPU")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="of keys and values; default: a quarter")] = None,
     head_size: Annotated[int | None, typer.Option(min=8, help="default: 128, 64 on a CPU")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="default: bfloat16, float32 on a CPU")] = None,
+    dtype: Annotated[DTypeOption | None, typer.Option(help="default: bfloat16, float32 on a CPU")] = None,
     device: Annotated[str | None, typer.Option(help="default: the GPU if there is one")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="to measure, compiling not counted")] = 20.0,
     plot: Annotated[Path, typer.Option(help="the picture")] = Path("bench.png"),
@@ -164,13 +164,13 @@ def bench(
     flashmask, FlexAttention, SDPA, and FlashAttention if it is installed, each checked before it is timed.
     """
     with _mistakes_in_one_line():
-        place = _place_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _device_of_option(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = place.type == "cuda"
         num_heads = heads or (32 if on_gpu else 8)
         num_kv_heads = kv_heads or max(1, num_heads // 4)
         if num_heads % num_kv_heads:
             raise ValueError(f"--heads ({num_heads}) must be a multiple of --kv-heads ({num_kv_heads})")
-        shape = benchmark.Shape(
+        shape = benchmark.BenchShape(
             length or (16384 if on_gpu else 2048),
             documents,
             num_heads,
@@ -187,16 +187,16 @@ def bench(
         f"{shape.num_heads} query and {shape.kv_heads} key heads of {shape.head_dim}, torch {torch.__version__}"
     )
     typer.echo(title)
-    results = benchmark.measure(shape, seconds, note=lambda text: typer.echo(f"  {text}", err=True))
-    typer.echo("\n".join(benchmark.describe(shape, results)))
-    if _can_draw() and any(result.forward is not None for result in results):
-        benchmark.draw(shape, results, title, plot)
+    results = benchmark.measure_implementations(shape, seconds, note=lambda text: typer.echo(f"  {text}", err=True))
+    typer.echo("\n".join(benchmark.describe_bench(shape, results)))
+    if _command_can_draw() and any(result.forward is not None for result in results):
+        benchmark.draw_bench(shape, results, title, plot)
         typer.echo(f"Picture: {plot}")
     if results[0].forward is None:
         raise typer.Exit(1)
 
 
-def _place_of(device: str) -> torch.device:
+def _device_of_option(device: str) -> torch.device:
     """
     Raises:
         ValueError: for a device that attention cannot be timed on here.
@@ -209,7 +209,7 @@ def _place_of(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _can_draw() -> bool:
+def _command_can_draw() -> bool:
     if importlib.util.find_spec("matplotlib") is not None:
         return True
     typer.echo("No picture, because matplotlib is not installed: pip install 'hf-flashmask[viz]'")

@@ -27,7 +27,7 @@ LARGE_SPREAD = 0.1
 """From here on, the report says that times vary."""
 
 
-class Shape(NamedTuple):
+class BenchShape(NamedTuple):
     """One row of equal documents, and the heads: q `[1, num_heads, length, head_dim]`."""
 
     length: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     device: torch.device
 
 
-class Result(NamedTuple):
+class BenchResult(NamedTuple):
     """Of one implementation: the error, and milliseconds unless it was wrong or failed.
 
     `spread` is the interquartile range over the median, from round to round, of the pass that varies more.
@@ -53,14 +53,16 @@ class Result(NamedTuple):
     remark: str = ""
 
 
-class _Candidate(NamedTuple):
+class _ImplementationToTime(NamedTuple):
     """An implementation that was checked, and its passes to be timed: none when it was wrong or failed."""
 
-    checked: Result
+    checked: BenchResult
     passes: dict[str, Callable[[], Any]]
 
 
-def measure(shape: Shape, seconds: float, note: Callable[[str], None] = lambda text: None) -> list[Result]:
+def measure_implementations(
+    shape: BenchShape, seconds: float, note: Callable[[str], None] = lambda text: None
+) -> list[BenchResult]:
     """Check each implementation that is installed, then time all of them in turn, round by round.
 
     What else the machine does then slows all of them in a round, not the one that has its turn.
@@ -76,34 +78,36 @@ def measure(shape: Shape, seconds: float, note: Callable[[str], None] = lambda t
     )
     ends = torch.linspace(0, shape.length, shape.documents + 1).round().int()
     exact = (query.float(), key.float(), value.float())
-    truth = _results(_each_document_alone(ends), exact, d_out.float())
+    truth = _outputs_and_gradients(_attend_each_document_alone(ends), exact, d_out.float())
     candidates = []
     for name, build in _implementations(shape, ends.to(shape.device)).items():
         try:
-            candidates.append(_check(name, build(), (query, key, value), d_out, truth))
+            candidates.append(_check_against_truth(name, build(), (query, key, value), d_out, truth))
         except Exception as error:  # peers have limits of their own: sizes, compilers, memory
             remark = f"{type(error).__name__}: {error}".splitlines()[0]
-            candidates.append(_Candidate(Result(name, None, remark=remark[:100]), {}))
+            candidates.append(_ImplementationToTime(BenchResult(name, None, remark=remark[:100]), {}))
         note(f"{name} checked")
     times = _time_in_turn([run for candidate in candidates for run in candidate.passes.values()], seconds)
     note("all timed")
-    return [_with_times(candidate, times) for candidate in candidates]
+    return [_result_with_times(candidate, times) for candidate in candidates]
 
 
-def _check(name: str, attend: Attend, inputs: Inputs, d_out: Tensor, truth: list[Tensor]) -> _Candidate:
+def _check_against_truth(
+    name: str, attend: Attend, inputs: Inputs, d_out: Tensor, truth: list[Tensor]
+) -> _ImplementationToTime:
     try:
-        found, remark = _results(attend, inputs, d_out), ""
+        found, remark = _outputs_and_gradients(attend, inputs, d_out), ""
     except NotImplementedError:  # FlexAttention has no backward on the CPU
         found, remark = [attend(*inputs)], "it has no backward here"
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, truth))
     if not error <= TOLERANCE[d_out.dtype]:  # written so that nan fails
-        return _Candidate(Result(name, error, remark="WRONG, and so not timed"), {})
-    checked = Result(name, error, remark=remark)
+        return _ImplementationToTime(BenchResult(name, error, remark="WRONG, and so not timed"), {})
+    checked = BenchResult(name, error, remark=remark)
     if remark:
-        return _Candidate(checked, {"forward": lambda: attend(*inputs)})
-    leaves = _leaves(inputs)
+        return _ImplementationToTime(checked, {"forward": lambda: attend(*inputs)})
+    leaves = _inputs_with_gradients(inputs)
     out = attend(*leaves)
-    return _Candidate(
+    return _ImplementationToTime(
         checked,
         {
             "forward": lambda: attend(*leaves),
@@ -112,29 +116,29 @@ def _check(name: str, attend: Attend, inputs: Inputs, d_out: Tensor, truth: list
     )
 
 
-def _with_times(candidate: _Candidate, times: Iterator[list[float]]) -> Result:
+def _result_with_times(candidate: _ImplementationToTime, times: Iterator[list[float]]) -> BenchResult:
     """Takes the times of its passes, one for each round."""
     of_passes = {name: next(times) for name in candidate.passes}
     medians = {name: 1e3 * statistics.median(seconds) for name, seconds in of_passes.items()}
     return candidate.checked._replace(
         forward=medians.get("forward"),
         backward=medians.get("backward"),
-        spread=max(map(_spread, of_passes.values()), default=None),
+        spread=max(map(_spread_of_times, of_passes.values()), default=None),
     )
 
 
-def _spread(seconds: list[float]) -> float:
+def _spread_of_times(seconds: list[float]) -> float:
     lower, median, upper = statistics.quantiles(seconds, n=4)
     return (upper - lower) / median
 
 
-def _leaves(inputs: Inputs) -> Inputs:
+def _inputs_with_gradients(inputs: Inputs) -> Inputs:
     query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
     return query, key, value
 
 
-def _results(attend: Attend, inputs: Inputs, d_out: Tensor) -> list[Tensor]:
-    leaves = _leaves(inputs)
+def _outputs_and_gradients(attend: Attend, inputs: Inputs, d_out: Tensor) -> list[Tensor]:
+    leaves = _inputs_with_gradients(inputs)
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
@@ -156,7 +160,7 @@ def _time_in_turn(functions: list[Callable[[], Any]], seconds: float) -> Iterato
 # Implementations
 
 
-def _each_document_alone(ends: Tensor) -> Attend:
+def _attend_each_document_alone(ends: Tensor) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = zip(*(tensor.split(ends.diff().tolist(), dim=2) for tensor in (query, key, value)))
         alone = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
@@ -165,7 +169,7 @@ def _each_document_alone(ends: Tensor) -> Attend:
     return attend
 
 
-def _implementations(shape: Shape, ends: Tensor) -> dict[str, Callable[[], Attend]]:
+def _implementations(shape: BenchShape, ends: Tensor) -> dict[str, Callable[[], Attend]]:
     """Name -> what builds its mask and returns it."""
     found: dict[str, Callable[[], Attend]] = {
         "flashmask": lambda: _flashmask(shape, ends),
@@ -177,17 +181,17 @@ def _implementations(shape: Shape, ends: Tensor) -> dict[str, Callable[[], Atten
     return found
 
 
-def _flashmask(shape: Shape, ends: Tensor) -> Attend:
+def _flashmask(shape: BenchShape, ends: Tensor) -> Attend:
     bounds = bounds_of.from_cu_seqlens(ends, shape.length)
     return lambda query, key, value: flashmask_attention(query, key, value, bounds)
 
 
-def _sdpa(shape: Shape, ends: Tensor) -> Attend:
+def _sdpa(shape: BenchShape, ends: Tensor) -> Attend:
     mask = bounds_of.to_dense(bounds_of.from_cu_seqlens(ends, shape.length), shape.length)
     return lambda query, key, value: scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def _flex_attention(shape: Shape, ends: Tensor) -> Attend:
+def _flex_attention(shape: BenchShape, ends: Tensor) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     document = torch.searchsorted(ends[1:].contiguous(), torch.arange(shape.length, device=shape.device), right=True)
@@ -214,13 +218,13 @@ def _flash_attention(ends: Tensor) -> Attend:
 # The report
 
 
-def describe(shape: Shape, results: list[Result]) -> Iterator[str]:
+def describe_bench(shape: BenchShape, results: list[BenchResult]) -> Iterator[str]:
     """The results as lines of text."""
     yield f"{'':24}{'forward':>10}{'backward':>10}{'spread':>8}{'times flashmask':>17}{'error':>10}"
-    total = _total(results[0])
+    total = _total_time(results[0])
     for result in results:
         times = [f"{time:.2f} ms" if time is not None else "-" for time in (result.forward, result.backward)]
-        own = _total(result)
+        own = _total_time(result)
         ratio = f"{own / total:.2f}" if own is not None and total is not None else "-"
         error = "-" if result.error is None else f"{result.error:.0e}"
         spread = "-" if result.spread is None else f"{result.spread:.0%}"
@@ -234,11 +238,11 @@ def describe(shape: Shape, results: list[Result]) -> Iterator[str]:
     yield f"Errors: against float32, each document alone, over the largest value; allowed is {allowed:.0e}."
 
 
-def _total(result: Result) -> float | None:
+def _total_time(result: BenchResult) -> float | None:
     return None if result.forward is None or result.backward is None else result.forward + result.backward
 
 
-def draw(shape: Shape, results: list[Result], title: str, path: Path) -> None:
+def draw_bench(shape: BenchShape, results: list[BenchResult], title: str, path: Path) -> None:
     """Forward and backward of each implementation as a picture. Needs matplotlib."""
     from matplotlib.figure import Figure
 

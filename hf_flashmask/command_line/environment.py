@@ -27,37 +27,41 @@ PEERS = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "magi-attenti
 """Packages with other implementations of attention. FlexAttention comes with torch."""
 
 
-def report() -> str:
+def describe_environment() -> str:
     """The environment as lines of text, to be pasted into an issue."""
-    return "\n".join(f"{name:<16}{value}" for name, value in _rows())
+    return "\n".join(f"{name:<16}{value}" for name, value in _rows_of_environment())
 
 
-def _rows() -> Iterator[tuple[str, str]]:
+def _rows_of_environment() -> Iterator[tuple[str, str]]:
     yield "hf_flashmask", __version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     # torch says which CUDA it was built for, the version of wheels from PyPI does not
     yield "torch", _against_tested("torch", torch.__version__)
     for package in ("transformers", "triton"):
-        yield package, _describe(package)
+        yield package, _describe_package(package)
     yield "implementation", f'attn_implementation="{NAME}" is registered'
-    yield from _titled("cpu", describe_kernels(torch.device("cpu")))
+    yield from _rows_under_title("cpu", describe_kernels(torch.device("cpu")))
     for index in range(torch.cuda.device_count()):
-        yield from _titled(f"gpu {index}", [_describe_gpu(index), *describe_kernels(torch.device("cuda", index))])
+        yield from _rows_under_title(
+            f"gpu {index}", [_describe_gpu(index), *describe_kernels(torch.device("cuda", index))]
+        )
     if not torch.cuda.is_available():
         yield "gpu", "none that torch can use"
-    yield "gradients", _describe_repeatability()
+    yield "gradients", _describe_repeatability_here()
     for extra, packages in EXTRAS.items():
-        yield from _titled(extra, map(_with_name, packages))
-    yield from _titled("peers", [f"FlexAttention of torch {torch.__version__}", *map(_with_name, PEERS)])
+        yield from _rows_under_title(extra, map(_package_with_version, packages))
+    yield from _rows_under_title(
+        "peers", [f"FlexAttention of torch {torch.__version__}", *map(_package_with_version, PEERS)]
+    )
 
 
-def _titled(title: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _rows_under_title(title: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     for line in lines:
         yield title, line
         title = ""
 
 
-def _describe_repeatability() -> str:
+def _describe_repeatability_here() -> str:
     if asks_for_determinism():
         return "bitwise repeatable"
     return (
@@ -71,7 +75,7 @@ def _describe_gpu(index: int) -> str:
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
 
 
-def _describe(package: str) -> str:
+def _describe_package(package: str) -> str:
     try:
         return _against_tested(package, version(package))
     except PackageNotFoundError:
@@ -87,5 +91,5 @@ def _against_tested(package: str, installed: str) -> str:
     return f"{installed}{verdict} (tested: {describe_tested(package)})"
 
 
-def _with_name(package: str) -> str:
-    return f"{package} {_describe(package)}"
+def _package_with_version(package: str) -> str:
+    return f"{package} {_describe_package(package)}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..training import pack_lengths
-from .sequences import Group, Sequences
+from .sequences import SequenceGroup, Sequences
 
 
 class Cost(NamedTuple):
@@ -43,7 +43,7 @@ class Cost(NamedTuple):
         return cls(6.0 * parameters, 12.0 * text.num_hidden_layers * text.num_attention_heads * head_dim)
 
 
-class Way(NamedTuple):
+class WayToTrain(NamedTuple):
     """A way to train on the data.
 
     Attributes:
@@ -71,10 +71,10 @@ class Estimate:
     visible: float
     padding: float
     shared: float
-    ways: list[Way]
+    ways: list[WayToTrain]
 
 
-def estimate(sequences: Sequences, max_length: int, batch_size: int, *, seed: int = 0) -> Estimate:
+def estimate_ways_to_train(sequences: Sequences, max_length: int, batch_size: int, *, seed: int = 0) -> Estimate:
     """Count positions and pairs of each way to train.
 
     Args:
@@ -86,19 +86,21 @@ def estimate(sequences: Sequences, max_length: int, batch_size: int, *, seed: in
     lengths = [len(sequence) for group in groups for sequence in group]
     num_tokens = sum(lengths)
     documents = sum(length * (length + 1) // 2 for length in lengths)
-    padded = _padded("padded, sdpa", groups, batch_size)
+    padded = _padded_way_to_train("padded, sdpa", groups, batch_size)
     is_paired = max(map(len, groups)) > 1
-    trees = [_tree(group) for group in groups]
-    tree = Way("prefixes shared, flashmask", sum(tokens for tokens, _ in trees), sum(pairs for _, pairs in trees))
+    trees = [_tokens_and_pairs_of_tree(group) for group in groups]
+    tree = WayToTrain(
+        "prefixes shared, flashmask", sum(tokens for tokens, _ in trees), sum(pairs for _, pairs in trees)
+    )
     rows = pack_lengths(lengths, max_length)
-    packed = Way("packed, flashmask", num_tokens, documents)
+    packed = WayToTrain("packed, flashmask", num_tokens, documents)
     by_length = sorted(groups, key=lambda group: max(map(len, group)))
-    ways = [padded, _padded("padded, batches of like lengths, sdpa", by_length, batch_size)]
+    ways = [padded, _padded_way_to_train("padded, batches of like lengths, sdpa", by_length, batch_size)]
     if is_paired:
-        ways += [Way("without padding, flashmask", num_tokens, documents), tree]
+        ways += [WayToTrain("without padding, flashmask", num_tokens, documents), tree]
     else:
         row_pairs = sum(sum(lengths[index] for index in row) ** 2 for row in rows)
-        ways += [Way("packed, sdpa (a dense mask of each row)", num_tokens, row_pairs), packed]
+        ways += [WayToTrain("packed, sdpa (a dense mask of each row)", num_tokens, row_pairs), packed]
     return Estimate(
         sequences,
         lengths,
@@ -112,14 +114,16 @@ def estimate(sequences: Sequences, max_length: int, batch_size: int, *, seed: in
     )
 
 
-def _padded(name: str, groups: Sequence[Group], batch_size: int) -> Way:
+def _padded_way_to_train(name: str, groups: Sequence[SequenceGroup], batch_size: int) -> WayToTrain:
     """Every row is as long as the longest of its batch, and its mask is dense."""
     batches = [groups[start : start + batch_size] for start in range(0, len(groups), batch_size)]
     shapes = [(sum(map(len, batch)), max(len(row) for group in batch for row in group)) for batch in batches]
-    return Way(name, sum(rows * length for rows, length in shapes), sum(rows * length**2 for rows, length in shapes))
+    return WayToTrain(
+        name, sum(rows * length for rows, length in shapes), sum(rows * length**2 for rows, length in shapes)
+    )
 
 
-def _tree(group: Group) -> tuple[int, int]:
+def _tokens_and_pairs_of_tree(group: SequenceGroup) -> tuple[int, int]:
     """Tokens and visible pairs of the prefix tree of some sequences: in order, each adds what its neighbour lacks."""
     tokens = pairs = 0
     before: list[int] = []
@@ -133,7 +137,7 @@ def _tree(group: Group) -> tuple[int, int]:
     return tokens, pairs
 
 
-def describe(result: Estimate, cost: Cost | None, max_length: int) -> Iterable[str]:
+def describe_estimate(result: Estimate, cost: Cost | None, max_length: int) -> Iterable[str]:
     """The figures as lines of text."""
     lengths = sorted(result.lengths)
     columns = " + ".join(result.sequences.columns)
@@ -152,18 +156,18 @@ def describe(result: Estimate, cost: Cost | None, max_length: int) -> Iterable[s
     yield f"A step of {'DPOTrainer or RewardTrainer' if is_paired else 'Trainer or SFTTrainer'}:"
     unit = "operations" if cost is not None else "positions"
     yield f"{'':40}{'positions':>14}{'pairs':>18}{'speed by ' + unit:>22}"
-    for way, speed in zip(result.ways, speeds(result.ways, cost)):
+    for way, speed in zip(result.ways, expected_speeds(result.ways, cost)):
         yield f"{way.name:40}{way.positions:>14,}{way.pairs:>18,}{speed:>20.2f} x"
     if cost is None:
         yield "Without a model, attention is left out: pass --model, a folder or a name on the Hub"
 
 
-def speeds(ways: Sequence[Way], cost: Cost | None) -> list[float]:
+def expected_speeds(ways: Sequence[WayToTrain], cost: Cost | None) -> list[float]:
     cost = Cost(1.0, 0.0) if cost is None else cost
     return [ways[0].operations(cost) / way.operations(cost) for way in ways]
 
 
-def draw(result: Estimate, cost: Cost | None, path: Path) -> None:
+def draw_estimate(result: Estimate, cost: Cost | None, path: Path) -> None:
     """Lengths of the sequences, and the speed of each way, as a picture. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -174,7 +178,7 @@ def draw(result: Estimate, cost: Cost | None, path: Path) -> None:
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="tokens of a sequence", ylabel="sequences")
     left.set_title(f"{result.padding:.0%} of padded batches is padding", loc="left", fontsize="medium")
-    found = speeds(result.ways, cost)
+    found = expected_speeds(result.ways, cost)
     bars = right.barh(range(len(found)), found, color=["#bdbdbd"] * 2 + ["#6baed6", "#08519c"])
     right.bar_label(bars, labels=[f"{speed:.2f} x" for speed in found], padding=3)
     names = [way.name.replace(" (", "\n(").replace(" like lengths", "\nlike lengths") for way in result.ways]

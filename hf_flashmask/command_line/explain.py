@@ -20,7 +20,7 @@ from .sequences import load_tokenizer
 _TILE = 64
 
 
-def read(path: Path) -> Any:
+def read_file(path: Path) -> Any:
     """What is in a file: a tensor, or a batch.
 
     Raises:
@@ -53,21 +53,21 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def masks_of(content: Any) -> dict[str, Tensor]:
+def masks_in_file(content: Any) -> dict[str, Tensor]:
     """The bounds that a model gets of a tensor or a batch, by name.
 
     Raises:
         ValueError: for what is no mask, and for a batch that says nothing of one.
     """
     if isinstance(content, Tensor):
-        return {"mask": _bounds_of_tensor(content)}
+        return {"mask": _bounds_of_tensor_in_file(content)}
     if not isinstance(content, Mapping):
         raise ValueError(f"a mask is a tensor and a batch a dict of tensors, this is {type(content).__name__}")
     mask, positions, ends = (content.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     if isinstance(mask, Mapping):
-        return {str(name): _bounds_of_tensor(tensor) for name, tensor in mask.items()}
+        return {str(name): _bounds_of_tensor_in_file(tensor) for name, tensor in mask.items()}
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        return {"attention_mask": _bounds_of_tensor(mask)}
+        return {"attention_mask": _bounds_of_tensor_in_file(mask)}
     parts: dict[str, Tensor] = {}
     if isinstance(positions, Tensor) and positions.ndim == 2:
         is_alike = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == positions.shape[1]
@@ -76,11 +76,11 @@ def masks_of(content: Any) -> dict[str, Tensor]:
     if isinstance(ends, Tensor):
         parts["cu_seq_lens_q"] = bounds_of.from_cu_seqlens(ends, int(ends[-1]))
     if isinstance(mask, Tensor):
-        parts["attention_mask"] = _bounds_of_2d(mask)
+        parts["attention_mask"] = _bounds_of_2d_in_file(mask)
     if not parts:
         others = [name for name, value in content.items() if isinstance(value, Tensor) and value.ndim == 4]
         if others:
-            return {name: _bounds_of_tensor(content[name]) for name in others}
+            return {name: _bounds_of_tensor_in_file(content[name]) for name in others}
         raise ValueError(
             f"the batch has {', '.join(content) or 'nothing'}: a mask is in tensors `attention_mask`, `position_ids` "
             "[B, S] or `cu_seq_lens_q`. Without them the model's own mask is all there is"
@@ -93,13 +93,13 @@ def masks_of(content: Any) -> dict[str, Tensor]:
     return {" and ".join(parts): whole}
 
 
-def _bounds_of_2d(mask: Tensor) -> Tensor:
+def _bounds_of_2d_in_file(mask: Tensor) -> Tensor:
     """0 is padding; other values are ids of documents."""
     documents = bounds_of.from_document_ends(bounds_of.document_ends_of_mask(mask), is_causal=False)
     return bounds_of.intersect(documents, bounds_of.from_padding_mask(mask != 0))
 
 
-def _bounds_of_tensor(tensor: Tensor) -> Tensor:
+def _bounds_of_tensor_in_file(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.int32 and tensor.ndim == 4:
         bounds_of.check_bounds(tensor)
         return tensor
@@ -109,7 +109,7 @@ def _bounds_of_tensor(tensor: Tensor) -> Tensor:
             "-inf), a 2-D mask [B, S], 0 for padding, is of integers"
         )
     if tensor.ndim == 2 and tensor.dtype != torch.bool:
-        return _bounds_of_2d(tensor)
+        return _bounds_of_2d_in_file(tensor)
     if tensor.is_floating_point():  # an additive mask
         tensor = tensor == 0
     while tensor.ndim < 4:
@@ -117,7 +117,7 @@ def _bounds_of_tensor(tensor: Tensor) -> Tensor:
     return bounds_of.from_dense(tensor.bool())
 
 
-def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[str]:
+def describe_mask_of_file(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[str]:
     """The mask as lines of text; `q_len` rows, as many as keys by default."""
     q_len = bounds.shape[3] if q_len is None else q_len
     planes = bounds.shape[2]
@@ -137,14 +137,14 @@ def explain(name: str, bounds: Tensor, q_len: int | None, row: int) -> Iterator[
     yield to_text(bounds, q_len, batch=row if bounds.shape[0] > 1 else 0)
 
 
-class Labels(NamedTuple):
+class TokensInFile(NamedTuple):
     """What a drawing says of the tokens of a batch: their texts, `[B, S]`, and their documents, int64 `[B, S]`."""
 
     tokens: list[list[str]] | None
     document_ids: Tensor | None
 
     @classmethod
-    def of(cls, content: Any, tokenizer: str | None) -> Labels:
+    def of(cls, content: Any, tokenizer: str | None) -> TokensInFile:
         """Of what is in a file. Documents are found in positions.
 
         Args:
@@ -154,17 +154,19 @@ class Labels(NamedTuple):
             ValueError: when there is a tokenizer, but no `input_ids`.
         """
         batch = content if isinstance(content, Mapping) else {}
-        return cls(None if tokenizer is None else _texts(batch, tokenizer), _document_ids(batch))
+        return cls(
+            None if tokenizer is None else _texts_of_tokens_in_file(batch, tokenizer), _document_ids_in_file(batch)
+        )
 
-    def row(self, row: int) -> Labels:
+    def row(self, row: int) -> TokensInFile:
         tokens, ids = self
-        return Labels(
+        return TokensInFile(
             None if tokens is None else [tokens[row if len(tokens) > 1 else 0]],
             None if ids is None else ids[row if len(ids) > 1 else 0],
         )
 
 
-def draw(name: str, bounds: Tensor, q_len: int | None, labels: Labels, row: int, path: Path) -> None:
+def draw_mask_of_file(name: str, bounds: Tensor, q_len: int | None, labels: TokensInFile, row: int, path: Path) -> None:
     """The mask as a picture. Needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -175,12 +177,12 @@ def draw(name: str, bounds: Tensor, q_len: int | None, labels: Labels, row: int,
     figure.savefig(path, dpi=150)
 
 
-def write_page(masks: Mapping[str, Tensor], q_len: int | None, labels: Labels, path: Path) -> None:
+def write_page_of_file(masks: Mapping[str, Tensor], q_len: int | None, labels: TokensInFile, path: Path) -> None:
     """The masks as a page for a browser."""
     to_html(masks, q_len, **labels._asdict(), title=path.stem).save(path)
 
 
-def _texts(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:
+def _texts_of_tokens_in_file(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise ValueError("--tokenizer is for a batch with `input_ids` [B, S], and this file has none")
@@ -188,7 +190,7 @@ def _texts(batch: Mapping[str, Any], tokenizer: str) -> list[list[str]]:
     return [[loaded.decode(token) for token in row] for row in ids.tolist()]
 
 
-def _document_ids(batch: Mapping[str, Any]) -> Tensor | None:
+def _document_ids_in_file(batch: Mapping[str, Any]) -> Tensor | None:
     """From positions. Beside bounds they may mean something else, as those of prefix trees do."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     has_bounds = isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.ndim == 4)

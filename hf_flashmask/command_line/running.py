@@ -12,7 +12,7 @@ from typing import NoReturn
 _STARTUP = Path(__file__).parent / "startup"
 
 
-def run(target: str, arguments: Sequence[str], *, is_module: bool) -> NoReturn:
+def run_program(target: str, arguments: Sequence[str], *, is_module: bool) -> NoReturn:
     """Replace this process by the program.
 
     Launchers start more processes (`trl sft` runs `accelerate launch`, `swift sft` runs Python): all of them inherit
@@ -26,13 +26,13 @@ def run(target: str, arguments: Sequence[str], *, is_module: bool) -> NoReturn:
     Raises:
         FileNotFoundError: when `target` is neither a file nor a command.
     """
-    command = _command(target, is_module=is_module)
+    command = _command_to_run(target, is_module=is_module)
     paths = [str(_STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
     sys.stdout.flush()
     os.execvpe(command[0], [*command, *arguments], os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
 
 
-def _command(target: str, *, is_module: bool) -> list[str]:
+def _command_to_run(target: str, *, is_module: bool) -> list[str]:
     if is_module:
         return [sys.executable, "-m", target]
     if Path(target).suffix == ".py":

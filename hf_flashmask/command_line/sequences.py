@@ -18,7 +18,7 @@ _COLUMNS = (
 )
 """The columns that are read, the first of these that the dataset has; `input_ids` go before all of them."""
 
-Group = list[list[int]]
+SequenceGroup = list[list[int]]
 """The sequences of one example, which may share a prefix."""
 
 
@@ -32,7 +32,7 @@ class Sequences:
         num_truncated: sequences that were cut to `max_length`.
     """
 
-    groups: list[Group]
+    groups: list[SequenceGroup]
     columns: tuple[str, ...]
     num_truncated: int
 
@@ -51,12 +51,15 @@ def read_sequences(
         ValueError: for a file that does not exist, is of another kind or cannot be parsed, for columns that no trainer
             makes sequences of, and for values in them that are neither text nor token ids.
     """
-    dataset = _load(data, split)
+    dataset = _load_dataset(data, split)
     dataset = dataset.select(range(min(most_examples, len(dataset))))
-    columns = _columns_of(dataset.column_names)
+    columns = _columns_of_dataset(dataset.column_names)
     if columns != ("input_ids",) and tokenizer is None:
         raise ValueError(f"the dataset holds text ({', '.join(columns)}): pass --tokenizer")
-    groups = [_tokenize(number, row, columns, tokenizer) for number, row in enumerate(_rows(data, dataset, columns))]
+    groups = [
+        _tokenize_row_of_dataset(number, row, columns, tokenizer)
+        for number, row in enumerate(_rows_of_dataset(data, dataset, columns))
+    ]
     groups = [[sequence for sequence in group if sequence] for group in groups]
     num_truncated = sum(len(sequence) > max_length for group in groups for sequence in group)
     groups = [[sequence[:max_length] for sequence in group] for group in groups if group]
@@ -78,7 +81,7 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"--tokenizer {name!r} is no folder here, or cannot be read: {error}") from error
 
 
-def _load(data: str, split: str) -> Any:
+def _load_dataset(data: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -97,24 +100,24 @@ def _load(data: str, split: str) -> Any:
     try:
         return datasets.load_dataset(_FORMATS[path.suffix], data_files=data, split="train")
     except Exception as error:  # each format has errors of its own, most of them behind another one
-        _refuse_unreadable(data, error)
+        _refuse_unreadable_dataset(data, error)
 
 
-def _rows(data: str, dataset: Any, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+def _rows_of_dataset(data: str, dataset: Any, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
     try:
         yield from dataset.select_columns(list(columns))
     except UnicodeDecodeError as error:
-        _refuse_unreadable(data, error)
+        _refuse_unreadable_dataset(data, error)
 
 
-def _refuse_unreadable(data: str, error: BaseException) -> NoReturn:
+def _refuse_unreadable_dataset(data: str, error: BaseException) -> NoReturn:
     while error.__cause__ is not None:
         error = error.__cause__
     advice = "; texts are UTF-8: convert the file" if isinstance(error, UnicodeDecodeError) else ""
     raise ValueError(f"cannot read {data}: {type(error).__name__}: {error}{advice}") from error
 
 
-def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
+def _columns_of_dataset(found: Sequence[str]) -> tuple[str, ...]:
     for columns in (("input_ids",), *_COLUMNS):
         if set(columns) <= set(found):
             return columns
@@ -125,26 +128,28 @@ def _columns_of(found: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _tokenize(number: int, row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any) -> Group:
+def _tokenize_row_of_dataset(
+    number: int, row: Mapping[str, Any], columns: tuple[str, ...], tokenizer: Any
+) -> SequenceGroup:
     for column in columns:
-        _check_value(number, column, row[column])
+        _check_value_of_column(number, column, row[column])
     values = [row[column] for column in columns]
     if columns == ("input_ids",):
         return [list(values[0])]
     if "rejected" not in columns:
-        return [_encode(values, tokenizer)]
+        return [_encode_sequence(values, tokenizer)]
     *prompt, chosen, rejected = values
-    return [_encode([*prompt, answer], tokenizer) for answer in (chosen, rejected)]
+    return [_encode_sequence([*prompt, answer], tokenizer) for answer in (chosen, rejected)]
 
 
-def _check_value(number: int, column: str, value: Any) -> None:
+def _check_value_of_column(number: int, column: str, value: Any) -> None:
     if isinstance(value, list) or (isinstance(value, str) and column != "input_ids"):
         return
     expected = "token ids" if column == "input_ids" else "a string or messages"
     raise ValueError(f"`{column}` of example {number} is {value!r:.80}; expected {expected}")
 
 
-def _encode(parts: list[Any], tokenizer: Any) -> list[int]:
+def _encode_sequence(parts: list[Any], tokenizer: Any) -> list[int]:
     """Text parts, or the turns of conversations, one after the other."""
     if isinstance(parts[0], str):
         return list(tokenizer("".join(parts))["input_ids"])

@@ -31,7 +31,7 @@ def check_agreement(
     Raises:
         RuntimeError: also when a rank is lost: at once, or after the timeout of the process group.
     """
-    tensors = dict(sorted(_tensors(batch))) if isinstance(batch, Mapping) else {}
+    tensors = dict(sorted(_tensors_to_agree_on(batch))) if isinstance(batch, Mapping) else {}
     described = ", ".join(f"`{name}` {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
     if isinstance(batch, Mapping):
         numbers = sorted((name, value) for name, value in batch.items() if isinstance(value, (bool, int, float)))
@@ -45,7 +45,7 @@ def check_agreement(
     for group in groups:
         rank, size = rank + size * group.rank, size * group.size
     try:
-        table = _table(torch.stack([is_refused, names, contents]), groups)
+        table = _numbers_of_all_ranks(torch.stack([is_refused, names, contents]), groups)
     except RuntimeError as lost:
         raise RuntimeError(
             f"rank {rank} of {size} has waited for the other ranks of its sequence-parallel group in `shard`: one has "
@@ -72,7 +72,7 @@ def check_agreement(
         )
 
 
-def _table(row: Tensor, groups: Sequence[Group]) -> list[list[int]]:
+def _numbers_of_all_ranks(row: Tensor, groups: Sequence[Group]) -> list[list[int]]:
     """The rows of all ranks, on the host."""
     rows = row[None]
     for group in groups:
@@ -80,11 +80,11 @@ def _table(row: Tensor, groups: Sequence[Group]) -> list[list[int]]:
     return rows.tolist()
 
 
-def _tensors(batch: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Tensor]]:
+def _tensors_to_agree_on(batch: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Tensor]]:
     found = []
     for name, value in batch.items():
         if isinstance(value, Mapping):
-            found += _tensors(value, f"{prefix}{name}.")
+            found += _tensors_to_agree_on(value, f"{prefix}{name}.")
         elif isinstance(value, Tensor):
             found.append((f"{prefix}{name}", value))
     return found

@@ -21,7 +21,7 @@ def answers_of_rank(labels: AnswerLabels, rows: Tensor, groups: Sequence[Group])
         groups: of this rank, the dimensions of the mesh.
     """
     positions, tokens = labels["positions"], labels["tokens"]
-    place, is_own = _find(rows, positions)
+    place, is_own = _find_answers_on_rank(rows, positions)
     is_own &= tokens != IGNORED
     # At least one, so that the gradients of all ranks take the same way.
     width = max(1, int(is_own.sum(1).max()))
@@ -31,7 +31,7 @@ def answers_of_rank(labels: AnswerLabels, rows: Tensor, groups: Sequence[Group])
     def in_slots(values: Tensor, padding: int) -> Tensor:
         return values.new_full((len(values), width + 1), padding).scatter(1, slot, values)[:, :width].contiguous()
 
-    last_place, is_here = _find(rows, labels["last"])
+    last_place, is_here = _find_answers_on_rank(rows, labels["last"])
 
     def over_all_groups(values: Tensor) -> Tensor:
         for group in groups:
@@ -48,7 +48,7 @@ def answers_of_rank(labels: AnswerLabels, rows: Tensor, groups: Sequence[Group])
     )
 
 
-def _find(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _find_answers_on_rank(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where the wanted tokens of a row are on this rank, and whether they are there."""
     place = torch.searchsorted(rows, wanted.contiguous()).clamp(max=len(rows) - 1)
     return place, rows[place] == wanted

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bounds.algebra import disjoint
 from ..bounds.form import hidden_intervals
 
-__all__ = ["Tiles", "block_length", "count_tiles", "deal", "padded_length"]
+__all__ = ["TilesToDeal", "block_length_to_deal", "count_tiles_to_deal", "deal", "padded_length_to_deal"]
 
 _BLOCK = 128
 """Rows of a block: those of the largest tiles of the kernels. A tile of several blocks sees what each of them sees."""
@@ -22,19 +22,19 @@ _ROUNDS_OF_SWAPS = 4
 """After which nothing was gained any more, on up to 64 ranks (benchmarks/parallel_scaling.py)."""
 
 
-def block_length(length: int, ranks: int) -> int:
+def block_length_to_deal(length: int, ranks: int) -> int:
     """Rows that stay together: 128, or a lower power of two where the sequence is short."""
     longest = max(1, length // (ranks * _FEWEST_BLOCKS))
     return min(_BLOCK, 1 << (longest.bit_length() - 1))
 
 
-def padded_length(length: int, ranks: int) -> int:
+def padded_length_to_deal(length: int, ranks: int) -> int:
     """The next length whose blocks the ranks share out; the blocks of that length, if they are longer, as well."""
-    unit = ranks * block_length(length, ranks)
+    unit = ranks * block_length_to_deal(length, ranks)
     return -(-length // unit) * unit
 
 
-class Tiles(NamedTuple):
+class TilesToDeal(NamedTuple):
     """What the kernels visit for each block of rows, over batch and heads: int64 `[S / block]`.
 
     Attributes:
@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
         return 3 * self.visible + torch.minimum(self.cut, self.visible)
 
 
-def count_tiles(bounds: Tensor, block: int) -> Tiles:
+def count_tiles_to_deal(bounds: Tensor, block: int) -> TilesToDeal:
     length = bounds.shape[3]
     start, end = disjoint(*(edge.clamp(0, length) for edge in hidden_intervals(bounds, length)))
     first_start, last_start = start.unflatten(3, (-1, block)).aminmax(dim=4)
@@ -68,7 +68,7 @@ def count_tiles(bounds: Tensor, block: int) -> Tiles:
     hidden = blocks_between(hidden_from, torch.maximum(hidden_from, hidden_to))
     cut = blocks_between(first_start.div(block, rounding_mode="floor"), hidden_from)
     cut += blocks_between(hidden_to, last_end.add(block - 1).div(block, rounding_mode="floor"))
-    return Tiles(bounds.shape[0] * bounds.shape[1] * (length // block) - hidden, cut)
+    return TilesToDeal(bounds.shape[0] * bounds.shape[1] * (length // block) - hidden, cut)
 
 
 def deal(work: Tensor, ranks: int, block: int) -> Tensor:
@@ -86,12 +86,12 @@ def deal(work: Tensor, ranks: int, block: int) -> Tensor:
     blocks = hands.T
     if 1 < len(hands) <= _MOST_SWAPPED:
         for _ in range(_ROUNDS_OF_SWAPS):
-            blocks = _swapped(blocks, work)
+            blocks = _swap_dealt_blocks(blocks, work)
     blocks = blocks.sort(dim=1).values.flatten()
     return (blocks[:, None] * block + torch.arange(block, device=work.device)).flatten()
 
 
-def _swapped(blocks: Tensor, work: Tensor) -> Tensor:
+def _swap_dealt_blocks(blocks: Tensor, work: Tensor) -> Tensor:
     """`blocks` `[ranks, n]`, after the rank with most work has swapped one with that with least, and so on inwards.
 
     Each pair swaps the two blocks that bring it closest to equal work, or none.

@@ -14,9 +14,15 @@ from torch import Tensor
 from ..bounds import causal
 from ..bounds.form import lower_and_upper
 from ..integration.layer_mask import LayerMask
-from .group import Group, exchange_pieces, gather_rows
+from .group import Group, exchange_pieces, gather_with_gradients
 
-__all__ = ["AllGather", "ByEngine", "GatherAcrossUlysses", "Ulysses", "kv_heads_on_the_wire"]
+__all__ = [
+    "AllGatherExchange",
+    "EngineExchange",
+    "GatherAcrossUlyssesExchange",
+    "UlyssesExchange",
+    "kv_heads_on_the_wire",
+]
 
 
 def kv_heads_on_the_wire(kv_heads: int, ranks: int) -> int:
@@ -25,7 +31,7 @@ def kv_heads_on_the_wire(kv_heads: int, ranks: int) -> int:
     return math.lcm(index(kv_heads), index(ranks))
 
 
-class Ulysses:
+class UlyssesExchange:
     """Each rank attends with some of the heads, over the whole sequence.
 
     Tokens are held in order: rank r has those from `r * S / P` on.
@@ -74,7 +80,7 @@ class Ulysses:
         return slice(self.group.rank * number, (self.group.rank + 1) * number)
 
 
-class AllGather:
+class AllGatherExchange:
     """Each rank attends with the queries that it holds, to the keys of all ranks, in the order of the ranks.
 
     Args:
@@ -113,21 +119,21 @@ class AllGather:
 
     def _of_all_ranks(self, part: Tensor) -> Tensor:
         """`[B, H, S / P, D]` -> `[B, H, S, D]`."""
-        return gather_rows(part.permute(2, 0, 1, 3), self.group).permute(1, 2, 0, 3)
+        return gather_with_gradients(part.permute(2, 0, 1, 3), self.group).permute(1, 2, 0, 3)
 
 
-class GatherAcrossUlysses:
+class GatherAcrossUlyssesExchange:
     """Groups exchange heads inside, and gather keys and values of their heads across: nodes, and GPUs of a node.
 
     Args:
-        across: between the groups, each of which holds the rows of one rank of `AllGather`.
+        across: between the groups, each of which holds the rows of one rank of `AllGatherExchange`.
         inside: a group, for these rows.
     """
 
     head_parts, takes_whole_rows = 1, False
 
-    def __init__(self, across: AllGather, inside: Group) -> None:
-        self.across, self.inside = across, Ulysses(inside, across.local_length)
+    def __init__(self, across: AllGatherExchange, inside: Group) -> None:
+        self.across, self.inside = across, UlyssesExchange(inside, across.local_length)
         self.length, self.rows = across.length, across.rows[self.inside.rows]
         self.local_length = self.layer_length = self.inside.local_length
 
@@ -143,7 +149,7 @@ class GatherAcrossUlysses:
         return self.inside.take_back(output)
 
 
-class ByEngine(Ulysses):
+class EngineExchange(UlyssesExchange):
     """An engine exchanges the heads: attention is called with those of this rank, over the whole sequence."""
 
     def __init__(self, group: Group, length: int) -> None:

@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "add_up", "all_gather", "check_apart", "exchange_pieces", "gather_rows", "groups_of"]
+__all__ = [
+    "Group",
+    "add_up",
+    "all_gather",
+    "check_groups_apart",
+    "exchange_pieces",
+    "gather_with_gradients",
+    "groups_of",
+]
 
 
 class Group(NamedTuple):
@@ -41,7 +49,7 @@ def groups_of(mesh: DeviceMesh | dist.ProcessGroup, name: str, dimensions: int) 
     return [Group.of(mesh.get_group(dimension), name) for dimension in reversed(range(mesh.ndim))]
 
 
-def check_apart(of_sequence: list[Group], of_data: Group) -> None:
+def check_groups_apart(of_sequence: list[Group], of_data: Group) -> None:
     """Raise when ranks share a sequence and are said to hold other batches: the loss would be divided by both."""
     own = {rank for group in of_sequence for rank in dist.get_process_group_ranks(group.handle)} - {dist.get_rank()}
     if both := sorted(own.intersection(dist.get_process_group_ranks(of_data.handle))):
@@ -56,12 +64,12 @@ def exchange_pieces(pieces: Tensor, group: Group) -> Tensor:
     return _ExchangePieces.apply(pieces, group)
 
 
-def gather_rows(rows: Tensor, group: Group) -> Tensor:
+def gather_with_gradients(rows: Tensor, group: Group) -> Tensor:
     """`[S / P, ...]` of each rank -> `[S, ...]` on all, in the order of the ranks.
 
     The gradients of the ranks travel in their own dtype, and are summed in float32.
     """
-    return _GatherRows.apply(rows, group)
+    return _GatherWithGradients.apply(rows, group)
 
 
 def add_up(values: Tensor, group: Group) -> Tensor:
@@ -72,7 +80,9 @@ def add_up(values: Tensor, group: Group) -> Tensor:
 def all_gather(values: Tensor, group: Group) -> Tensor:
     """`[P, ...]`, without gradients."""
     if torch.compiler.is_compiling():
-        gathered = _wait(_in_graphs.all_gather_into_tensor(values.flatten(), group.size, group.handle.group_name))
+        gathered = _wait_for_collective(
+            _in_graphs.all_gather_into_tensor(values.flatten(), group.size, group.handle.group_name)
+        )
         return gathered.view(group.size, *values.shape)
     gathered = values.new_empty(group.size, *values.shape)
     gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name since torch 2.13
@@ -84,7 +94,7 @@ _in_graphs = torch.ops._c10d_functional
 """Collectives that return what they receive, which `torch.compile` keeps in its graphs."""
 
 
-def _wait(received: Tensor) -> Tensor:
+def _wait_for_collective(received: Tensor) -> Tensor:
     return _in_graphs.wait_tensor(received)
 
 
@@ -99,7 +109,7 @@ class _ExchangePieces(torch.autograd.Function):
         return _all_to_all(gradient, ctx.group), None
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherWithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -124,7 +134,7 @@ class _AddUp(torch.autograd.Function):
 
 def _all_reduce(values: Tensor, group: Group) -> Tensor:
     if torch.compiler.is_compiling():
-        return _wait(_in_graphs.all_reduce(values.contiguous(), "sum", group.handle.group_name))
+        return _wait_for_collective(_in_graphs.all_reduce(values.contiguous(), "sum", group.handle.group_name))
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group.handle)
     return total
@@ -134,7 +144,7 @@ def _all_to_all(pieces: Tensor, group: Group) -> Tensor:
     pieces = pieces.contiguous()
     if torch.compiler.is_compiling():
         sizes = [1] * group.size
-        return _wait(_in_graphs.all_to_all_single(pieces, sizes, sizes, group.handle.group_name))
+        return _wait_for_collective(_in_graphs.all_to_all_single(pieces, sizes, sizes, group.handle.group_name))
     received = torch.empty_like(pieces)
     dist.all_to_all_single(received, pieces, group=group.handle)
     return received

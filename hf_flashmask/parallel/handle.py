@@ -18,23 +18,23 @@ from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
 from ..training.labels import IGNORED
 from .agreement import check_agreement
-from .deal import Tiles, block_length, count_tiles, deal, padded_length
-from .exchanges import AllGather, GatherAcrossUlysses, Ulysses
-from .group import check_apart, groups_of
-from .media import cut_call, find_text_model, with_positions
+from .deal import TilesToDeal, block_length_to_deal, count_tiles_to_deal, deal, padded_length_to_deal
+from .exchanges import AllGatherExchange, GatherAcrossUlyssesExchange, UlyssesExchange
+from .group import check_groups_apart, groups_of
+from .media import cut_text_model_call, find_text_model, with_positions_of_media
+from .merged_batch import merge_batch
 from .models import (
     Mode,
-    TokenTraits,
-    check_labels,
+    ModelTokenTraits,
     check_model,
-    check_positions,
+    check_model_loss,
+    check_model_positions,
     choose_mode,
     find_model,
-    refuse_classifier,
+    refuse_classifier_model,
 )
-from .prefixes import merge_batch
 from .rotary import share_largest_position
-from .shard import Batch, read_batch, read_merged_batch, shard_batch
+from .shard import BatchToShard, read_batch_to_shard, read_merged_batch_to_shard, shard_batch
 
 __all__ = ["SequenceParallel", "sequence_parallel"]
 
@@ -96,7 +96,7 @@ class SequenceParallel:
             raise ValueError(f'`mode` must be "auto", "ulysses" or "all_gather", got {mode!r}')
         self._model = find_model(model)
         self._traits = check_model(self._model)
-        self._token_traits = TokenTraits.of(self._model)
+        self._token_traits = ModelTokenTraits.of(self._model)
         self._text_model = find_text_model(self._model)
         if is_part(self._model):
             raise ValueError("the model is under sequence_parallel already: call remove() on what it returned first")
@@ -104,7 +104,7 @@ class SequenceParallel:
         self.size = math.prod(group.size for group in self._groups)
         self._data_group = None if data_mesh is None else groups_of(data_mesh, "data_mesh", 1)[0]
         if self._data_group is not None:
-            check_apart(self._groups, self._data_group)
+            check_groups_apart(self._groups, self._data_group)
         of_model = next(self._model.parameters()).device.type
         self._device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else of_model
         self._check_batches = check_batches
@@ -122,7 +122,7 @@ class SequenceParallel:
         self._check_mode()
         self._hooks = share_largest_position(self._text_model, self._groups)
         if self._token_traits.media:
-            self._hooks.append(self._text_model.register_forward_pre_hook(cut_call, with_kwargs=True))
+            self._hooks.append(self._text_model.register_forward_pre_hook(cut_text_model_call, with_kwargs=True))
         self._marker = PartMarker()
         for part in (self._model, *self._text_model.modules()):
             mark_part(part, self._marker)
@@ -189,13 +189,13 @@ class SequenceParallel:
             raise ValueError("`shard` was called after `remove()`: the model takes the whole batch again")
         if not isinstance(batch, Mapping):
             raise TypeError(f"`batch` must be a mapping of the model's arguments, got {type(batch).__name__}")
-        batch = with_positions(self._model, self._token_traits.media, batch)
+        batch = with_positions_of_media(self._model, self._token_traits.media, batch)
         merged = merge_batch(self._model, batch)
         if merged is None:
-            whole = read_batch(batch, self._padded_length, self._device(), self._token_traits)
+            whole = read_batch_to_shard(batch, self._padded_length, self._device(), self._token_traits)
         else:
-            whole = read_merged_batch(merged, self._padded_length, self._device(), self._token_traits)
-        check_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
+            whole = read_merged_batch_to_shard(merged, self._padded_length, self._device(), self._token_traits)
+        check_model_positions(self._traits, whole.length, batch if merged is None else merged.arguments)
         if whole.answers is not None and (num_items is not None or "num_items_in_batch" in whole.options):
             raise ValueError(
                 "losses over answers are the mean over a batch: call `shard` without `num_items`, and take "
@@ -204,22 +204,22 @@ class SequenceParallel:
         if num_items is not None:
             self._check_num_items(whole)
         if whole.answers is None:
-            refuse_classifier(self._model)
+            refuse_classifier_model(self._model)
         if whole.labels is not None or whole.labels_in_tree is not None:
-            check_labels(self._model)
+            check_model_loss(self._model)
         exchange = self._exchange(whole)
         exchange.takes_whole_rows = bool(whole.media)
         given = whole.options.get("num_items_in_batch")
         return shard_batch(whole, exchange, whole.label_count if given is None else given, self._groups)
 
-    def _exchange(self, batch: Batch) -> Exchange:
+    def _exchange(self, batch: BatchToShard) -> Exchange:
         inside, across = self._groups[0], self._groups[-1]
         if self.mode == "ulysses":
-            return Ulysses(inside, batch.length)
-        gather = AllGather(across, self._deal(batch, across.size))
-        return gather if self.mode == "all_gather" else GatherAcrossUlysses(gather, inside)
+            return UlyssesExchange(inside, batch.length)
+        gather = AllGatherExchange(across, self._deal(batch, across.size))
+        return gather if self.mode == "all_gather" else GatherAcrossUlyssesExchange(gather, inside)
 
-    def _check_num_items(self, batch: Batch) -> None:
+    def _check_num_items(self, batch: BatchToShard) -> None:
         if "num_items_in_batch" in batch.options:
             raise ValueError("`num_items` and `num_items_in_batch` in the batch: give one of them")
         if self._data_group is None and dist.get_world_size() != self.size:
@@ -243,25 +243,25 @@ class SequenceParallel:
     def _padded_length(self, length: int) -> int:
         if self.mode == "ulysses":
             return -(-length // self.size) * self.size
-        return padded_length(length, self.size)
+        return padded_length_to_deal(length, self.size)
 
-    def _deal(self, batch: Batch, ranks: int) -> Tensor:
+    def _deal(self, batch: BatchToShard, ranks: int) -> Tensor:
         """The rows of the sequence in the order of the ranks: blocks of them, dealt by what their layers see."""
-        block = block_length(batch.length, self.size)
+        block = block_length_to_deal(batch.length, self.size)
         work = torch.zeros(batch.length // block, dtype=torch.int64, device=batch.device)
         config: Any = self._model.config.get_text_config()
         types = getattr(config, "layer_types", None) or [None]
         for kind in sorted(set(types)):
             bounds = self._estimate(batch, kind)
             masks = bounds.shape[0] * bounds.shape[1]
-            visible, cut = (tiles // masks for tiles in count_tiles(bounds, block))
+            visible, cut = (tiles // masks for tiles in count_tiles_to_deal(bounds, block))
             limits = [KEY_RANGE_OF_LAYER_TYPE.get(kind)] if kind else KEY_RANGE_OF_LAYER_TYPE.values()
             key_ranges = [getattr(config, limit, None) for limit in limits if limit is not None]
             key_range = min([batch.length, *filter(None, key_ranges)])
-            work += types.count(kind) * Tiles(visible.clamp(max=-(-key_range // block) + 1), cut).work
+            work += types.count(kind) * TilesToDeal(visible.clamp(max=-(-key_range // block) + 1), cut).work
         return deal(work, ranks, block)
 
-    def _estimate(self, batch: Batch, kind: str | None) -> Tensor:
+    def _estimate(self, batch: BatchToShard, kind: str | None) -> Tensor:
         """Bounds close to those that the model will make for a type of layers; windows are not in them."""
         if isinstance(batch.mask, dict):
             return batch.mask[kind] if kind in batch.mask else next(iter(batch.mask.values()))

@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..integration import NAME, Mask, flashmask_attention_forward
 from ..integration.whole_sequence import WholeSequence
-from .exchanges import ByEngine
+from .exchanges import EngineExchange
 from .group import Group, all_gather, groups_of
-from .models import TokenTraits, check_model, find_model
+from .models import ModelTokenTraits, check_model, find_model
 from .rotary import share_largest_position
 
 __all__ = ["KeptMasks", "keep_masks"]
@@ -59,7 +59,7 @@ class KeptMasks:
     ) -> None:
         self._model = find_model(model)
         check_model(self._model)
-        self._token_types = TokenTraits.of(self._model).types_of_mask
+        self._token_types = ModelTokenTraits.of(self._model).types_of_mask
         self._group: Group = groups_of(mesh, "mesh", 1)[0]
         self._exchanges_in_eval = exchanges_in_eval
         engine = ALL_ATTENTION_FUNCTIONS[NAME]
@@ -103,7 +103,7 @@ class KeptMasks:
         if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] != local:
             raise ValueError(
                 f"under an engine for sequence parallelism `position_ids` [B or 1, {local}] must say where the tokens "
-                f"of this rank are in the row, got {_described(position_ids)}"
+                f"of this rank are in the row, got {_describe_given_tensor(position_ids)}"
             )
         if call.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(
@@ -112,7 +112,7 @@ class KeptMasks:
             )
         types = {name: call[name] for name in self._token_types if call.get(name) is not None}
         call = call | {name: self._gather(part) for name, part in types.items()}
-        exchange = ByEngine(self._group, local * self._group.size)
+        exchange = EngineExchange(self._group, local * self._group.size)
         if isinstance(mask, dict):
             masks = {kind: self._final(bounds, exchange) for kind, bounds in mask.items()}
             return args, {**call, "attention_mask": masks}
@@ -122,18 +122,18 @@ class KeptMasks:
         whole = WholeSequence(mask, self._gather(position_ids), exchange, has_token_types=bool(types))
         return args, {**call, "attention_mask": whole}
 
-    def _final(self, bounds: Mask | Tensor, exchange: ByEngine) -> Mask:
+    def _final(self, bounds: Mask | Tensor, exchange: EngineExchange) -> Mask:
         self._check_whole(bounds, exchange)
         mask = bounds.for_this_pass() if isinstance(bounds, Mask) else Mask.of_user(bounds)
         mask.exchange = exchange
         return mask
 
-    def _check_whole(self, mask: Any, exchange: ByEngine) -> None:
+    def _check_whole(self, mask: Any, exchange: EngineExchange) -> None:
         is_known = isinstance(mask, (Tensor, Mask))
         if mask is not None and not (is_known and mask.shape[-1] == exchange.length):
             raise ValueError(
                 f"`attention_mask` must be 2-D with the {exchange.local_length} tokens of this rank, or bounds of the "
-                f"whole row [B or 1, H or 1, C, {exchange.length}] on all ranks, got {_described(mask)}"
+                f"whole row [B or 1, H or 1, C, {exchange.length}] on all ranks, got {_describe_given_tensor(mask)}"
             )
 
     def _gather(self, part: Tensor) -> Tensor:
@@ -156,5 +156,5 @@ class KeptMasks:
         self.remove()
 
 
-def _described(value: Any) -> str:
+def _describe_given_tensor(value: Any) -> str:
     return f"{list(value.shape)}" if isinstance(value, (Tensor, Mask)) else type(value).__name__

@@ -19,7 +19,7 @@ from ..integration import Mask
 from ..integration.arguments import by_name
 from ..integration.whole_sequence import Exchange, WholeSequence
 
-__all__ = ["cut_call", "find_text_model", "media_of", "with_positions"]
+__all__ = ["cut_text_model_call", "find_text_model", "media_arguments_of", "with_positions_of_media"]
 
 
 def find_text_model(base: PreTrainedModel) -> PreTrainedModel:
@@ -49,25 +49,28 @@ _CUT_BEFORE = {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep"}
 """What models hand on to their text models beside its arguments, and `shard` has cut."""
 
 
-def media_of(base: PreTrainedModel) -> frozenset[str]:
+def media_arguments_of(base: PreTrainedModel) -> frozenset[str]:
     """Names of the arguments that are images and videos, or describe them; none where the text model cannot be cut."""
     text_model = find_text_model(base)
     known = {*_DIMENSION_OF_TOKENS, *_OF_IMAGE_TOKENS, *_NOT_CUT}
-    if text_model is base or not {"inputs_embeds", "position_ids"} <= _parameters(text_model.forward) <= known:
+    taken = _parameters_of_media_function(text_model.forward)
+    if text_model is base or not {"inputs_embeds", "position_ids"} <= taken <= known:
         return frozenset()
     names = {"pixel_values", "pixel_values_videos", "second_per_grid_ts"}
     for part in (base, base.base_model):
         for getter in ("get_image_features", "get_video_features"):
-            names |= _parameters(getattr(part, getter)) if hasattr(part, getter) else set()
-    return frozenset(names & _parameters(base.forward) - known)
+            names |= _parameters_of_media_function(getattr(part, getter)) if hasattr(part, getter) else set()
+    return frozenset(names & _parameters_of_media_function(base.forward) - known)
 
 
-def _parameters(function: Any) -> set[str]:
+def _parameters_of_media_function(function: Any) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
-def with_positions(base: PreTrainedModel, media: frozenset[str], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_positions_of_media(
+    base: PreTrainedModel, media: frozenset[str], batch: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """The batch with the positions that a model counts by the rows and columns of its images when none are given."""
     counting = [part for part in (base, base.base_model) if hasattr(part, "get_rope_index")]
     has_media = any(batch.get(name) is not None for name in media)
@@ -86,18 +89,20 @@ def with_positions(base: PreTrainedModel, media: frozenset[str], batch: Mapping[
         return {**batch, "position_ids": count(**{name: batch.get(name) for name in parameters})}
 
 
-def cut_call(
+def cut_text_model_call(
     text_model: PreTrainedModel, args: tuple[Any, ...], call: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook on a text model, whose call is cut to the tokens of this rank."""
     call = by_name(text_model, args, call)
-    exchange = _exchange_of(call.get("attention_mask"))
+    exchange = _exchange_of_text_model_call(call.get("attention_mask"))
     if exchange is None or not exchange.takes_whole_rows:
         return None
-    _check_call(text_model, call, exchange.length)
+    _check_text_model_call(text_model, call, exchange.length)
     rows = exchange.rows
     cut: dict[str, Any] = {
-        name: _cut(call[name], dim, rows) for name, dim in _DIMENSION_OF_TOKENS.items() if call.get(name) is not None
+        name: _cut_text_model_argument(call[name], dim, rows)
+        for name, dim in _DIMENSION_OF_TOKENS.items()
+        if call.get(name) is not None
     }
     if call.get("visual_pos_masks") is not None:
         cut |= _cut_image_tokens(call["visual_pos_masks"], call["deepstack_visual_embeds"], rows)
@@ -106,13 +111,13 @@ def cut_call(
     return (), call | cut
 
 
-def _exchange_of(mask: Any) -> Exchange | None:
+def _exchange_of_text_model_call(mask: Any) -> Exchange | None:
     if isinstance(mask, Mapping):
         mask = next(iter(mask.values()), None)
     return mask.exchange if isinstance(mask, (Mask, WholeSequence)) else None
 
 
-def _check_call(text_model: PreTrainedModel, call: dict[str, Any], length: int) -> None:
+def _check_text_model_call(text_model: PreTrainedModel, call: dict[str, Any], length: int) -> None:
     name = type(text_model).__name__
     position_ids = call.get("position_ids")
     if not isinstance(position_ids, Tensor) or position_ids.shape[-1] != length:
@@ -129,7 +134,7 @@ def _check_call(text_model: PreTrainedModel, call: dict[str, Any], length: int) 
             )
 
 
-def _cut(values: Tensor, dimension: int, rows: Tensor | slice) -> Tensor:
+def _cut_text_model_argument(values: Tensor, dimension: int, rows: Tensor | slice) -> Tensor:
     return (values[..., rows] if dimension == -1 else values[:, rows]).contiguous()
 
 

@@ -14,20 +14,22 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
 from ..integration.mrope import takes_text_positions
-from ..sharing.backbone import Traits, find_backbone, meeting_places, source_of, takes_positions
+from ..sharing.backbone import backbone_takes_position_ids, find_backbone, mixing_outside_attention
+from ..sharing.layer_source import source_of_layer
+from ..sharing.traits import Traits
 from .exchanges import kv_heads_on_the_wire
-from .media import media_of
+from .media import media_arguments_of
 
 __all__ = [
     "TOKEN_TYPES",
     "Mode",
-    "TokenTraits",
-    "check_labels",
+    "ModelTokenTraits",
     "check_model",
-    "check_positions",
+    "check_model_loss",
+    "check_model_positions",
     "choose_mode",
     "find_model",
-    "refuse_classifier",
+    "refuse_classifier_model",
 ]
 
 Mode = Literal["ulysses", "all_gather", "all_gather_across_ulysses"]
@@ -51,7 +53,7 @@ def check_model(base: PreTrainedModel) -> Traits:
         )
     if base.config.is_encoder_decoder:
         raise NotImplementedError(f"sequence_parallel cuts one sequence, {name} has two: an encoder's and a decoder's")
-    if found := meeting_places(base):
+    if found := mixing_outside_attention(base):
         raise NotImplementedError(
             f"sequence_parallel cannot cut {name} along the sequence: tokens meet elsewhere than in attention ({found})"
         )
@@ -60,14 +62,14 @@ def check_model(base: PreTrainedModel) -> Traits:
             f"sequence_parallel does not serve the pooler of {name}, which reads the first token of a row: build the "
             "model without it (add_pooling_layer=False)"
         )
-    if found := _heads_that_read_one_token(base):
+    if found := _model_heads_that_read_one_token(base):
         raise NotImplementedError(
             f"sequence_parallel does not serve {found} of {name}, which reads one token of a row, that one rank has: "
             "train this model without it"
         )
     backbone = cast(PreTrainedModel, base.base_model)
     traits = Traits.of(find_backbone(base, "sequence_parallel"))
-    if not takes_positions(backbone):
+    if not backbone_takes_position_ids(backbone):
         raise NotImplementedError(
             f"sequence_parallel cannot tell {name} the positions of its tokens: its forward takes no `position_ids`"
         )
@@ -85,7 +87,7 @@ def check_model(base: PreTrainedModel) -> Traits:
     return traits
 
 
-def _heads_that_read_one_token(base: PreTrainedModel) -> str:
+def _model_heads_that_read_one_token(base: PreTrainedModel) -> str:
     """What computes an output from one token of each row, by name; empty if nothing does."""
     for model in (base, base.base_model):
         returned = inspect.signature(inspect.unwrap(type(model).forward)).return_annotation
@@ -94,7 +96,7 @@ def _heads_that_read_one_token(base: PreTrainedModel) -> str:
     return next((type(part).__name__ for part in base.modules() if type(part).__name__.endswith("SequenceSummary")), "")
 
 
-def check_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> None:
+def check_model_positions(traits: Traits, length: int, batch: Mapping[str, Any]) -> None:
     """Refuse rows in which a layer would count positions by the tokens of its rank, beside `position_ids`.
 
     Args:
@@ -123,7 +125,7 @@ TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
 """Arguments `[B, S]` that tell what kind of token each one is."""
 
 
-class TokenTraits(NamedTuple):
+class ModelTokenTraits(NamedTuple):
     """How a model reads what it is told of each token.
 
     Attributes:
@@ -138,17 +140,17 @@ class TokenTraits(NamedTuple):
     media: frozenset[str]
 
     @classmethod
-    def of(cls, base: PreTrainedModel) -> TokenTraits:
+    def of(cls, base: PreTrainedModel) -> ModelTokenTraits:
         models = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
-        makes_blocks = any(_MAKES_BLOCKS.search(source_of(part)) for part in models)
+        makes_blocks = any(_MAKES_BLOCKS.search(source_of_layer(part)) for part in models)
         names = set(inspect.signature(type(base).forward).parameters) if makes_blocks else set()
-        return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)), media_of(base))
+        return cls(TOKEN_TYPES & names, any(map(takes_text_positions, models)), media_arguments_of(base))
 
 
 _MAKES_BLOCKS = re.compile("block_sequence_ids|create_causal_mask_mapping")  # the second until Transformers 5.8
 
 
-def refuse_classifier(base: PreTrainedModel) -> None:
+def refuse_classifier_model(base: PreTrainedModel) -> None:
     """A sequence classifier takes the last token of a row, which one rank has. With labels of answers it may differ."""
     if isinstance(base, GenericForSequenceClassification):
         raise NotImplementedError(
@@ -158,7 +160,7 @@ def refuse_classifier(base: PreTrainedModel) -> None:
         )
 
 
-def check_labels(base: PreTrainedModel) -> None:
+def check_model_loss(base: PreTrainedModel) -> None:
     """Refuse labels where the model's loss would not be that of the whole batch."""
     name = type(base).__name__
     if base.loss_function is not ForCausalLMLoss:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..sharing.backbone import depends_on_largest_position
+from ..sharing.traits import depends_on_largest_position
 from .group import Group
 
 __all__ = ["share_largest_position"]

@@ -17,17 +17,17 @@ from ..training.labels import IGNORED, AnswerLabels
 from ..training.preference_collator import SELECTS_BY_ROW
 from .answers import answers_of_rank
 from .group import Group
-from .models import TOKEN_TYPES, TokenTraits
-from .prefixes import LabelsInTree, MergedBatch
+from .merged_batch import LabelsOfMergedBatch, MergedBatch
+from .models import TOKEN_TYPES, ModelTokenTraits
 
-__all__ = ["Batch", "read_batch", "read_merged_batch", "shard_batch"]
+__all__ = ["BatchToShard", "read_batch_to_shard", "read_merged_batch_to_shard", "shard_batch"]
 
 _DROPPED = {"max_length_q", "max_length_k", "seq_idx"}
 """What collators of packed rows say beside the cumulative lengths, which flashmask does not read."""
 _OPTIONS = {"num_items_in_batch", "use_cache", "return_dict", "output_hidden_states", "output_attentions"}
 
 
-class Batch(NamedTuple):
+class BatchToShard(NamedTuple):
     """A batch of the whole sequence, padded to the length that the ranks share out.
 
     Attributes:
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     of_mask: dict[str, Tensor]
     labels: Tensor | None
     answers: AnswerLabels | None
-    labels_in_tree: LabelsInTree | None
+    labels_in_tree: LabelsOfMergedBatch | None
     selects_logits: bool
     position_ids: Tensor
     document_positions: Tensor | None
@@ -69,20 +69,20 @@ class Batch(NamedTuple):
         return 0 if self.labels is None else (self.labels != IGNORED).sum()
 
 
-def read_merged_batch(
-    merged: MergedBatch, length_of: Callable[[int], int], device: torch.device, traits: TokenTraits
-) -> Batch:
-    """The same as `read_batch`, of rows that were merged into one."""
-    whole = read_batch(merged.arguments, length_of, device, traits)
+def read_merged_batch_to_shard(
+    merged: MergedBatch, length_of: Callable[[int], int], device: torch.device, traits: ModelTokenTraits
+) -> BatchToShard:
+    """The same as `read_batch_to_shard`, of rows that were merged into one."""
+    whole = read_batch_to_shard(merged.arguments, length_of, device, traits)
     depth = merged.depth.to(device)
     tail = torch.arange(whole.length - depth.shape[1], device=device)
-    labels = LabelsInTree(*(part.to(device) for part in merged.labels))
+    labels = LabelsOfMergedBatch(*(part.to(device) for part in merged.labels))
     return whole._replace(document_positions=torch.cat([depth, tail[None]], dim=1), labels_in_tree=labels)
 
 
-def read_batch(
-    batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device, traits: TokenTraits
-) -> Batch:
+def read_batch_to_shard(
+    batch: Mapping[str, Any], length_of: Callable[[int], int], device: torch.device, traits: ModelTokenTraits
+) -> BatchToShard:
     """Check what a collator returns, and pad it.
 
     Args:
@@ -92,7 +92,7 @@ def read_batch(
         traits: of the model.
     """
     kept = {name: value for name, value in batch.items() if value is not None and name not in _DROPPED}
-    given = _on_device(kept, device)
+    given = _batch_on_device(kept, device)
     answers = given.pop("labels") if isinstance(given.get("labels"), AnswerLabels) else None
     selects = answers is not None and given.pop("logits_to_keep", None) is not None
     tokens = given.get("input_ids", given.get("inputs_embeds"))
@@ -123,16 +123,16 @@ def read_batch(
         labels = padded("labels", IGNORED)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    mask = _padded_mask(given.pop("attention_mask", None), shape, length)
+    mask = _pad_mask_to_shard(given.pop("attention_mask", None), shape, length)
     index = torch.arange(length, device=tokens.device)
     tail_positions = index[:tail]
     documents = None
     positions = index.clamp(max=short - 1)[None]
     if "position_ids" in given:
         position_ids = given.pop("position_ids")
-        _check_positions(position_ids, rows, short, has_dimensions=traits.has_dimensions)
+        _check_positions_of_batch(position_ids, rows, short, has_dimensions=traits.has_dimensions)
         if position_ids.ndim == 3 and len(position_ids) == 3:
-            position_ids = with_text_positions(position_ids, _tokens_of(mask, short))
+            position_ids = with_text_positions(position_ids, _tokens_of_batch_mask(mask, short))
         tail_positions = torch.minimum(tail_positions.to(position_ids), position_ids.amax())
         tail_positions = tail_positions.expand(*position_ids.shape[:-1], -1)
         positions = torch.cat([position_ids, tail_positions], dim=-1)
@@ -141,23 +141,25 @@ def read_batch(
     if batch.get("cu_seq_lens_k") is batch.get("cu_seq_lens_q"):
         of_keys = None  # else they are compared, which waits for the device
     if cu_seq_lens is not None:
-        by_lengths = _positions_of_lengths(cu_seq_lens, of_keys, rows, index, short)
+        by_lengths = _read_cu_seq_lens_of_batch(cu_seq_lens, of_keys, rows, index, short)
         documents = (
-            by_lengths if documents is None else _positions_of_both(by_lengths, documents, _tokens_of(mask, length))
+            by_lengths
+            if documents is None
+            else _join_documents_of_batch(by_lengths, documents, _tokens_of_batch_mask(mask, length))
         )
     if isinstance(mask, Tensor) and mask.ndim == 4:  # bounds are final; positions tell whether they are prefix trees
         documents = positions[0] if positions.ndim == 3 else positions
     if mask is None and tail and documents is None:
         mask = (index < short).expand(rows, -1).contiguous()
     media = {name: given.pop(name) for name in traits.media if name in given}
-    _refuse_others(given)
-    return Batch(
+    _refuse_unknown_in_batch(given)
+    return BatchToShard(
         by_token, of_mask, labels, answers, None, selects, positions, documents, mask, media, given, length, device
     )
 
 
 def shard_batch(
-    batch: Batch, exchange: Exchange, label_count: Tensor | float, groups: Sequence[Group]
+    batch: BatchToShard, exchange: Exchange, label_count: Tensor | float, groups: Sequence[Group]
 ) -> dict[str, Any]:
     """The arguments of the model on one rank.
 
@@ -195,19 +197,19 @@ def shard_batch(
     return part
 
 
-def _on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _batch_on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     moved: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, AnswerLabels):
-            moved[name] = AnswerLabels(_on_device(value, device))
+            moved[name] = AnswerLabels(_batch_on_device(value, device))
         elif isinstance(value, Mapping):
-            moved[name] = _on_device(value, device)
+            moved[name] = _batch_on_device(value, device)
         else:
             moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
     return moved
 
 
-def _check_positions(position_ids: Any, rows: int, length: int, *, has_dimensions: bool) -> None:
+def _check_positions_of_batch(position_ids: Any, rows: int, length: int, *, has_dimensions: bool) -> None:
     shapes = f"[{rows} or 1, {length}]" + (f" or [3 or 4, {rows} or 1, {length}]" if has_dimensions else "")
     if not isinstance(position_ids, Tensor):
         raise TypeError(f"`position_ids` must be a tensor {shapes}, got {type(position_ids).__name__}")
@@ -219,11 +221,13 @@ def _check_positions(position_ids: Any, rows: int, length: int, *, has_dimension
         )
 
 
-def _tokens_of(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | None:
+def _tokens_of_batch_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | None:
     return mask[:, :length].ne(0) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor, length: int) -> Tensor:
+def _read_cu_seq_lens_of_batch(
+    cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int, index: Tensor, length: int
+) -> Tensor:
     """Positions `[1, S]` that restart with every document, and with the padding behind `length` tokens."""
     if rows != 1:
         raise ValueError(
@@ -238,21 +242,21 @@ def _positions_of_lengths(cu_seq_lens: Tensor, of_keys: Tensor | None, rows: int
     return (index - starts[document])[None]
 
 
-def _positions_of_both(by_lengths: Tensor, position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+def _join_documents_of_batch(by_lengths: Tensor, position_ids: Tensor, is_token: Tensor | None) -> Tensor:
     """Positions `[1, S]` that restart with every document of either."""
     index = torch.arange(by_lengths.shape[1], device=by_lengths.device)
     starts = _bounds.document_starts(_bounds.document_ends(position_ids, is_token))
     return torch.minimum(by_lengths, index - starts)
 
 
-def _padded_mask(mask: Any, shape: tuple[int, int], length: int) -> Tensor | dict[str, Tensor] | None:
+def _pad_mask_to_shard(mask: Any, shape: tuple[int, int], length: int) -> Tensor | dict[str, Tensor] | None:
     rows, short = shape
     if mask is None:
         return None
     if isinstance(mask, Mapping):
-        return {name: _padded_bounds(bounds, rows, short, length) for name, bounds in mask.items()}
+        return {name: _pad_bounds_to_shard(bounds, rows, short, length) for name, bounds in mask.items()}
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        return _padded_bounds(mask, rows, short, length)
+        return _pad_bounds_to_shard(mask, rows, short, length)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         came = f"{list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -262,7 +266,7 @@ def _padded_mask(mask: Any, shape: tuple[int, int], length: int) -> Tensor | dic
     return nn.functional.pad(mask, (0, length - short))
 
 
-def _padded_bounds(bounds: Any, rows: int, short: int, length: int) -> Tensor:
+def _pad_bounds_to_shard(bounds: Any, rows: int, short: int, length: int) -> Tensor:
     if isinstance(bounds, Tensor) and bounds.dtype != torch.int32:
         raise TypeError(
             f"`attention_mask` is {bounds.dtype} {list(bounds.shape)}: sequence_parallel takes int32 bounds; a dense "
@@ -278,7 +282,7 @@ def _padded_bounds(bounds: Any, rows: int, short: int, length: int) -> Tensor:
     return _bounds.hide_keys(nn.functional.pad(bounds, (0, tail)), is_tail)
 
 
-def _refuse_others(given: Mapping[str, Any]) -> None:
+def _refuse_unknown_in_batch(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         is_harmless = isinstance(value, bool) and not (value and name == "output_router_logits")
         if name not in _OPTIONS and not is_harmless:

@@ -1,13 +1,10 @@
-"""The part of a model whose forward pass shares prefixes: where it is, whether it can share, and its traits."""
+"""The part of a model whose forward pass shares prefixes: where it is, and whether it can share."""
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
-import re
 import sys
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,9 +12,9 @@ from transformers import PreTrainedModel
 from ..integration import NAME
 from ..integration.adapters import adapters_that_see_rows
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from .layer_source import source_of_layer
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
-_LOOK_AT_LARGEST_POSITION = {"dynamic", "longrope"}
 _MASK_CREATORS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 
 
@@ -42,19 +39,19 @@ def find_backbone(model: nn.Module, asking: str = "share_prefixes") -> PreTraine
     backbone = cast(PreTrainedModel, inner.base_model)
     if backbone is inner and inner.get_output_embeddings() is not None:
         # A model whose `base_model_prefix` names nothing (Llama 4's language model).
-        parts = _models_in(inner)
+        parts = _backbones_inside(inner)
         backbone = parts[0] if len(parts) == 1 else backbone
     # The head of OPT calls the decoder directly, past the model that only wraps it.
-    while len(parts := _models_in(backbone)) == 1 and _num_weights(parts[0]) == _num_weights(backbone):
+    while len(parts := _backbones_inside(backbone)) == 1 and _num_parameters(parts[0]) == _num_parameters(backbone):
         backbone = parts[0]
     return backbone
 
 
-def _num_weights(model: nn.Module) -> int:
+def _num_parameters(model: nn.Module) -> int:
     return len(list(model.parameters()))
 
 
-def _models_in(model: nn.Module) -> list[PreTrainedModel]:
+def _backbones_inside(model: nn.Module) -> list[PreTrainedModel]:
     return [part for part in model.children() if isinstance(part, PreTrainedModel)]
 
 
@@ -73,7 +70,7 @@ def refuse_prompt_learning(wrapper: Any, asking: str) -> None:
             )
 
 
-def check_implementation(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
+def check_backbone_implementation(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
     implementation = backbone.config.get_text_config()._attn_implementation
     if implementation != NAME:
         raise ValueError(
@@ -84,42 +81,42 @@ def check_implementation(backbone: PreTrainedModel, asking: str = "share_prefixe
 
 def check_backbone(backbone: PreTrainedModel, asking: str = "share_prefixes") -> None:
     """Raise unless the model can be called with prefix trees."""
-    check_implementation(backbone, asking)
+    check_backbone_implementation(backbone, asking)
     name = type(backbone).__name__
     if any(getattr(module, "is_causal", True) is False for module in backbone.modules()):
         raise ValueError(f"{asking} needs a causal model; in {name} a token sees the ones after it")
     if backbone.config.is_encoder_decoder:
         raise ValueError(f"{asking} needs a decoder, {name} has an encoder as well")
-    if found := meeting_places(backbone):
+    if found := mixing_outside_attention(backbone):
         raise NotImplementedError(
             f"{asking} cannot share what goes from token to token other than by attention: {name} has {found}"
         )
     modules = [sys.modules[base.__module__] for base in type(backbone).__mro__ if issubclass(base, PreTrainedModel)]
     if not any(hasattr(module, creator) for module in modules for creator in _MASK_CREATORS):
         raise NotImplementedError(f"{asking} cannot give {name} a mask: it makes its own")
-    if not takes_positions(backbone):
+    if not backbone_takes_position_ids(backbone):
         raise NotImplementedError(
             f"{asking} cannot tell {name} the positions of tokens: its forward takes no `position_ids`"
         )
 
 
-def takes_positions(backbone: PreTrainedModel) -> bool:
+def backbone_takes_position_ids(backbone: PreTrainedModel) -> bool:
     is_told = "position_ids" in inspect.signature(type(backbone).forward).parameters
-    return is_told and "`position_ids` were provided but will be ignored" not in source_of(backbone)
+    return is_told and "`position_ids` were provided but will be ignored" not in source_of_layer(backbone)
 
 
-def meeting_places(model: PreTrainedModel) -> str:
+def mixing_outside_attention(model: PreTrainedModel) -> str:
     """Where tokens meet elsewhere than in attention, by name; empty if nowhere."""
     config: Any = model.config.get_text_config()
     other_layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYER_TYPES
     if getattr(config, "trigram_input", False):  # MobileBERT joins the embeddings of neighbours
         other_layers.add("trigram_input")
-    convolutions = {type(module).__name__ for module in modules_of(model) if isinstance(module, nn.Conv1d)}
-    found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(modules_of(model))))
+    convolutions = {type(module).__name__ for module in modules_of_backbone(model) if isinstance(module, nn.Conv1d)}
+    found = ", ".join(sorted(other_layers | convolutions | adapters_that_see_rows(modules_of_backbone(model))))
     return found or ("a recurrent state" if model._is_stateful else "")
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
+def modules_of_backbone(model: nn.Module) -> list[nn.Module]:
     """All modules. `modules()` takes several times as long, in every call."""
     found, seen = [model], {model}
     for module in found:
@@ -128,104 +125,3 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
                 seen.add(child)
                 found.append(child)
     return found
-
-
-class Traits(NamedTuple):
-    """What a forward pass needs to know of a backbone.
-
-    Attributes:
-        key_ranges: how many keys a query sees at most in layers that do not see all.
-        relative_up_to: positions of rows up to this length matter only by their distances; 0 when they always matter.
-        packs_up_to: rows up to this length can be packed. From some column on, Llama 4 scales scores by the column of
-            the query, whatever its position.
-        counts_visible_tokens: whether it counts positions by the 2-D mask, not by columns, when none are given.
-        counts_by_token_ids: whether it counts positions by which token ids are padding, when none are given.
-    """
-
-    key_ranges: tuple[int, ...]
-    relative_up_to: float
-    packs_up_to: float
-    counts_visible_tokens: bool
-    counts_by_token_ids: bool
-
-    @classmethod
-    def of(cls, backbone: PreTrainedModel) -> Traits:
-        config: Any = backbone.config.get_text_config()
-        limits = [getattr(config, limit, None) for limit in KEY_RANGE_OF_LAYER_TYPE.values()]
-        scales_by_column = getattr(config, "attn_temperature_tuning", False)
-        sources = [source_of(layer) for layer in backbone.modules()]
-        return cls(
-            key_ranges=tuple(limit for limit in limits if limit is not None),
-            relative_up_to=_relative_up_to(backbone),
-            packs_up_to=config.floor_scale - 1 if scales_by_column else float("inf"),
-            counts_visible_tokens=_counts_visible_tokens(source_of(backbone)),
-            counts_by_token_ids=any("create_position_ids_from_input_ids(" in source for source in sources),
-        )
-
-
-def _counts_visible_tokens(source: str) -> bool:
-    counting = re.search(
-        r"position_ids = (torch\.cumsum\(\w*attention_mask|attention_mask(\.\w+\(\))?\.cumsum\()", source
-    )
-    # Models of images and text count so only in what they generate.
-    return counting is not None and "rope_deltas" not in source
-
-
-def _relative_up_to(backbone: PreTrainedModel) -> float:
-    names = _rope_types(backbone)
-    # Some rotary embeddings change with the largest position, or from layer type to layer type.
-    if not names or names & _LOOK_AT_LARGEST_POSITION or any(map(_normalizes_after_rotation, backbone.modules())):
-        return 0
-    config: Any = backbone.config.get_text_config()
-    # Ministral 3 and Mistral 4 scale scores by the position of the query, from some position on.
-    rope = getattr(config, "rope_parameters", None) or {}
-    is_scaled = bool(rope.get("llama_4_scaling_beta"))
-    return float(rope["original_max_position_embeddings"]) if is_scaled else float("inf")
-
-
-def _rope_types(model: nn.Module) -> set[str]:
-    """Of all rotary embeddings; empty without any."""
-    rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
-    kinds = [getattr(module, "rope_type", "default") for module in rotary]
-    return {name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])}
-
-
-def depends_on_largest_position(module: nn.Module) -> bool:
-    """Whether a module is a rotary embedding that looks at the largest position of a call."""
-    return "Rotary" in type(module).__name__ and bool(_rope_types(module) & _LOOK_AT_LARGEST_POSITION)
-
-
-def _normalizes_after_rotation(layer: nn.Module) -> bool:
-    """Whether a norm with weights follows the rotation of queries: scores then depend on positions, not distances."""
-    _, rotates, rest = source_of(layer).partition("apply_rotary_pos_emb(")
-    norms = re.findall(r"= self\.(\w*norm)\(query", rest) if rotates else []
-    return any(list(getattr(layer, name).parameters()) for name in norms if hasattr(layer, name))
-
-
-def source_of(layer: nn.Module) -> str:
-    """The source of a layer's class and its bases, without those of torch; empty where it is not found."""
-    return _source_of_class(type(layer))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _source_of_class(layer_class: type) -> str:
-    sources = []
-    for base in layer_class.__mro__:
-        if base not in (object, PreTrainedModel) and not base.__module__.startswith("torch."):
-            try:
-                of_module = _sources_of_classes(inspect.getsource(sys.modules[base.__module__]))
-                sources.append(of_module.get(base.__qualname__) or inspect.getsource(base))
-            except (KeyError, OSError, TypeError):  # a class from a notebook
-                continue
-    return "\n".join(sources)
-
-
-@functools.cache
-def _sources_of_classes(text: str) -> dict[str, str]:
-    """Of the classes that the text of a module defines at its top. Before Python 3.13, `inspect` parses it again for
-    each class.
-    """
-    lines = text.split("\n")  # as `ast` counts them: `splitlines` also ends them at form feeds
-    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-    starts = [min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) for node in classes]
-    return {node.name: "\n".join(lines[start - 1 : node.end_lineno]) for node, start in zip(classes, starts)}

@@ -15,8 +15,10 @@ from transformers.utils import TransformersKwargs
 
 from ..integration import flashmask_attention_forward
 from ..integration.adapters import adapters_that_see_rows
-from .backbone import Traits, check_implementation, modules_of, source_of
+from .backbone import check_backbone_implementation, modules_of_backbone
+from .layer_source import source_of_layer
 from .randomness import refuse_randomness
+from .traits import Traits
 
 _ARGUMENTS_OF_ALL_MODELS = {
     *inspect.signature(flashmask_attention_forward).parameters,
@@ -25,7 +27,7 @@ _ARGUMENTS_OF_ALL_MODELS = {
 } - {"kwargs"}
 
 
-def has_cache(arguments: Mapping[str, Any]) -> bool:
+def call_has_cache(arguments: Mapping[str, Any]) -> bool:
     caches = (arguments.get("past_key_values"), arguments.get("cache"))  # its name since Transformers 5.24
     return any(cache is not None for cache in caches) or bool(arguments.get("use_cache"))
 
@@ -39,7 +41,7 @@ def is_padded_batch(arguments: Mapping[str, Any]) -> bool:
 
 
 def check_call(backbone: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
-    check_implementation(backbone)
+    check_backbone_implementation(backbone)
     config = backbone.config.get_text_config()
     given = arguments.get("output_router_logits")
     if given or (given is None and getattr(config, "output_router_logits", False)):
@@ -47,14 +49,20 @@ def check_call(backbone: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             "share_prefixes cannot honour `output_router_logits=True`: it would count shared tokens once and padding "
             "never"
         )
-    if adapters := ", ".join(sorted(adapters_that_see_rows(modules_of(backbone)))):  # that came after the hooks
+    if adapters := ", ".join(
+        sorted(adapters_that_see_rows(modules_of_backbone(backbone)))
+    ):  # that came after the hooks
         raise NotImplementedError(
             f"share_prefixes cannot share tokens under {adapters}: what it makes of a token depends on other tokens of "
             "the batch; use LoRA without `alora_invocation_tokens`, or another adapter"
         )
     for name, value in arguments.items():
         is_known = name in ("input_ids", "attention_mask", "position_ids") or "labels" in name
-        if not is_known and any(tensor.ndim > 0 for tensor in _tensors(value)) and _reads(backbone, name):
+        if (
+            not is_known
+            and any(tensor.ndim > 0 for tensor in _tensors_in_argument(value))
+            and _reads_call_argument(backbone, name)
+        ):
             raise NotImplementedError(
                 f"share_prefixes compares rows by their token ids and cannot tell where `{name}` differs; call the "
                 "model without it, or without share_prefixes"
@@ -64,23 +72,23 @@ def check_call(backbone: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     refuse_randomness(backbone)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_in_argument(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from _tensors_in_argument(part)
 
 
-def _reads(backbone: PreTrainedModel, name: str) -> bool:
+def _reads_call_argument(backbone: PreTrainedModel, name: str) -> bool:
     """Whether some layer could read this argument. Trainers pass columns that only their losses read (`margin`)."""
     if name in _ARGUMENTS_OF_ALL_MODELS:
         return True
     word = re.compile(rf"\b{re.escape(name)}\b")
-    return any(word.search(source_of(layer)) for layer in backbone.modules())
+    return any(word.search(source_of_layer(layer)) for layer in backbone.modules())
 
 
-def positions_of(arguments: Mapping[str, Any], traits: Traits, name: str) -> Tensor | None:
+def positions_of_call(arguments: Mapping[str, Any], traits: Traits, name: str) -> Tensor | None:
     """The positions of the padded batch, or None where those that count from each row's first token do the same."""
     position_ids: Tensor | None = arguments.get("position_ids")
     input_ids, mask = arguments["input_ids"], arguments.get("attention_mask")

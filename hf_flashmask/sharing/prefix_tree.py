@@ -93,20 +93,20 @@ def merge_prefixes(
         ValueError: for wrong shapes, for `position_ids` that do not increase within a row, and for ids of documents in
             `attention_mask`.
     """
-    _check_batch(input_ids, attention_mask, position_ids)
+    _check_batch_to_merge(input_ids, attention_mask, position_ids)
     num_sequences = input_ids.shape[0]
     is_visible = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    is_token = is_visible if attention_mask is None else _from_first_to_last(is_visible)
+    is_token = is_visible if attention_mask is None else _tokens_between_padding(is_visible)
     depth = is_token.cumsum(1) - 1
     # Tokens are the same when their ids, their visibility and, where they matter, their positions agree.
     identity = torch.where(is_visible, input_ids, ~input_ids.long())
     if position_ids is not None:
         identity = identity.long() * 2**32 + position_ids
-    first_difference = _first_differences(_left_aligned(identity, is_token, depth))
-    packed = _restarts(position_ids, is_visible), _document_ids(attention_mask, is_visible)
+    common = _lengths_of_common_prefixes(_sequences_left_aligned(identity, is_token, depth))
+    packed = _num_position_restarts(position_ids, is_visible), _num_document_ids(attention_mask, is_visible)
     counts = is_token.sum(1), is_visible.sum(1), *packed
     # The only read-back. From here on the tensors are small, and cost less on the host than launches would.
-    figures = torch.cat([first_difference, torch.stack(counts, 1)], 1).cpu()
+    figures = torch.cat([common, torch.stack(counts, 1)], 1).cpu()
     shared, lengths, num_visible, restarts, document_ids = figures.split([num_sequences, 1, 1, 1, 1], dim=1)
     if restarts.any():
         raise ValueError("`position_ids` must increase within a row: rows of packed documents cannot be merged")
@@ -148,20 +148,20 @@ def merge_prefixes(
     )
 
 
-def _from_first_to_last(is_visible: Tensor) -> Tensor:
+def _tokens_between_padding(is_visible: Tensor) -> Tensor:
     """The columns from the first to the last visible token of each row, bool `[R, S]`."""
     begun, remaining = is_visible.cumsum(1), is_visible.flip(1).cumsum(1).flip(1)
     return (begun > 0) & (remaining > 0)
 
 
-def _left_aligned(values: Tensor, is_token: Tensor, depth: Tensor) -> Tensor:
+def _sequences_left_aligned(values: Tensor, is_token: Tensor, depth: Tensor) -> Tensor:
     """The tokens of each row from its first column on; what follows them is arbitrary."""
     aligned = values.new_zeros(values.shape[0], values.shape[1] + 1)
     return aligned.scatter_(1, torch.where(is_token, depth, values.shape[1]), values)[:, :-1]
 
 
-def _first_differences(tokens: Tensor) -> Tensor:
-    """The first column in which every two rows differ, `[R, R]`; their length where they do not."""
+def _lengths_of_common_prefixes(tokens: Tensor) -> Tensor:
+    """Of every two rows, `[R, R]`: the first column in which they differ; their length where they do not."""
     num_rows, longest = tokens.shape
     if longest == 0:
         return torch.zeros(num_rows, num_rows, dtype=torch.int64, device=tokens.device)
@@ -170,12 +170,12 @@ def _first_differences(tokens: Tensor) -> Tensor:
     return torch.cat([torch.where(rows[:, None] == tokens, longest, column).amin(2) for rows in tokens.split(step)])
 
 
-def _document_ids(attention_mask: Tensor | None, is_visible: Tensor) -> Tensor:
+def _num_document_ids(attention_mask: Tensor | None, is_visible: Tensor) -> Tensor:
     """How many tokens of each row have an id, `[R]`."""
     return (torch.zeros_like(is_visible) if attention_mask is None else are_ids(attention_mask)).sum(1)
 
 
-def _restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
+def _num_position_restarts(position_ids: Tensor | None, is_visible: Tensor) -> Tensor:
     """How often the positions of each row's visible tokens do not increase, `[R]`."""
     if position_ids is None:
         return is_visible.new_zeros(is_visible.shape[0], dtype=torch.int64)
@@ -210,7 +210,7 @@ class _Forest(NamedTuple):
         number = torch.arange(lengths.shape[0], device=lengths.device)
         # At a fork, the branch that appears first in the batch goes first, and a sequence that ends there goes before
         # all branches. Equal sequences keep their order.
-        branch = torch.where(shared < lengths[:, None], _first_of_branch(shared), -1)
+        branch = torch.where(shared < lengths[:, None], _first_sequence_of_branch(shared), -1)
         before = (branch < branch.T) | ((branch == branch.T) & (number[:, None] < number))
         rank = before.sum(0)
         skipped = torch.where(before, shared, 0).amax(0)
@@ -242,13 +242,13 @@ class _Forest(NamedTuple):
         return (self.before & (shared > 0)).sum(0)
 
 
-def _first_of_branch(shared: Tensor) -> Tensor:
+def _first_sequence_of_branch(shared: Tensor) -> Tensor:
     """For two sequences that fork: the first sequence of the batch that continues like the former, `[R, R]`."""
     step = max(1, _COMPARED_AT_ONCE // shared.shape[0] ** 2)
     return torch.cat([(own[:, None] > own[:, :, None]).byte().argmax(2) for own in shared.split(step)])
 
 
-def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+def _check_batch_to_merge(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
     if input_ids.ndim != 2 or input_ids.shape[0] == 0 or input_ids.is_floating_point():
         raise ValueError(
             f"`input_ids` must be integers [R, S] with R > 0, got {input_ids.dtype} {list(input_ids.shape)}"

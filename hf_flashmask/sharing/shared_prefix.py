@@ -23,9 +23,10 @@ from ..bounds import MAX_INTERVALS
 from ..integration import register_tree
 from ..integration.arguments import by_name
 from ..integration.conversion import Tree
-from .backbone import Traits, check_backbone, find_backbone
-from .call import check_call, has_cache, is_padded_batch, positions_of
+from .backbone import check_backbone, find_backbone
+from .call import call_has_cache, check_call, is_padded_batch, positions_of_call
 from .prefix_tree import PrefixTree, merge_prefixes
+from .traits import Traits
 
 __all__ = ["share_prefixes"]
 
@@ -78,14 +79,14 @@ class share_prefixes:
         self._num_calls = 0
         self._num_calls_with_cache = 0
         self._has_warned = False
-        self._running = _RunningCalls()
+        self._running = _PackedCallsOfThread()
         self._handles: list[RemovableHandle] = []
         for model in given:
-            self._handles.append(model.register_forward_pre_hook(_Hook(self._count_call), with_kwargs=True))
+            self._handles.append(model.register_forward_pre_hook(_SharingHook(self._count_call), with_kwargs=True))
         for backbone in backbones:
-            merge = _Hook(self._merge, Traits.of(backbone))
+            merge = _SharingHook(self._merge, Traits.of(backbone))
             self._handles.append(backbone.register_forward_pre_hook(merge, with_kwargs=True))
-            gather = _Hook(self._gather)
+            gather = _SharingHook(self._gather)
             self._handles.append(backbone.register_forward_hook(gather, with_kwargs=True, always_call=True))
 
     def remove(self) -> None:
@@ -138,7 +139,7 @@ class share_prefixes:
                 "share_prefixes cannot share tokens of rows that have an adapter each (`adapter_names` of PEFT): call "
                 "the model without share_prefixes, or with rows of one adapter, chosen by `set_adapter`"
             )
-        if self._handles and not has_cache(kwargs):
+        if self._handles and not call_has_cache(kwargs):
             self._num_calls += 1
             if self._num_calls == _CALLS_BEFORE_A_WARNING:  # sharing may never be switched off
                 self._warn_when_nothing_was_shared()
@@ -158,7 +159,7 @@ class share_prefixes:
         arguments = by_name(backbone, args, kwargs)
         if not self._handles:
             return None
-        if has_cache(arguments):
+        if call_has_cache(arguments):
             self._count_call_with_cache(arguments)
             return None
         if not is_padded_batch(arguments):
@@ -187,7 +188,7 @@ class share_prefixes:
         tree = merge_prefixes(
             input_ids,
             arguments.get("attention_mask"),
-            positions_of(arguments, traits, type(backbone).__name__),
+            positions_of_call(arguments, traits, type(backbone).__name__),
             max_branches=MAX_INTERVALS - 1 if has_windows else None,
         )
         num_rows = tree.input_ids.shape[1]
@@ -203,7 +204,7 @@ class share_prefixes:
         return None if packed is None or output is None else packed.to_batch(output)
 
 
-class _Hook:
+class _SharingHook:
     """A hook on a model that belongs to a `share_prefixes`: copies of the model have it too, pickled ones do not."""
 
     def __init__(self, function: Callable[..., Any], *options: Any) -> None:
@@ -220,18 +221,18 @@ class _Hook:
     def __call__(self, *arguments: Any) -> Any:
         return self._function(*arguments, *self.options)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharingHook:
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _get_nothing, ()
 
 
-def merge_if_shared(model: nn.Module, arguments: Mapping[str, Any]) -> PrefixTree | None:
+def merge_by_share_prefixes(model: nn.Module, arguments: Mapping[str, Any]) -> PrefixTree | None:
     """What `share_prefixes` would make of a call of this model; None where it would leave the call alone."""
     for part in model.modules():
         for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, _Hook) and (sharing := hook.sharing) is not None and is_padded_batch(arguments):
+            if isinstance(hook, _SharingHook) and (sharing := hook.sharing) is not None and is_padded_batch(arguments):
                 return sharing.merge(cast(PreTrainedModel, part), arguments, *hook.options)
     return None
 
@@ -258,7 +259,7 @@ class _PackedCall(NamedTuple):
     def to_batch(self, output: Any) -> Any:
         """The output of the backbone with all hidden states in the shape of the batch."""
         if not isinstance(output, ModelOutput):
-            return (_to_batch(output[0], *self), *(self._in_batch(part) for part in output[1:]))
+            return (_unpack_hidden_states(output[0], *self), *(self._in_batch(part) for part in output[1:]))
         for name in ("last_hidden_state", "hidden_states"):
             if output.get(name) is not None:
                 output[name] = self._in_batch(output[name])
@@ -267,10 +268,10 @@ class _PackedCall(NamedTuple):
     def _in_batch(self, hidden_states: Any) -> Any:
         if isinstance(hidden_states, tuple):
             return tuple(map(self._in_batch, hidden_states))
-        return _to_batch(hidden_states, *self) if isinstance(hidden_states, Tensor) else hidden_states
+        return _unpack_hidden_states(hidden_states, *self) if isinstance(hidden_states, Tensor) else hidden_states
 
 
-class _RunningCalls(threading.local):
+class _PackedCallsOfThread(threading.local):
     """The packed call that each backbone is in, in this thread. The next call drops what a failed one has left."""
 
     def __init__(self) -> None:
@@ -283,7 +284,7 @@ class _RunningCalls(threading.local):
         return self._packed.pop(id(backbone), None)
 
 
-def _to_batch(hidden_states: Tensor, place: Tensor, has_padding: bool) -> Tensor:
+def _unpack_hidden_states(hidden_states: Tensor, place: Tensor, has_padding: bool) -> Tensor:
     """`[1, N, D]` -> `[R, S, D]`, 0 at padding. Models on several GPUs return another one than that of tokens."""
     place = place.to(hidden_states.device)
     # The gradient of an embedding adds up equal indices in float32 and in a fixed order.

@@ -87,24 +87,24 @@ def tree_attention_forward(
             "`tree_cu_seqlens_q` and `tree_cu_seqlens_k`, in every call of the model: those of "
             '`TreeRow.pack()` in TRL. Use attn_implementation="flashmask" for a model that is called without.'
         )
-    _check_tree(query, key, attention_mask, tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
-    tree = _PackedTree(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+    _check_trl_tree(query, key, attention_mask, tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+    tree = _TrlTree(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
     num_tokens, longest_path = query.shape[2], tree_max_seqlen_k or query.shape[2]
 
     def build_once(build: Callable[..., Tensor | None], *arguments: int) -> Tensor | None:
         return recent.get((build, *arguments), tree, module, lambda: build(tree, *arguments), query.device)
 
     if not sliding_window or sliding_window >= longest_path:
-        bounds = build_once(_tree_bounds, num_tokens)
+        bounds = build_once(_bounds_of_trl_tree, num_tokens)
     else:
-        bounds = build_once(_windowed_tree_bounds, num_tokens, sliding_window)
+        bounds = build_once(_windowed_bounds_of_trl_tree, num_tokens, sliding_window)
         if bounds is None:
-            bounds = build_once(_windowed_path_bounds, sliding_window)
+            bounds = build_once(_windowed_bounds_of_trl_paths, sliding_window)
             key, value = key.index_select(2, tree_kv_index), value.index_select(2, tree_kv_index)
     return flashmask_attention_forward(module, query, key, value, bounds, **kwargs)
 
 
-class _PackedTree(NamedTuple):
+class _TrlTree(NamedTuple):
     """Segments and their paths from the root, as `tree_attention_forward` gets them."""
 
     kv_index: Tensor
@@ -112,14 +112,14 @@ class _PackedTree(NamedTuple):
     cu_seqlens_k: Tensor
 
 
-def _tree_bounds(tree: _PackedTree, num_tokens: int) -> Tensor:
+def _bounds_of_trl_tree(tree: _TrlTree, num_tokens: int) -> Tensor:
     """Causal, LTS = end of the subtree, `[1, 1, 1, S_k]`: the end of the last segment whose path contains the token."""
-    segment_end = tree.cu_seqlens_q[_segment_of_path_entries(tree) + 1]
+    segment_end = tree.cu_seqlens_q[_segment_of_trl_path_entries(tree) + 1]
     subtree_end = segment_end.new_zeros(num_tokens).scatter_reduce(0, tree.kv_index.long(), segment_end, "amax")
     return subtree_end.to(torch.int32)[None, None, None]
 
 
-def _windowed_tree_bounds(tree: _PackedTree, num_tokens: int, window: int) -> Tensor | None:
+def _windowed_bounds_of_trl_tree(tree: _TrlTree, num_tokens: int, window: int) -> Tensor | None:
     """The tree's bounds within a window along the branches, or None where bounds cannot hold so many branches.
 
     Reading the number of branches synchronises once, hence None under `torch.compile`.
@@ -135,12 +135,12 @@ def _windowed_tree_bounds(tree: _PackedTree, num_tokens: int, window: int) -> Te
     row = torch.arange(num_tokens, dtype=tree.cu_seqlens_q.dtype, device=first_depth.device)
     segment = torch.searchsorted(tree.cu_seqlens_q, row, right=True) - 1
     depth = (row - tree.cu_seqlens_q[segment] + first_depth[segment])[None]
-    return limit_depth(_tree_bounds(tree, num_tokens), depth, depth + window, max_branches=branches)
+    return limit_depth(_bounds_of_trl_tree(tree, num_tokens), depth, depth + window, max_branches=branches)
 
 
-def _windowed_path_bounds(tree: _PackedTree, window: int) -> Tensor:
+def _windowed_bounds_of_trl_paths(tree: _TrlTree, window: int) -> Tensor:
     """Bounds `[1, 1, 2, K]` over the copied keys of all paths. A token sees at most `window` tokens of its own path."""
-    segment = _segment_of_path_entries(tree)
+    segment = _segment_of_trl_path_entries(tree)
     start, end = tree.cu_seqlens_q[segment], tree.cu_seqlens_q[segment + 1]
     entry = torch.arange(segment.shape[0], dtype=end.dtype, device=end.device)
     own_row = end - (tree.cu_seqlens_k[segment + 1] - entry)  # less than the segment's start for its ancestors
@@ -148,13 +148,13 @@ def _windowed_path_bounds(tree: _PackedTree, window: int) -> Tensor:
     return torch.stack([lts, ute]).to(torch.int32)[None, None]
 
 
-def _segment_of_path_entries(tree: _PackedTree) -> Tensor:
+def _segment_of_trl_path_entries(tree: _TrlTree) -> Tensor:
     """The segment whose path each entry of `kv_index` belongs to."""
     entry = torch.arange(tree.kv_index.shape[0], dtype=tree.cu_seqlens_k.dtype, device=tree.kv_index.device)
     return torch.searchsorted(tree.cu_seqlens_k, entry, right=True) - 1
 
 
-def _check_tree(
+def _check_trl_tree(
     query: Tensor,
     key: Tensor,
     attention_mask: Tensor | None,

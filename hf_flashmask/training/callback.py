@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 from .. import bounds
 from ..integration.documents import document_ids_of
 from ..sharing import share_prefixes
-from ..sharing.call import has_cache
+from ..sharing.call import call_has_cache
 from .labels import AnswerLabels
 from .step_profile import StepProfile
-from .token_counts import num_given_tokens, padding_of_bounds
+from .token_counts import num_given_tokens, padding_of_counted_batch
 from .trainer_methods import wrap_in_trainer
 
 __all__ = ["FlashMaskCallback"]
@@ -82,7 +82,7 @@ class FlashMaskCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._sharing is not None:
-            self._counts_at_step = _counts_of(self._sharing)
+            self._counts_at_step = _counts_of_sharing(self._sharing)
         every = self._attention_every
         # The step that ends a round: kernels are compiled in the first ones. A program has one profiler at a time.
         if every is not None and (state.global_step + 1) % every == 0 and not torch.autograd._profiler_enabled():
@@ -90,7 +90,7 @@ class FlashMaskCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._sharing is not None:
-            given, computed = (now - then for now, then in zip(_counts_of(self._sharing), self._counts_at_step))
+            given, computed = (now - then for now, then in zip(_counts_of_sharing(self._sharing), self._counts_at_step))
             self._given_to_sharing += given
             self._computed_by_sharing += computed
         if self._profile is not None:
@@ -143,22 +143,22 @@ class FlashMaskCallback(TrainerCallback):
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
         # Trainers that generate answers within a step do it in training mode, token by token.
-        if not model.training or not isinstance(input_ids, Tensor) or has_cache(kwargs):
+        if not model.training or not isinstance(input_ids, Tensor) or call_has_cache(kwargs):
             return
-        is_token = ~_padding_of(kwargs, input_ids)
+        is_token = ~_padding_to_log(kwargs, input_ids)
         self._num_positions += input_ids.numel()
         self._num_tokens += is_token.sum()
-        self._num_documents += _num_documents(kwargs, is_token)
+        self._num_documents += _num_documents_to_log(kwargs, is_token)
         if isinstance(kwargs.get("labels"), AnswerLabels):
             self._num_given += num_given_tokens(kwargs, ~is_token)
 
 
 def _clear_after_failures() -> None:
     """Trainer tells callbacks of the end of a training that succeeds only. Again is harmless."""
-    wrap_in_trainer("train", _clearing)
+    wrap_in_trainer("train", _clearing_callbacks)
 
 
-def _clearing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _clearing_callbacks(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
@@ -171,14 +171,14 @@ def _clearing(original: Callable[..., Any]) -> Callable[..., Any]:
     return train
 
 
-def _counts_of(sharing: share_prefixes) -> tuple[int, int]:
+def _counts_of_sharing(sharing: share_prefixes) -> tuple[int, int]:
     return sharing.given_tokens, sharing.computed_tokens
 
 
-def _padding_of(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+def _padding_to_log(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
     """Where the batch has padding, bool `[B, S]`."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if (is_padding := padding_of_bounds(batch)) is not None:
+    if (is_padding := padding_of_counted_batch(batch)) is not None:
         return is_padding
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask == 0
@@ -188,7 +188,7 @@ def _padding_of(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
     return positions.flip(1).cumsum(1).flip(1) == 0
 
 
-def _num_documents(batch: Mapping[str, Any], is_token: Tensor) -> Tensor | int:
+def _num_documents_to_log(batch: Mapping[str, Any], is_token: Tensor) -> Tensor | int:
     positions, ids = batch.get("position_ids"), document_ids_of(batch.get("attention_mask"), is_token.device)
     if not isinstance(positions, Tensor) or positions.shape != is_token.shape:
         positions = None

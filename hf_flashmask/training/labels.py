@@ -42,11 +42,11 @@ class AnswerLabels(dict[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if not isinstance(name, str):
-            _refuse(TypeError, "indexed them like a tensor")
+            _refuse_labels_as_tensor(TypeError, "indexed them like a tensor")
         return super().__getitem__(name)
 
     def __getattr__(self, name: str) -> NoReturn:
-        _refuse(AttributeError, f"asked for their `{name}`")
+        _refuse_labels_as_tensor(AttributeError, f"asked for their `{name}`")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As a call with a plain dict, which `torch.load(weights_only=True)` can make."""
@@ -56,7 +56,7 @@ class AnswerLabels(dict[str, Tensor]):
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> NoReturn:
-        _refuse(TypeError, f"gave them to {getattr(function, '__name__', function)}()")
+        _refuse_labels_as_tensor(TypeError, f"gave them to {getattr(function, '__name__', function)}()")
 
 
 class LabelsOfRank:
@@ -96,7 +96,7 @@ class LabelsOfRank:
         return name in self.whole
 
     def __getattr__(self, name: str) -> NoReturn:
-        _refuse(AttributeError, f"asked for their `{name}`")
+        _refuse_labels_as_tensor(AttributeError, f"asked for their `{name}`")
 
     __torch_function__ = AnswerLabels.__torch_function__
 
@@ -105,7 +105,7 @@ class LabelsOfRank:
         return self.add_up(values.new_zeros(self.whole["tokens"].shape).scatter_add(1, self.numbers, values))
 
 
-def _refuse(error: type[Exception], what: str) -> NoReturn:
+def _refuse_labels_as_tensor(error: type[Exception], what: str) -> NoReturn:
     raise error(
         "the labels of SharedPromptDataCollator say where answers are, and only the losses of hf_flashmask read them, "
         f"but something {what}: call set_loss(model, ...) on the model that is trained, and leave out what computes "

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from .branches import follow_branches, unwrap_model
+from .branches import follow_branches, unwrap_model_for_branches
 from .labels import AnswerLabels, LabelsOfRank
 from .losses import answer_log_probs, answer_scores, check_dpo_options, dpo_loss, reward_loss
 
@@ -43,9 +43,9 @@ def set_loss(model: nn.Module, loss: Loss, **options: Any) -> None:
         NotImplementedError: when the answers would see each other through recurrent or convolutional layers or an
             adapter of PEFT; for a model that counts positions from another number than 0.
     """
-    base = unwrap_model(model)
+    base = unwrap_model_for_branches(model)
     _check_asks_for_loss(base)
-    values_of = _values_of_answers(base)
+    values_of = _values_for_loss(base)
     _check_loss(base, loss, values_of, options)
     hook = follow_branches(model, "set_loss")
     reset_loss(model)
@@ -57,7 +57,7 @@ def set_loss(model: nn.Module, loss: Loss, **options: Any) -> None:
 
 def reset_loss(model: nn.Module) -> None:
     """Undo `set_loss`: the model computes its own loss again. Harmless for a model without."""
-    base = unwrap_model(model)
+    base = unwrap_model_for_branches(model)
     current = vars(base).get("_loss_function")
     if not isinstance(current, _LossOfAnswers):
         return
@@ -96,7 +96,7 @@ class _LossOfAnswers:
         return self.loss(self.values_of(logits, labels), labels)
 
 
-def _values_of_answers(base: PreTrainedModel) -> Callable[[Tensor, AnswerLabels | LabelsOfRank], Tensor]:
+def _values_for_loss(base: PreTrainedModel) -> Callable[[Tensor, AnswerLabels | LabelsOfRank], Tensor]:
     if isinstance(base, GenericForSequenceClassification):
         if base.config.num_labels != 1:
             raise ValueError(f"a reward model has one label, got `num_labels` {base.config.num_labels}")

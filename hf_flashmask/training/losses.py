@@ -69,13 +69,13 @@ def answer_scores(scores: Tensor, labels: AnswerLabels | LabelsOfRank) -> Tensor
 
 def _log_probs_of_positions(logits: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """float32 `[B, L]`, 0 for padding."""
-    selected = _select_positions(logits, positions)
+    selected = _select_logits(logits, positions)
     parts = zip(selected.flatten(0, 1).split(_LABELS_AT_ONCE), tokens.flatten().split(_LABELS_AT_ONCE))
     log_probs = torch.cat([checkpoint(_log_probs_of_tokens, *part, use_reentrant=False) for part in parts])
     return log_probs.view_as(tokens)
 
 
-def _select_positions(logits: Tensor, positions: Tensor) -> Tensor:
+def _select_logits(logits: Tensor, positions: Tensor) -> Tensor:
     """`[B, L, V]`. L is less than N: the last token of an answer predicts nothing."""
     if logits.ndim == 4:  # a model that selects the positions of all rows in each row
         logits = logits.diagonal(dim1=0, dim2=1).movedim(-1, 0)
@@ -154,7 +154,7 @@ def dpo_loss(
     difference = beta * (chosen - rejected)
     log_sigmoid = nn.functional.logsigmoid
     losses = -(1 - label_smoothing) * log_sigmoid(difference) - label_smoothing * log_sigmoid(-difference)
-    return _mean(losses, is_pair)
+    return _mean_loss_of_pairs(losses, is_pair)
 
 
 def check_dpo_options(*, beta: Any = 0.1, label_smoothing: float = 0.0, **options: Any) -> None:
@@ -184,8 +184,8 @@ def reward_loss(
     if "margin" in labels:
         difference = difference - labels["margin"]
     losses = -nn.functional.logsigmoid(difference) + center_rewards_coefficient * (chosen + rejected) ** 2
-    return _mean(losses, is_pair)
+    return _mean_loss_of_pairs(losses, is_pair)
 
 
-def _mean(losses: Tensor, is_pair: Tensor) -> Tensor:
+def _mean_loss_of_pairs(losses: Tensor, is_pair: Tensor) -> Tensor:
     return losses.masked_fill(~is_pair, 0.0).sum() / is_pair.sum()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .. import bounds
 from ..integration.documents import are_ids
-from .evaluation import PacksIntoRows, refuse_predictions_of_rows
+from .evaluation import GivesPredictionsOfRows, refuse_predictions_of_rows
 from .labels import IGNORED
+from .option_checks import check_option_at_least, check_option_is_one_of
+from .packed_bounds import layer_types_of_packed_bounds, packed_bounds
 from .token_counts import count_tokens_in_trainer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Overflow: TypeAlias = Literal["error", "truncate", "split"]
 
 
 @dataclass
-class PackedDataCollator(PacksIntoRows):
+class PackedDataCollator(GivesPredictionsOfRows):
     """Pack the documents of a batch into rows, for causal language models, `transformers.Trainer` and any DataLoader.
 
     An example is `{"input_ids": ..., "labels": ...}`, lists, NumPy arrays or tensors `[length]`; `labels` default to
@@ -81,15 +81,15 @@ class PackedDataCollator(PacksIntoRows):
     _num_positions: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_choice("strategy", self.strategy, PackingStrategy)
-        check_choice("overflow", self.overflow, Overflow)
+        check_option_is_one_of("strategy", self.strategy, PackingStrategy)
+        check_option_is_one_of("overflow", self.overflow, Overflow)
         if self.max_length is not None:
-            check_at_least("max_length", self.max_length, 1)
+            check_option_at_least("max_length", self.max_length, 1)
             refuse_predictions_of_rows()
-        check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
-        check_at_least("pad_token_id", self.pad_token_id, 0)
+        check_option_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        check_option_at_least("pad_token_id", self.pad_token_id, 0)
         if self.bounds_for is not None:
-            layer_types_of(self.bounds_for)
+            layer_types_of_packed_bounds(self.bounds_for)
             count_tokens_in_trainer()
 
     @property
@@ -112,7 +112,7 @@ class PackedDataCollator(PacksIntoRows):
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Pack one batch of examples."""
         documents = [piece for index, example in enumerate(examples) for piece in self._documents(index, example)]
-        _check_labels(examples)
+        _check_labels_to_pack(examples)
         if not documents:
             raise ValueError(f"the batch has no token: `input_ids` of all its {len(examples)} examples are empty")
         lengths = [len(document.input_ids) for document in documents]
@@ -134,15 +134,15 @@ class PackedDataCollator(PacksIntoRows):
             is_padding[row, used] = False
         batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORED)
         if self.bounds_for is not None:
-            batch["attention_mask"] = _final_bounds(self.bounds_for, batch["position_ids"], is_padding)
+            batch["attention_mask"] = packed_bounds(self.bounds_for, batch["position_ids"], is_padding)
 
         self._num_tokens += sum(lengths)
         self._num_positions += is_padding.numel()
         return batch
 
-    def _documents(self, index: int, example: Mapping[str, Any]) -> Iterable[_Document]:
+    def _documents(self, index: int, example: Mapping[str, Any]) -> Iterable[_DocumentToPack]:
         """The documents of an example: none, one, or several pieces of at most `max_length` tokens."""
-        document = _read_example(index, example)
+        document = _read_example_to_pack(index, example)
         length = len(document.input_ids)
         if self.max_length is None or length <= self.max_length:
             return [document] if length else []
@@ -151,7 +151,7 @@ class PackedDataCollator(PacksIntoRows):
                 f"example {index} of the batch has {length} tokens, more than `max_length` ({self.max_length}): raise "
                 '`max_length`, leave such examples out, or pass overflow="truncate" or overflow="split"'
             )
-        pieces = (_Document(*piece) for piece in zip(*(part.split(self.max_length) for part in document)))
+        pieces = (_DocumentToPack(*piece) for piece in zip(*(part.split(self.max_length) for part in document)))
         return [next(pieces)] if self.overflow == "truncate" else pieces
 
 
@@ -173,8 +173,8 @@ def pack_lengths(
     Raises:
         ValueError: when a document is longer than `max_length`, naming the first one; when an argument is out of range.
     """
-    check_choice("strategy", strategy, PackingStrategy)
-    check_at_least("max_length", max_length, 1)
+    check_option_is_one_of("strategy", strategy, PackingStrategy)
+    check_option_at_least("max_length", max_length, 1)
     for index, length in enumerate(lengths):
         if not 0 <= length <= max_length:
             raise ValueError(
@@ -222,7 +222,7 @@ def _pack_first_fit_decreasing(lengths: Sequence[int], max_length: int) -> list[
 # Examples
 
 
-class _Document(NamedTuple):
+class _DocumentToPack(NamedTuple):
     """Tokens and labels, int64 `[length]`."""
 
     input_ids: Tensor
@@ -243,7 +243,7 @@ _REFUSED_KEYS = {
 """Keys that would change the training if they were ignored -> what to do instead."""
 
 
-def _check_labels(examples: Sequence[Mapping[str, Any]]) -> None:
+def _check_labels_to_pack(examples: Sequence[Mapping[str, Any]]) -> None:
     """Without labels an example learns all its tokens: beside one with labels that is an oversight."""
     has_labels = [example.get("labels") is not None for example in examples]
     if any(has_labels) and not all(has_labels):
@@ -253,7 +253,7 @@ def _check_labels(examples: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _read_example(index: int, example: Any) -> _Document:
+def _read_example_to_pack(index: int, example: Any) -> _DocumentToPack:
     name = f"example {index} of the batch"
     if not isinstance(example, Mapping) or "input_ids" not in example:
         keys = list(example) if isinstance(example, Mapping) else type(example).__name__
@@ -261,11 +261,11 @@ def _read_example(index: int, example: Any) -> _Document:
     for key, advice in _REFUSED_KEYS.items():
         if example.get(key) is not None:
             raise ValueError(f"{name} has `{key}`, which PackedDataCollator cannot use: {advice}")
-    input_ids = _to_tokens(f"`input_ids` of {name}", example["input_ids"])
+    input_ids = _tokens_to_pack(f"`input_ids` of {name}", example["input_ids"])
     others = {"labels": input_ids, "attention_mask": torch.ones_like(input_ids)}
     for key in others:
         if example.get(key) is not None:
-            others[key] = _to_tokens(f"`{key}` of {name}", example[key])
+            others[key] = _tokens_to_pack(f"`{key}` of {name}", example[key])
             if others[key].shape != input_ids.shape:
                 raise ValueError(
                     f"`{key}` of {name} must have one value for each of its {len(input_ids)} tokens, got "
@@ -278,10 +278,10 @@ def _read_example(index: int, example: Any) -> _Document:
             f"{name} has ids of documents in its `attention_mask`, which PackedDataCollator cannot use: give each of "
             "them as an example of its own"
         )
-    return _Document(input_ids, others["labels"])
+    return _DocumentToPack(input_ids, others["labels"])
 
 
-def _to_tokens(name: str, values: Any) -> Tensor:
+def _tokens_to_pack(name: str, values: Any) -> Tensor:
     """Integers `[length]` on the CPU as int64."""
     try:
         tokens = values if isinstance(values, Tensor) else torch.tensor(values)
@@ -291,68 +291,3 @@ def _to_tokens(name: str, values: Any) -> Tensor:
     if tokens.ndim != 1 or (not is_empty and (tokens.is_floating_point() or tokens.is_complex())):
         raise TypeError(f"{name} must be integers [length], got {tokens.dtype} {list(tokens.shape)}")
     return tokens.to("cpu", torch.int64)
-
-
-# Bounds
-
-
-_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-
-def _final_bounds(config: PreTrainedConfig, position_ids: Tensor, is_padding: Tensor) -> Tensor | dict[str, Tensor]:
-    """Bounds `[R, 1, 1, S]`, or a dict of them when the layers of the model see different keys."""
-    masks = {
-        layer_type: bounds.hide_keys(
-            _bounds_of_layer_type(layer_type, config.get_text_config(), position_ids), is_padding
-        )
-        for layer_type in layer_types_of(config)
-    }
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def _bounds_of_layer_type(layer_type: str, config: Any, position_ids: Tensor) -> Tensor:
-    if layer_type == "chunked_attention":
-        position_ids = position_ids % config.attention_chunk_size
-    documents = bounds.from_position_ids(position_ids)
-    if layer_type != "sliding_attention":
-        return documents
-    return bounds.intersect(documents, bounds.sliding_window(config.sliding_window, position_ids.shape[1]))
-
-
-def layer_types_of(config: PreTrainedConfig, asking: str = "`bounds_for`") -> list[str]:
-    """The types of layers that `transformers.masking_utils.create_masks_for_generate` finds in this model."""
-    text_config: Any = config.get_text_config()
-    if getattr(text_config, "output_router_logits", False):
-        raise NotImplementedError(
-            f"{asking}: with output_router_logits=True this model reads `attention_mask` as a padding mask for its "
-            "auxiliary loss, and would read bounds wrongly; set it to False, or pack documents by their positions "
-            "(PackedDataCollator without `bounds_for`)"
-        )
-    layer_types = sorted(set(getattr(text_config, "layer_types", None) or ()))
-    unknown = [layer_type for layer_type in layer_types if layer_type not in _LAYER_TYPES]
-    if unknown:
-        raise NotImplementedError(
-            f"`bounds_for`: {type(text_config).__name__} has layers of type {unknown}, final bounds are known for "
-            f"{list(_LAYER_TYPES)}; leave `bounds_for` out if the model's attention gets `position_ids`"
-        )
-    if layer_types:
-        return layer_types
-    if getattr(text_config, "sliding_window", None) is not None:
-        return ["sliding_attention"]
-    has_chunks = getattr(text_config, "attention_chunk_size", None) is not None
-    return ["chunked_attention" if has_chunks else "full_attention"]
-
-
-# Checks
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"`{name}` must be one of {list(get_args(choices))}, got {value!r}")
-
-
-def check_at_least(name: str, value: Any, smallest: int) -> None:
-    if not isinstance(value, Integral) or value < smallest:
-        is_short = value is None or isinstance(value, (int, float, str))  # models and tokenizers print pages
-        got = repr(value) if is_short else type(value).__name__
-        raise ValueError(f"`{name}` must be an integer of at least {smallest}, got {got}")

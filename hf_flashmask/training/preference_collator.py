@@ -10,15 +10,20 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, modeling_utils
 
 from ..sharing.prefix_tree import from_sequences
-from .evaluation import PacksIntoRows, refuse_predictions_of_rows
+from .evaluation import GivesPredictionsOfRows, refuse_predictions_of_rows
 from .packing import PackingStrategy, pack_lengths
-from .preference_examples import TruncationMode, common_columns, tokenize, truncate
-from .preference_rows import ExampleTree, Row, labels_of, stack_padded
+from .preference_examples import (
+    TruncationMode,
+    columns_of_preference_examples,
+    tokenize_preference_example,
+    truncate_preference_example,
+)
+from .preference_rows import PreferenceRow, TreeInPreferenceRow, labels_of_preference_rows, stack_rows
 from .token_counts import count_tokens_in_trainer
 
 
 @dataclass
-class SharedPromptDataCollator(PacksIntoRows):
+class SharedPromptDataCollator(GivesPredictionsOfRows):
     """Pack prompts and their answers into rows that hold every prompt once.
 
     Examples are `{"prompt", "chosen", "rejected"}` or `{"prompt", "answers": [...]}`; a batch has one kind. The values
@@ -101,7 +106,7 @@ class SharedPromptDataCollator(PacksIntoRows):
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:
             raise ValueError("`examples` is empty: there is nothing to pack")
-        columns = common_columns(examples)
+        columns = columns_of_preference_examples(examples)
         trees = [self._tree(number, example) for number, example in enumerate(examples)]
         lengths = [tree.length for tree in trees]
         if self.max_length is not None and max(lengths) > self.max_length:
@@ -112,17 +117,17 @@ class SharedPromptDataCollator(PacksIntoRows):
                 "`max_sequence_length`, or split the answers into several examples"
             )
         numbers = pack_lengths(lengths, self.max_length or sum(lengths), self.strategy)
-        rows = [Row.of([trees[number] for number in row], row) for row in numbers]
+        rows = [PreferenceRow.of([trees[number] for number in row], row) for row in numbers]
         row_length = max(len(row.input_ids) for row in rows)
         if self.pad_to_multiple_of is not None:
             row_length += -row_length % self.pad_to_multiple_of
 
         def pad_row(name: str, value: int) -> Any:
-            values = stack_padded([getattr(row, name) for row in rows], value)
+            values = stack_rows([getattr(row, name) for row in rows], value)
             return nn.functional.pad(values, (0, row_length - values.shape[1]), value=value)
 
         pad_token = getattr(self.tokenizer, "pad_token_id", None)
-        labels = labels_of(rows, columns, examples)
+        labels = labels_of_preference_rows(rows, columns, examples)
         batch = {
             "input_ids": pad_row("input_ids", 0 if pad_token is None else pad_token),
             "position_ids": pad_row("position_ids", 0),
@@ -136,12 +141,12 @@ class SharedPromptDataCollator(PacksIntoRows):
             batch["logits_to_keep"] = labels["positions"][0]
         return batch
 
-    def _tree(self, number: int, example: Mapping[str, Any]) -> ExampleTree:
-        sequences, start = tokenize(number, example, self.tokenizer)
+    def _tree(self, number: int, example: Mapping[str, Any]) -> TreeInPreferenceRow:
+        sequences, start = tokenize_preference_example(number, example, self.tokenizer)
         limit = self.max_sequence_length or max(map(len, sequences))
-        sequences, starts = truncate(number, sequences, start, limit, self.truncation_mode)
+        sequences, starts = truncate_preference_example(number, sequences, start, limit, self.truncation_mode)
         merged = from_sequences(sequences, one_label_per_token=True, max_branches=self.max_branches)
-        return ExampleTree.of(merged, sequences, starts)
+        return TreeInPreferenceRow.of(merged, sequences, starts)
 
 
 SELECTS_BY_ROW = hasattr(modeling_utils, "slice_logits_to_keep")

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 TruncationMode = Literal["keep_start", "keep_end"]
 
 
-def common_columns(examples: Sequence[Mapping[str, Any]]) -> set[str]:
+def columns_of_preference_examples(examples: Sequence[Mapping[str, Any]]) -> set[str]:
     """The columns that matter, which all examples must have alike."""
     known = {"prompt", "chosen", "rejected", "answers", "ref_logps", "margin"}
     columns = [{name for name in known if example.get(name) is not None} for example in examples]
@@ -37,16 +37,16 @@ def common_columns(examples: Sequence[Mapping[str, Any]]) -> set[str]:
     return columns[0]
 
 
-def answers_of(example: Mapping[str, Any]) -> Sequence[Any]:
+def answers_of_preference_example(example: Mapping[str, Any]) -> Sequence[Any]:
     return example["answers"] if "answers" in example else [example["chosen"], example["rejected"]]
 
 
-def tokenize(
+def tokenize_preference_example(
     number: int, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[list[int]], int]:
     """Token ids of the prompt with each answer, and the number of leading tokens that belong to the prompt."""
-    answers = answers_of(example)
-    kinds = {_kind(value) for value in (example["prompt"], *answers)}
+    answers = answers_of_preference_example(example)
+    kinds = {_kind_of_example_value(value) for value in (example["prompt"], *answers)}
     if len(kinds) != 1 or not len(answers):
         raise ValueError(
             f"example {number} of the batch must have a prompt and at least one answer, all of them token ids, "
@@ -54,13 +54,13 @@ def tokenize(
         )
     kind = kinds.pop()
     if kind == "token ids":
-        prompt_ids = _token_ids(example["prompt"])
-        sequences = [prompt_ids + _token_ids(answer) for answer in answers]
+        prompt_ids = _token_ids_of_example_value(example["prompt"])
+        sequences = [prompt_ids + _token_ids_of_example_value(answer) for answer in answers]
         start = len(prompt_ids)
     else:
-        encode = _encode_text if kind == "strings" else _encode_messages
-        prompt_ids, *sequences = encode(_required(tokenizer, kind), example, answers)
-        start = min(_common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+        encode = _encode_texts_of_example if kind == "strings" else _encode_messages_of_example
+        prompt_ids, *sequences = encode(_tokenizer_for_examples(tokenizer, kind), example, answers)
+        start = min(_length_of_common_prompt(prompt_ids, sequence) for sequence in sequences)
         if start < len(prompt_ids):
             logger.warning_once(
                 "The tokens of a prompt are not the beginning of those of prompt and answer: the chat template "
@@ -74,7 +74,7 @@ def tokenize(
     return sequences, start
 
 
-def truncate(
+def truncate_preference_example(
     number: int, sequences: list[list[int]], start: int, limit: int, mode: TruncationMode
 ) -> tuple[list[list[int]], list[int]]:
     """At most `limit` tokens of each sequence, and the number of leading tokens of each that belong to the prompt."""
@@ -94,13 +94,17 @@ def truncate(
     return sequences, [max(start, 1) for start in starts]
 
 
-def _encode_text(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], answers: Sequence[Any]) -> list:
+def _encode_texts_of_example(
+    tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], answers: Sequence[Any]
+) -> list:
     prompt, end = example["prompt"], tokenizer.eos_token or ""
     texts = [prompt + (answer if answer.endswith(end) else answer + end) for answer in answers]
     return tokenizer([prompt, *texts])["input_ids"]
 
 
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], answers: Sequence[Any]) -> list:
+def _encode_messages_of_example(
+    tokenizer: PreTrainedTokenizerBase, example: Mapping[str, Any], answers: Sequence[Any]
+) -> list:
     prompt, options = list(example["prompt"]), template_options(example)
     conversations = [prompt + list(answer) for answer in answers]
     return [
@@ -109,25 +113,25 @@ def _encode_messages(tokenizer: PreTrainedTokenizerBase, example: Mapping[str, A
     ]
 
 
-def _required(tokenizer: PreTrainedTokenizerBase | None, kind: str) -> PreTrainedTokenizerBase:
+def _tokenizer_for_examples(tokenizer: PreTrainedTokenizerBase | None, kind: str) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise ValueError(f"the examples are {kind}: pass SharedPromptDataCollator(tokenizer), or token ids")
     return tokenizer
 
 
-def _kind(value: Any) -> str:
+def _kind_of_example_value(value: Any) -> str:
     if isinstance(value, str):
         return "strings"
     return "chat messages" if len(value) and isinstance(value[0], Mapping) else "token ids"
 
 
-def _token_ids(value: Any) -> list[int]:
+def _token_ids_of_example_value(value: Any) -> list[int]:
     ids = torch.as_tensor(value)
     if ids.ndim != 1 or (ids.is_floating_point() and len(ids)):
         raise ValueError(f"token ids must be a list of integers, got {ids.dtype} {list(ids.shape)}")
     return ids.long().tolist()
 
 
-def _common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+def _length_of_common_prompt(left: Sequence[int], right: Sequence[int]) -> int:
     differences = (place for place, tokens in enumerate(zip(left, right)) if tokens[0] != tokens[1])
     return next(differences, min(len(left), len(right)))

@@ -13,7 +13,7 @@ from ..sharing.prefix_tree import PrefixTree
 from .labels import IGNORED, NOTHING, AnswerLabels
 
 
-class ExampleTree(NamedTuple):
+class TreeInPreferenceRow(NamedTuple):
     """An example as one piece of a row.
 
     Attributes:
@@ -31,7 +31,7 @@ class ExampleTree(NamedTuple):
     last: Tensor
 
     @classmethod
-    def of(cls, merged: PrefixTree, sequences: list[list[int]], starts: list[int]) -> ExampleTree:
+    def of(cls, merged: PrefixTree, sequences: list[list[int]], starts: list[int]) -> TreeInPreferenceRow:
         """`starts` are the numbers of tokens of the prompt in each sequence."""
         parts = list(zip(merged.index, sequences, starts))
         predicting = [index[start - 1 : len(sequence) - 1] for index, sequence, start in parts]
@@ -48,7 +48,7 @@ class ExampleTree(NamedTuple):
         return self.merged.input_ids.shape[1]
 
 
-class Row(NamedTuple):
+class PreferenceRow(NamedTuple):
     """Trees side by side. The names are those of `AnswerLabels`."""
 
     input_ids: Tensor
@@ -62,7 +62,7 @@ class Row(NamedTuple):
     example: Tensor
 
     @classmethod
-    def of(cls, trees: list[ExampleTree], numbers: list[int]) -> Row:
+    def of(cls, trees: list[TreeInPreferenceRow], numbers: list[int]) -> PreferenceRow:
         """`numbers` are those of the examples in the batch."""
         places = [0, *torch.tensor([tree.length for tree in trees]).cumsum(0).tolist()]
         labels = [0, *torch.tensor([len(tree.positions) for tree in trees]).cumsum(0).tolist()]
@@ -80,19 +80,21 @@ class Row(NamedTuple):
         )
 
 
-def labels_of(rows: Sequence[Row], columns: set[str], examples: Sequence[Mapping[str, Any]]) -> AnswerLabels:
+def labels_of_preference_rows(
+    rows: Sequence[PreferenceRow], columns: set[str], examples: Sequence[Mapping[str, Any]]
+) -> AnswerLabels:
     padding = {"positions": 0, "tokens": IGNORED, "answers": NOTHING, "ends": NOTHING, "last": NOTHING}
     padding["example"] = NOTHING
     labels = AnswerLabels(
-        {name: stack_padded([getattr(row, name) for row in rows], value) for name, value in padding.items()}
+        {name: stack_rows([getattr(row, name) for row in rows], value) for name, value in padding.items()}
     )
     if "chosen" in columns:
-        labels["pairs"] = _index_pairs(labels["example"])
+        labels["pairs"] = _pairs_in_rows(labels["example"])
     if "ref_logps" in columns:
         # Under DeepSpeed, Trainer rounds all floating point inputs to the dtype of the weights, which the sum of many
         # log-probabilities does not survive.
-        values = _reference_values(examples, labels["example"])
-        labels["ref_logps"] = _per_answer(values, labels["example"]).view(torch.int32)
+        values = _ref_logps_of_examples(examples, labels["example"])
+        labels["ref_logps"] = _ref_logps_in_rows(values, labels["example"]).view(torch.int32)
     if "margin" in columns:
         margins = torch.tensor([float(example["margin"]) for example in examples])
         pair_example = labels["example"][:, ::2]
@@ -100,12 +102,12 @@ def labels_of(rows: Sequence[Row], columns: set[str], examples: Sequence[Mapping
     return labels
 
 
-def stack_padded(values: Sequence[Tensor], value: int) -> Tensor:
+def stack_rows(values: Sequence[Tensor], value: int) -> Tensor:
     """Rows of different lengths as one tensor, `value` after the shorter ones."""
     return pad_sequence(list(values), batch_first=True, padding_value=value)
 
 
-def _reference_values(examples: Sequence[Mapping[str, Any]], answer_example: Tensor) -> list[list[float]]:
+def _ref_logps_of_examples(examples: Sequence[Mapping[str, Any]], answer_example: Tensor) -> list[list[float]]:
     values = [[float(value) for value in example["ref_logps"]] for example in examples]
     for number, row in enumerate(values):
         num_answers = int((answer_example == number).sum())
@@ -117,18 +119,18 @@ def _reference_values(examples: Sequence[Mapping[str, Any]], answer_example: Ten
     return values
 
 
-def _per_answer(values: list[list[float]], example: Tensor) -> Tensor:
+def _ref_logps_in_rows(values: list[list[float]], example: Tensor) -> Tensor:
     """Values by example -> float32 `[B, A]`."""
-    rows = [torch.tensor([value for number in _distinct(row) for value in values[number]]) for row in example]
+    rows = [torch.tensor([value for number in _examples_in_row(row) for value in values[number]]) for row in example]
     return pad_sequence(rows, batch_first=True)
 
 
-def _distinct(row: Tensor) -> list[int]:
+def _examples_in_row(row: Tensor) -> list[int]:
     """The examples of a row in their order, without padding."""
     return list(dict.fromkeys(number for number in row.tolist() if number != NOTHING))
 
 
-def _index_pairs(example: Tensor) -> Tensor:
+def _pairs_in_rows(example: Tensor) -> Tensor:
     """`[B, P, 2]`. The two answers of an example stand side by side."""
     pairs = torch.arange(example.shape[1]).expand_as(example)
     return torch.where(example == NOTHING, NOTHING, pairs).unflatten(1, (-1, 2))

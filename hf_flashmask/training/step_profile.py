@@ -32,7 +32,11 @@ class StepProfile:
         """The fraction of the step that attention took; empty where attention was not called."""
         seconds = self._now() - self._begin
         self._profile.stop()
-        calls = [event for event in self._profile.events() or () if _is_attention(event) and not _is_inside(event)]
+        calls = [
+            event
+            for event in self._profile.events() or ()
+            if _is_attention_event(event) and not _is_inside_attention_event(event)
+        ]
         is_gpu = self._device.type == "cuda"
         microseconds = sum(call.device_time_total if is_gpu else call.cpu_time_total for call in calls)
         return [microseconds / 1e6 / seconds] if calls else []
@@ -48,12 +52,12 @@ class StepProfile:
         return time.perf_counter()
 
 
-def _is_attention(event: Any) -> bool:
+def _is_attention_event(event: Any) -> bool:
     # Named ranges come once more as those of the device.
     return event.device_type == DeviceType.CPU and event.name.startswith(_ATTENTION)
 
 
-def _is_inside(event: Any) -> bool:
+def _is_inside_attention_event(event: Any) -> bool:
     """Whether another call of attention counts its time: that of a schedule, or of gradients."""
     parent = event.cpu_parent
-    return parent is not None and (_is_attention(parent) or _is_inside(parent))
+    return parent is not None and (_is_attention_event(parent) or _is_inside_attention_event(parent))

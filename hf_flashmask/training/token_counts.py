@@ -17,20 +17,20 @@ def count_tokens_in_trainer() -> None:
 
     Other batches are counted as before.
     """
-    wrap_in_trainer("_track_num_input_tokens", _counting)
+    wrap_in_trainer("_track_num_input_tokens", _counting_tokens)
 
 
-def _counting(original: Callable[..., Any]) -> Callable[..., Any]:
+def _counting_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     def track(self: Any, inputs: Any) -> Any:
-        num_tokens = _num_tokens(inputs)
+        num_tokens = _num_tokens_for_trainer(inputs)
         return original(self, inputs if num_tokens is None else {**inputs, "attention_mask": num_tokens})
 
     return track
 
 
-def _num_tokens(inputs: Any) -> Tensor | None:
+def _num_tokens_for_trainer(inputs: Any) -> Tensor | None:
     """`num_given_tokens`; None where there are no bounds."""
-    is_padding = padding_of_bounds(inputs)
+    is_padding = padding_of_counted_batch(inputs)
     return None if is_padding is None else num_given_tokens(inputs, is_padding)
 
 
@@ -43,7 +43,7 @@ def num_given_tokens(inputs: Mapping[str, Any], is_padding: Tensor) -> Tensor:
     return (inputs["position_ids"].gather(1, last.clamp(min=0)) + 1).masked_fill(last < 0, 0).sum()
 
 
-def padding_of_bounds(inputs: Any) -> Tensor | None:
+def padding_of_counted_batch(inputs: Any) -> Tensor | None:
     """Where a batch with bounds of a collator of ours has padding, bool `[B, S]`; None where there are no bounds."""
     if not isinstance(inputs, Mapping):
         return None

@@ -32,18 +32,18 @@ def find_turns(
     Raises:
         ValueError: for an example that is no conversation; for a turn that cannot be located; the message names it.
     """
-    messages = _messages_of(number, example)
+    messages = _messages_of_conversation(number, example)
     options = template_options(example)
-    trained = [place for place, message in enumerate(messages) if _is_trained(number, place, message)]
-    messages = [_for_template(message) for message in messages]
+    trained = [place for place, message in enumerate(messages) if _is_trained_turn(number, place, message)]
+    messages = [_message_without_switches(message) for message in messages]
 
     def encode(place: int, length: int, *, add_generation_prompt: bool) -> list[int]:
         try:
             return encode_messages(tokenizer, messages[:length], options, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # what a template raises is up to it
             raise ValueError(
-                f"{_name(number, place)} cannot be rendered: {_template(tokenizer)} raised {type(error).__name__}: "
-                f"{error}"
+                f"{_name_of_turn(number, place)} cannot be rendered: {_template_of_turns(tokenizer)} raised "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     turns = []
@@ -51,8 +51,8 @@ def find_turns(
         context = encode(place, place, add_generation_prompt=True)
         tokens = encode(place, place + 1, add_generation_prompt=False)
         if tokens[: len(context)] != context:
-            _raise_not_a_prefix(_name(number, place), tokenizer, context, tokens)
-        end = _end_of_turn(_name(number, place), tokenizer, tokens[len(context) :], stop_ids)
+            _raise_turn_not_located(_name_of_turn(number, place), tokenizer, context, tokens)
+        end = _end_of_turn(_name_of_turn(number, place), tokenizer, tokens[len(context) :], stop_ids)
         turns.append(Turn(place, tokens[: len(context) + end], len(context)))
     return turns
 
@@ -61,7 +61,7 @@ _SWITCHES = ("train", "weight")
 """Keys of a message that exclude it from training. They are not for the template."""
 
 
-def _messages_of(number: int, example: Any) -> list[Mapping[str, Any]]:
+def _messages_of_conversation(number: int, example: Any) -> list[Mapping[str, Any]]:
     messages = example.get("messages") if isinstance(example, Mapping) else None
     if not isinstance(messages, list | tuple):
         keys = sorted(example) if isinstance(example, Mapping) else type(example).__name__
@@ -71,35 +71,35 @@ def _messages_of(number: int, example: Any) -> list[Mapping[str, Any]]:
         )
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{_name(number, place)} must be a dict with a `role`, got {message!r:.200}")
+            raise ValueError(f"{_name_of_turn(number, place)} must be a dict with a `role`, got {message!r:.200}")
     return list(messages)
 
 
-def _is_trained(number: int, place: int, message: Mapping[str, Any]) -> bool:
+def _is_trained_turn(number: int, place: int, message: Mapping[str, Any]) -> bool:
     values = [message[key] for key in _SWITCHES if message.get(key) is not None]
     unknown = [value for value in values if value not in (0, 1)]
     if unknown:
         raise ValueError(
-            f"`train` and `weight` of {_name(number, place)} must be True or 1 to train it, False or 0 to leave it "
-            f"out, got {unknown[0]!r}"
+            f"`train` and `weight` of {_name_of_turn(number, place)} must be True or 1 to train it, False or 0 to "
+            f"leave it out, got {unknown[0]!r}"
         )
     return message["role"] == "assistant" and all(values)
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+def _message_without_switches(message: Mapping[str, Any]) -> dict[str, Any]:
     """Without the keys that a dataset adds with None, because other messages and other calls of tools have them:
     templates ask whether they are there. `content` is None beside calls of tools."""
     return {
-        key: _without_none(value)
+        key: _without_none_in_message(value)
         for key, value in message.items()
         if key not in _SWITCHES and (value is not None or key == "content")
     }
 
 
-def _without_none(value: Any) -> Any:
+def _without_none_in_message(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
-    return [_without_none(part) for part in value] if isinstance(value, list) else value
+        return {key: _without_none_in_message(part) for key, part in value.items() if part is not None}
+    return [_without_none_in_message(part) for part in value] if isinstance(value, list) else value
 
 
 def _end_of_turn(name: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop_ids: Collection[int]) -> int:
@@ -108,40 +108,42 @@ def _end_of_turn(name: str, tokenizer: PreTrainedTokenizerBase, tokens: list[int
     stops = tokenizer.convert_ids_to_tokens(list(stop_ids))
     if end is None:
         raise ValueError(
-            f"{name} has no end: {_template(tokenizer)} writes {_quote(tokenizer, tokens[-8:])} at its end, and none "
-            f"of {stops}; pass `eos_token_id`, the tokens that stop generation"
+            f"{name} has no end: {_template_of_turns(tokenizer)} writes {_quote_tokens(tokenizer, tokens[-8:])} at its "
+            f"end, and none of {stops}; pass `eos_token_id`, the tokens that stop generation"
         )
     following: Any = tokenizer.decode(tokens[end:], skip_special_tokens=True)
     if following.strip():
         raise ValueError(
             f"{name} has {tokenizer.convert_ids_to_tokens(tokens[end - 1])!r} before its end, where generation stops "
-            f"(`eos_token_id`: {stops}), and goes on with {_quote(tokenizer, tokens[end : end + 8])} by "
-            f"{_template(tokenizer)}: inference would never generate that"
+            f"(`eos_token_id`: {stops}), and goes on with {_quote_tokens(tokenizer, tokens[end : end + 8])} by "
+            f"{_template_of_turns(tokenizer)}: inference would never generate that"
         )
     return end
 
 
-def _raise_not_a_prefix(name: str, tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]) -> None:
+def _raise_turn_not_located(
+    name: str, tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int]
+) -> None:
     differences = (place for place, pair in enumerate(zip(context, tokens)) if pair[0] != pair[1])
     place = next(differences, min(len(context), len(tokens)))
     raise ValueError(
-        f"{name} cannot be located: {_template(tokenizer)} renders the conversation up to it in another way than the "
-        f"context that inference starts from. After {place} equal tokens, ending in "
-        f"{_quote(tokenizer, context[max(place - 8, 0) : place])}, the context goes on with "
-        f"{_quote(tokenizer, context[place : place + 8])}, the conversation with "
-        f"{_quote(tokenizer, tokens[place : place + 8])}. The last message of a conversation must be rendered as it "
-        "was generated after the generation prompt: its thinking kept, and no white space that joins the prompt's "
-        "last token; change the template or the message, or leave it out with `train`: False"
+        f"{name} cannot be located: {_template_of_turns(tokenizer)} renders the conversation up to it in another way "
+        f"than the context that inference starts from. After {place} equal tokens, ending in "
+        f"{_quote_tokens(tokenizer, context[max(place - 8, 0) : place])}, the context goes on with "
+        f"{_quote_tokens(tokenizer, context[place : place + 8])}, the conversation with "
+        f"{_quote_tokens(tokenizer, tokens[place : place + 8])}. The last message of a conversation must be rendered "
+        "as it was generated after the generation prompt: its thinking kept, and no white space that joins the "
+        "prompt's last token; change the template or the message, or leave it out with `train`: False"
     )
 
 
-def _name(number: int, place: int) -> str:
+def _name_of_turn(number: int, place: int) -> str:
     return f"message {place} of example {number} of the batch"
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _template_of_turns(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the chat template of {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
-def _quote(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+def _quote_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return repr(tokenizer.decode(tokens)) if tokens else "nothing"

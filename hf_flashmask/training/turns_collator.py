@@ -12,12 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import bounds
 from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
-from ..sharing.backbone import Traits, check_backbone, find_backbone
+from ..sharing.backbone import check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
-from .branches import check_counts_from_zero, check_row_length
-from .evaluation import PacksIntoRows, refuse_predictions_of_rows
+from ..sharing.traits import Traits
+from .branches import check_branches_count_from_zero, check_length_of_branching_row
+from .evaluation import GivesPredictionsOfRows, refuse_predictions_of_rows
 from .labels import IGNORED
-from .packing import PackingStrategy, check_at_least, check_choice, layer_types_of, pack_lengths
+from .option_checks import check_option_at_least, check_option_is_one_of
+from .packed_bounds import layer_types_of_packed_bounds
+from .packing import PackingStrategy, pack_lengths
 from .token_counts import count_tokens_in_trainer
 from .turns import Turn, find_turns
 
@@ -27,7 +30,7 @@ TurnOverflow: TypeAlias = Literal["error", "truncate", "drop"]
 
 
 @dataclass
-class TurnsDataCollator(PacksIntoRows):
+class TurnsDataCollator(GivesPredictionsOfRows):
     """Train every turn of the assistant under the context that inference gives it, all turns of a conversation at once.
 
     Chat templates of reasoning models drop the thinking of earlier turns (Qwen3, gpt-oss): the context of a turn is not
@@ -94,19 +97,19 @@ class TurnsDataCollator(PacksIntoRows):
     computed_tokens: int = field(default=0, init=False, compare=False)
 
     def __post_init__(self, model: nn.Module) -> None:
-        check_choice("strategy", self.strategy, PackingStrategy)
-        check_choice("overflow", self.overflow, TurnOverflow)
+        check_option_is_one_of("strategy", self.strategy, PackingStrategy)
+        check_option_is_one_of("overflow", self.overflow, TurnOverflow)
         if self.max_length is not None:
-            check_at_least("max_length", self.max_length, 2)
+            check_option_at_least("max_length", self.max_length, 2)
             refuse_predictions_of_rows()
-        check_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        check_option_at_least("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         backbone = find_backbone(model, type(self).__name__)
         check_backbone(backbone, type(self).__name__)
-        self._key_ranges = _key_ranges(backbone.config)
+        self._key_ranges = _key_ranges_of_turns(backbone.config)
         traits = Traits.of(backbone)
-        check_counts_from_zero(backbone, traits, type(self).__name__)
+        check_branches_count_from_zero(backbone, traits, type(self).__name__)
         self._longest_row = traits.packs_up_to
-        self._stop_ids = _stop_ids(self.eos_token_id, model, self.tokenizer)
+        self._stop_ids = _stop_ids_of_collator(self.eos_token_id, model, self.tokenizer)
         count_tokens_in_trainer()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class TurnsDataCollator(PacksIntoRows):
         lengths = [len(piece.labels) for piece in pieces]
         rows = pack_lengths(lengths, self.max_length or sum(lengths), self.strategy)
         longest = max(sum(lengths[piece] for piece in row) for row in rows)
-        check_row_length(longest, self._longest_row)
+        check_length_of_branching_row(longest, self._longest_row)
         shape = len(rows), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
         pad_token_id = self.tokenizer.pad_token_id
@@ -147,11 +150,11 @@ class TurnsDataCollator(PacksIntoRows):
             "labels": labels,
         }
 
-    def _bounds(self, trees: Tensor, depth: Tensor, pieces: Sequence[_Piece]) -> Tensor | dict[str, Tensor]:
+    def _bounds(self, trees: Tensor, depth: Tensor, pieces: Sequence[_PieceOfTurns]) -> Tensor | dict[str, Tensor]:
         """The trees `[R, 1, 1, S]` for each type of layers."""
         max_branches = max(piece.tree.max_branches for piece in pieces)
 
-        def within(key_range: _KeyRange | None) -> Tensor:
+        def within(key_range: _KeyRangeOfTurns | None) -> Tensor:
             if key_range is None or int(depth.max()) < key_range.limit:
                 return trees
             return bounds.limit_depth(trees, depth, key_range.end(depth), max_branches=max_branches)
@@ -181,48 +184,48 @@ class TurnsDataCollator(PacksIntoRows):
             return [turn for turn in turns if len(turn.tokens) <= limit]
         return [turn._replace(tokens=turn.tokens[:limit]) for turn in turns if turn.start < limit]
 
-    def _pieces(self, turns: Sequence[Turn]) -> list[_Piece]:
+    def _pieces(self, turns: Sequence[Turn]) -> list[_PieceOfTurns]:
         """The turns of a conversation in one tree, or in as many as they need."""
-        branches = _branches(turns)
-        pieces: list[_Piece] = []
+        branches = _branches_of_turns(turns)
+        pieces: list[_PieceOfTurns] = []
         first = 0
         while first < len(branches):
             last = len(branches)
-            piece = _Piece.of(branches[first:last], self._max_branches)
+            piece = _PieceOfTurns.of(branches[first:last], self._max_branches)
             if not self._fits(piece):  # the most branches that do
-                last, piece = first + 1, _Piece.of(branches[first : first + 1], self._max_branches)
-                while self._fits(larger := _Piece.of(branches[first : last + 1], self._max_branches)):
+                last, piece = first + 1, _PieceOfTurns.of(branches[first : first + 1], self._max_branches)
+                while self._fits(larger := _PieceOfTurns.of(branches[first : last + 1], self._max_branches)):
                     last, piece = last + 1, larger
             pieces.append(piece)
             first = last
         return pieces
 
-    def _fits(self, piece: _Piece) -> bool:
+    def _fits(self, piece: _PieceOfTurns) -> bool:
         is_short = self.max_length is None or len(piece.labels) <= self.max_length
         return is_short and not piece.has_equal_turns
 
 
-class _Branch(NamedTuple):
+class _BranchOfTurns(NamedTuple):
     """Turns one after the other. `spans` are where the tokens of each turn start and end."""
 
     tokens: list[int]
     spans: list[tuple[int, int]]
 
 
-def _branches(turns: Sequence[Turn]) -> list[_Branch]:
+def _branches_of_turns(turns: Sequence[Turn]) -> list[_BranchOfTurns]:
     """A turn whose context begins with all of the turn before it continues its branch."""
-    branches: list[_Branch] = []
+    branches: list[_BranchOfTurns] = []
     for turn in turns:
         span = turn.start, len(turn.tokens)
         last = branches[-1] if branches else None
         if last is not None and turn.tokens[: turn.start][: len(last.tokens)] == last.tokens:
-            branches[-1] = _Branch(turn.tokens, [*last.spans, span])
+            branches[-1] = _BranchOfTurns(turn.tokens, [*last.spans, span])
         else:
-            branches.append(_Branch(turn.tokens, [span]))
+            branches.append(_BranchOfTurns(turn.tokens, [span]))
     return branches
 
 
-class _Piece(NamedTuple):
+class _PieceOfTurns(NamedTuple):
     """A tree as a part of a row.
 
     Attributes:
@@ -237,7 +240,7 @@ class _Piece(NamedTuple):
     has_equal_turns: bool
 
     @classmethod
-    def of(cls, branches: Sequence[_Branch], max_branches: int | None) -> _Piece:
+    def of(cls, branches: Sequence[_BranchOfTurns], max_branches: int | None) -> _PieceOfTurns:
         tree = from_sequences(
             [branch.tokens for branch in branches], one_label_per_token=True, max_branches=max_branches
         )
@@ -252,7 +255,7 @@ class _Piece(NamedTuple):
         return cls(tree, labels, int((labels != IGNORED).sum()) < num_labels)
 
 
-class _KeyRange(NamedTuple):
+class _KeyRangeOfTurns(NamedTuple):
     """The keys that layers see: those in a window of `limit` tokens, or in the same chunk."""
 
     limit: int
@@ -263,36 +266,38 @@ class _KeyRange(NamedTuple):
         return (depth // self.limit + 1) * self.limit if self.is_chunk else depth + self.limit
 
 
-def _key_ranges(config: Any) -> dict[str, _KeyRange | None]:
+def _key_ranges_of_turns(config: Any) -> dict[str, _KeyRangeOfTurns | None]:
     """Layer type -> the keys that it sees, None for all."""
-    ranges: dict[str, _KeyRange | None] = {}
-    for layer_type in layer_types_of(config, "TurnsDataCollator"):
+    ranges: dict[str, _KeyRangeOfTurns | None] = {}
+    for layer_type in layer_types_of_packed_bounds(config, "TurnsDataCollator"):
         setting = KEY_RANGE_OF_LAYER_TYPE.get(layer_type)
         is_chunk = layer_type == "chunked_attention"
         ranges[layer_type] = (
-            None if setting is None else _KeyRange(getattr(config.get_text_config(), setting), is_chunk)
+            None if setting is None else _KeyRangeOfTurns(getattr(config.get_text_config(), setting), is_chunk)
         )
     return ranges
 
 
-def _stop_ids(given: int | Sequence[int] | None, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_ids_of_collator(
+    given: int | Sequence[int] | None, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     if given is None:
-        stated = _as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+        stated = _as_list_of_stop_ids(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
         # A model from scratch has an id from the defaults of its configuration, which may be that of a word.
         added: Any = tokenizer.added_tokens_decoder
         special = [token for token in stated if token in added and added[token].special]
-        ids = list(dict.fromkeys([*special, *_as_list(tokenizer.eos_token_id)]))
+        ids = list(dict.fromkeys([*special, *_as_list_of_stop_ids(tokenizer.eos_token_id)]))
     else:
-        ids = _as_list(given)
+        ids = _as_list_of_stop_ids(given)
     if not ids:
         raise ValueError(
             "neither the model's `generation_config` nor the tokenizer has an EOS token: pass `eos_token_id`, the "
             "tokens that stop generation"
         )
     for token in ids:
-        check_at_least("eos_token_id", token, 0)
+        check_option_at_least("eos_token_id", token, 0)
     return ids
 
 
-def _as_list(ids: Any) -> list[int]:
+def _as_list_of_stop_ids(ids: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

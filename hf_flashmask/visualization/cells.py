@@ -7,7 +7,7 @@ from torch import Tensor
 from ..bounds import check_bounds, simplify, tile_occupancy
 
 
-def select(bounds: Tensor, batch: int, head: int) -> Tensor:
+def select_mask_to_draw(bounds: Tensor, batch: int, head: int) -> Tensor:
     """The bounds of one batch row and head, `[1, 1, C, S_k]`."""
     check_bounds(bounds)
     for name, index, size in (("batch", batch, bounds.shape[0]), ("head", head, bounds.shape[1])):
@@ -20,7 +20,7 @@ def cells(bounds: Tensor, q_len: int | None, batch: int, head: int, max_size: in
     """Visible fraction of each cell of the drawing, and how many pairs a cell is wide and high."""
     if max_size < 1:
         raise ValueError(f"`max_size` must be at least 1, got {max_size}")
-    selected = select(bounds, batch, head)
+    selected = select_mask_to_draw(bounds, batch, head)
     kv_len = bounds.shape[3]
     q_len = kv_len if q_len is None else q_len
     if q_len < 1 or kv_len < 1:
@@ -29,6 +29,6 @@ def cells(bounds: Tensor, q_len: int | None, batch: int, head: int, max_size: in
     return tile_occupancy(selected, q_len, tile_size=tile_size)[0, 0], tile_size
 
 
-def planes_that_suffice(bounds: Tensor, q_len: int | None) -> int:
+def fewest_planes_for_drawing(bounds: Tensor, q_len: int | None) -> int:
     """C of the same mask after `simplify`; that of the bounds themselves up to 4, which costs little."""
     return bounds.shape[2] if bounds.shape[2] <= 4 else simplify(bounds, q_len).shape[2]

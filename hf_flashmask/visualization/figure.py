@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..bounds import visible_pairs
-from .cells import cells, planes_that_suffice, select
-from .sides import Row, both_sides
+from .cells import cells, fewest_planes_for_drawing, select_mask_to_draw
+from .sides import RowOfSide, both_sides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,8 +112,8 @@ def plot(
         ax.vlines(range(1, kv_len), 0, q_len, color="white", linewidth=0.8)
     ax.spines[:].set_visible(False)
     draw_margins(ax, query_row, key_row)
-    share = visible_pairs(select(bounds, batch, head), q_len).item() / (q_len * kv_len)
-    fewest = planes_that_suffice(bounds, q_len)
+    share = visible_pairs(select_mask_to_draw(bounds, batch, head), q_len).item() / (q_len * kv_len)
+    fewest = fewest_planes_for_drawing(bounds, q_len)
     planes = f", C = {bounds.shape[2]} ({fewest} suffice)" if fewest < bounds.shape[2] else ""
     ax.set_title(f"{share:.1%} visible{planes}", loc="right", fontsize="small", color="#546e7a")
     if title is not None:
@@ -121,7 +121,7 @@ def plot(
     return ax
 
 
-def _figure_size(queries: Row, keys: Row, q_len: int, kv_len: int) -> tuple[float, float]:
+def _figure_size(queries: RowOfSide, keys: RowOfSide, q_len: int, kv_len: int) -> tuple[float, float]:
     """Inches: room for the tokens of each side, up to what fits on a screen."""
     longest = max(len(row.tokens or []) for row in (queries, keys))
     pair = min(max(_SMALLEST_SIDE, _INCHES_PER_TOKEN * longest), _LARGEST_SIDE) / max(q_len, kv_len)

@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import Formatter, Locator, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from .sides import Row
+from .sides import RowOfSide
 
 _TEXT_COLOR, _BORDER_COLOR = "#546e7a", "#fb8c00"
 # Unlike each other for every eye, and unlike the borders and the mask.
@@ -35,7 +35,7 @@ class _Strips(NamedTuple):
     key_ids: Sequence[int] | None
 
 
-def draw_margins(ax: Axes, queries: Row, keys: Row) -> None:
+def draw_margins(ax: Axes, queries: RowOfSide, keys: RowOfSide) -> None:
     """Label both sides of a mask whose limits are set, draw strips beside it, and over it where documents begin."""
     strips = (
         _Strips("branch", _BRANCH_COLORS, queries.branches, keys.branches),
@@ -54,17 +54,17 @@ def draw_margins(ax: Axes, queries: Row, keys: Row) -> None:
             _write_tokens(axis, tokens)
     if keys.tokens is not None:
         ax.tick_params(axis="x", labelrotation=90)
-    ax.vlines(_begins(keys.documents), *ax.get_ylim(), color=_BORDER_COLOR, linewidth=1.2)
-    ax.hlines(_begins(queries.documents), *ax.get_xlim(), color=_BORDER_COLOR, linewidth=1.2)
+    ax.vlines(_document_borders_in_picture(keys.documents), *ax.get_ylim(), color=_BORDER_COLOR, linewidth=1.2)
+    ax.hlines(_document_borders_in_picture(queries.documents), *ax.get_xlim(), color=_BORDER_COLOR, linewidth=1.2)
 
 
-def _begins(documents: Sequence[int] | None) -> list[int]:
+def _document_borders_in_picture(documents: Sequence[int] | None) -> list[int]:
     """Where documents begin after others; nowhere where they would cover the mask."""
-    begins = [start for start, _, _ in _runs(documents or []) if start > 0]
+    begins = [start for start, _, _ in _runs_on_strip(documents or []) if start > 0]
     return begins if len(begins) <= _MOST_BORDERS else []
 
 
-def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _runs_on_strip(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Start, end and id of each run of adjacent equal ids."""
     end = 0
     for id_, run in groupby(ids):
@@ -78,7 +78,7 @@ def _draw_strips(ax: Axes, strips: _Strips, distance: float) -> None:
     ids = sorted({*(query_ids or []), *(key_ids or [])})
     colors = dict(zip([id_ for id_ in ids if id_ >= 0], palette * len(ids)))
     for side_ids, is_left in ((query_ids, True), (key_ids, False)):
-        runs = [run for run in _runs(side_ids or []) if run[2] >= 0]
+        runs = [run for run in _runs_on_strip(side_ids or []) if run[2] >= 0]
         ends = [((0, start), (0, end)) if is_left else ((start, 0), (end, 0)) for start, end, _ in runs]
         along_axis = ax.get_yaxis_transform() if is_left else ax.get_xaxis_transform()
         inches = -distance / _POINTS_PER_INCH
@@ -147,11 +147,11 @@ class _TokenFormatter(Formatter):
         index = int(x)
         if not 0 <= index < len(self.tokens):
             return ""
-        text = _short(self.tokens[index])
+        text = _short_margin_text(self.tokens[index])
         return text if self.locator.step() == 1 else f"{text} {index:,}"
 
 
-def _short(token: str) -> str:
+def _short_margin_text(token: str) -> str:
     """One line, which matplotlib does not read as a formula."""
     text = token.replace("\n", "↵").strip() or "␣"
     text = text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..bounds import check_bounds
 from ..bounds.views import named_intervals
-from .cells import planes_that_suffice
+from .cells import fewest_planes_for_drawing
 from .sides import both_sides
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
@@ -95,7 +95,7 @@ def to_html(
     masks = bounds if isinstance(bounds, Mapping) else {"mask": bounds}
     if not masks:
         raise ValueError("`bounds` holds no mask")
-    drawn = [_mask(name, mask, q_len) for name, mask in masks.items()]
+    drawn = [_mask_on_page(name, mask, q_len) for name, mask in masks.items()]
     queries, keys = both_sides(
         [(mask["queries"], mask["keys"]) for mask in drawn],
         tokens=tokens,
@@ -107,8 +107,8 @@ def to_html(
     )
     content = {
         "masks": drawn,
-        "rows": _common_size("batch rows", [*(mask["start"] for mask in drawn), *keys, *queries]),
-        "heads": _common_size("heads", [mask["start"][0] for mask in drawn]),
+        "rows": _common_size_on_page("batch rows", [*(mask["start"] for mask in drawn), *keys, *queries]),
+        "heads": _common_size_on_page("heads", [mask["start"][0] for mask in drawn]),
         "keys": keys._asdict(),
         "queries": queries._asdict(),
     }
@@ -117,7 +117,7 @@ def to_html(
     return MaskPage(title, page.replace("{{ title }}", html.escape(title)))
 
 
-def _mask(name: str, bounds: Tensor, q_len: int | None) -> dict[str, Any]:
+def _mask_on_page(name: str, bounds: Tensor, q_len: int | None) -> dict[str, Any]:
     check_bounds(bounds)
     kv_len = bounds.shape[3]
     q_len = kv_len if q_len is None else q_len
@@ -129,14 +129,14 @@ def _mask(name: str, bounds: Tensor, q_len: int | None) -> dict[str, Any]:
         "queries": q_len,
         "keys": kv_len,
         "planes": bounds.shape[2],
-        "suffice": planes_that_suffice(bounds, q_len),
+        "suffice": fewest_planes_for_drawing(bounds, q_len),
         "names": names,
         "start": start.tolist(),
         "end": end.tolist(),
     }
 
 
-def _common_size(what: str, lists: Sequence[Sequence[Any] | None]) -> int:
+def _common_size_on_page(what: str, lists: Sequence[Sequence[Any] | None]) -> int:
     """How many batch rows or heads there are, where one entry may stand for all of them."""
     sizes = {len(entries) for entries in lists if entries is not None} - {1}
     if len(sizes) > 1:

@@ -28,9 +28,9 @@ class Side(NamedTuple):
     ) -> Side:
         """Checked against the lengths of all masks that are drawn. The options begin with `prefix` in messages."""
         side = cls(
-            _texts(f"{prefix}tokens", tokens),
-            _ids(f"{prefix}document_ids", documents),
-            _ids(f"{prefix}branch_ids", branches),
+            _texts_of_side(f"{prefix}tokens", tokens),
+            _ids_of_side(f"{prefix}document_ids", documents),
+            _ids_of_side(f"{prefix}branch_ids", branches),
         )
         given: Sequence[Sequence[Sequence[object]] | None] = side
         for name, lists in zip(("tokens", "document_ids", "branch_ids"), given):
@@ -41,17 +41,19 @@ class Side(NamedTuple):
                     )
         return side
 
-    def row(self, batch: int, rows: int) -> Row:
+    def row(self, batch: int, rows: int) -> RowOfSide:
         """What is known of one of the batch rows that the bounds have."""
         for lists in self:
             if lists is not None and len(lists) not in (1, rows):
                 raise ValueError(
                     f"tokens, documents or branches are of {len(lists)} batch rows, the bounds of {rows}: give one"
                 )
-        return Row(_pick(self.tokens, batch), _pick(self.documents, batch), _pick(self.branches, batch))
+        return RowOfSide(
+            _row_of_side(self.tokens, batch), _row_of_side(self.documents, batch), _row_of_side(self.branches, batch)
+        )
 
 
-class Row(NamedTuple):
+class RowOfSide(NamedTuple):
     """What is known of the queries, or of the keys, of one batch row."""
 
     tokens: list[str] | None
@@ -90,16 +92,16 @@ def both_sides(
     return completed, keys
 
 
-def _pick(lists: list[list[_Entry]] | None, batch: int) -> list[_Entry] | None:
+def _row_of_side(lists: list[list[_Entry]] | None, batch: int) -> list[_Entry] | None:
     return None if lists is None else lists[batch if len(lists) > 1 else 0]
 
 
-def _texts(name: str, tokens: _Texts) -> list[list[str]] | None:
+def _texts_of_side(name: str, tokens: _Texts) -> list[list[str]] | None:
     if tokens is None:
         return None
-    rows = [tokens] if _are_texts(tokens) else tokens
+    rows = [tokens] if _are_texts_of_tokens(tokens) else tokens
     for row in rows:
-        if not _are_texts(row):
+        if not _are_texts_of_tokens(row):
             raise TypeError(
                 f"`{name}` must be texts, or a list of texts for each batch row, got {type(row).__name__} among them; "
                 "of ids, tokenizer.decode(token) makes texts"
@@ -107,10 +109,10 @@ def _texts(name: str, tokens: _Texts) -> list[list[str]] | None:
     return [[str(token) for token in row] for row in rows]
 
 
-def _are_texts(tokens: Any) -> bool:
+def _are_texts_of_tokens(tokens: Any) -> bool:
     is_list = isinstance(tokens, Iterable) and not isinstance(tokens, (str, Tensor))
     return is_list and all(isinstance(token, str) for token in tokens)
 
 
-def _ids(name: str, ids: _Ids) -> list[list[int]] | None:
+def _ids_of_side(name: str, ids: _Ids) -> list[list[int]] | None:
     return None if ids is None else check_per_position(name, ids).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .cells import cells, planes_that_suffice
+from .cells import cells, fewest_planes_for_drawing
 
 _HIDDEN, _PARTLY, _FULL = "·", "░▒▓", "█"
 
@@ -26,7 +26,7 @@ def to_text(bounds: Tensor, q_len: int | None = None, *, batch: int = 0, head: i
         lines.append(
             f"each cell {tile_size} x {tile_size} pairs: {_FULL} visible, {_PARTLY[::-1]} partly, {_HIDDEN} hidden"
         )
-    fewest = planes_that_suffice(bounds, q_len)
+    fewest = fewest_planes_for_drawing(bounds, q_len)
     if fewest < bounds.shape[2]:
         lines.append(f"C = {bounds.shape[2]} planes; simplify(bounds, q_len) says the same with C = {fewest}")
     return "\n".join(lines)

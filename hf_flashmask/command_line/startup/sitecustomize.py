@@ -32,7 +32,7 @@ class _AfterTransformers:
         if "transformers.modeling_utils" not in sys.modules or self not in sys.meta_path:
             return
         # Modules that are still being imported lack names that hf_flashmask imports.
-        if any(_is_incomplete(module) for other, module in list(sys.modules.items()) if other != name):
+        if any(_is_being_imported(module) for other, module in list(sys.modules.items()) if other != name):
             return
         sys.meta_path.remove(self)
         try:
@@ -44,7 +44,7 @@ class _AfterTransformers:
             )
 
 
-def _is_incomplete(module):
+def _is_being_imported(module):
     name = getattr(module, "__name__", "")
     return name.startswith("transformers.") and getattr(getattr(module, "__spec__", None), "_initializing", False)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..sharing.shared_prefix import merge_if_shared
+from ..sharing.shared_prefix import merge_by_share_prefixes
 from ..training.labels import IGNORED
 
-__all__ = ["LabelsInTree", "MergedBatch", "merge_batch"]
+__all__ = ["LabelsOfMergedBatch", "MergedBatch", "merge_batch"]
 
 
-class LabelsInTree(NamedTuple):
+class LabelsOfMergedBatch(NamedTuple):
     """Labels of a padded batch in the row that its rows were merged into: a token may have one from each of them.
 
     Attributes:
@@ -27,13 +27,13 @@ class LabelsInTree(NamedTuple):
     places: Tensor
     tokens: Tensor
 
-    def of_rank(self, rows: Tensor) -> LabelsInTree:
+    def of_rank(self, rows: Tensor) -> LabelsOfMergedBatch:
         """Those of the tokens `rows`, rising, by their places among these. The host waits for their number."""
         place = torch.searchsorted(rows, self.places).clamp(max=len(rows) - 1)
         is_own = rows[place] == self.places
         if not is_own.any():  # one that does not count, so that the gradients of all ranks take the same way
-            return LabelsInTree(place.new_zeros(1), self.tokens.new_full((1,), IGNORED))
-        return LabelsInTree(place[is_own], self.tokens[is_own])
+            return LabelsOfMergedBatch(place.new_zeros(1), self.tokens.new_full((1,), IGNORED))
+        return LabelsOfMergedBatch(place[is_own], self.tokens[is_own])
 
 
 class MergedBatch(NamedTuple):
@@ -46,7 +46,7 @@ class MergedBatch(NamedTuple):
     """
 
     arguments: dict[str, Any]
-    labels: LabelsInTree
+    labels: LabelsOfMergedBatch
     depth: Tensor
 
 
@@ -56,7 +56,7 @@ def merge_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> MergedBatch
     Raises:
         NotImplementedError, ValueError: for batches of which no loss could be exact.
     """
-    tree = merge_if_shared(model, batch)
+    tree = merge_by_share_prefixes(model, batch)
     if tree is None:
         return None
     labels, shifted = batch.get("labels"), batch.get("shift_labels")
@@ -77,4 +77,4 @@ def merge_batch(model: PreTrainedModel, batch: Mapping[str, Any]) -> MergedBatch
         )
     merged = {key: value for key, value in batch.items() if "labels" not in key}
     merged |= {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "attention_mask": tree.bounds}
-    return MergedBatch(merged, LabelsInTree(tree.index[has_label], shifted[has_label]), tree.depth)
+    return MergedBatch(merged, LabelsOfMergedBatch(tree.index[has_label], shifted[has_label]), tree.depth)
