@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from hf_flashmask import bounds
+from hf_flashmask.bounds.trees import depth_in_prefix_trees
 from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
-from hf_flashmask.integration.final_bounds import depth_in_prefix_trees
 from hf_flashmask.integration.mask import Hints, Place, register_tree
 from hf_flashmask.sharing.prefix_tree import from_sequences
 

@@ -15,7 +15,6 @@ from .name import logger
 from .reading import may_be_read
 
 __all__ = [
-    "depth_in_prefix_trees",
     "refuse_bounds_of_encoder",
     "refuse_mask_of_flex_attention",
     "warn_of_meeting_documents",
@@ -30,39 +29,6 @@ _seen: WeakValueDictionary[int, Any] = WeakValueDictionary()
 
 _of_self_attention: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """The bounds that models were called with for attention within one sequence, as long as they exist."""
-
-
-def depth_in_prefix_trees(bounds: Tensor, position_ids: Tensor) -> Tensor | None:
-    """How many tokens are before each one on its path from the root, if bounds and positions are those of prefix trees.
-
-    They are where the tokens that each token sees are a path from a root, along which its positions count from any
-    number on. There a layer with a window or chunks counts along the path, as it would in the sequence alone. Packed
-    documents are trees without branches. Other bounds of one plane, such as windows with sinks, are final.
-
-    Args:
-        bounds: int32 `[B or 1, 1, 1, S]`, causal.
-        position_ids: `[B or 1, S]`.
-
-    Returns:
-        int64 `[B or 1, S]`, of padding any numbers; None for other bounds.
-    """
-    end = bounds[:, 0, 0].clamp(0, bounds.shape[-1])
-    key = torch.arange(end.shape[1], dtype=torch.int32, device=end.device)
-    is_token = end > key  # padding does not even see itself
-    # What padding sees does not matter: a key ends at the token after it.
-    token_from = torch.where(is_token, key, end.shape[1]).flip(1).cummin(1).values.flip(1)
-    end = torch.nn.functional.pad(token_from, (0, 1), value=end.shape[1]).gather(1, end.long())
-    begun = is_token.cumsum(1, dtype=torch.int32)
-    ended = torch.zeros_like(torch.nn.functional.pad(end, (0, 1)))
-    ended.scatter_add_(1, end.long(), is_token.int())
-    num_seen = begun - is_token.int() - ended[:, :-1].cumsum(1, dtype=torch.int32)
-    # Paths: of the keys that are seen, those end first that began last, and each takes all that began after it along.
-    seen_at_end = torch.nn.functional.pad(num_seen, (0, 1)).gather(1, end.long())
-    root = torch.where(is_token & (num_seen == 0), key, 0).cummax(1).values.long()
-    position_ids, root = torch.broadcast_tensors(position_ids, root)
-    depth = position_ids - position_ids.gather(1, root)
-    is_path = (seen_at_end <= num_seen) & (depth == num_seen)
-    return depth.long() if bool((is_path | ~is_token).all()) else None
 
 
 def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention: bool) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
 
 from .. import bounds as _bounds
+from ..bounds.trees import depth_in_prefix_trees
 from .closures import is_plain
 from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
 from .documents import (
@@ -24,7 +25,6 @@ from .documents import (
 )
 from .engines import note_made
 from .final_bounds import (
-    depth_in_prefix_trees,
     refuse_bounds_of_encoder,
     refuse_mask_of_flex_attention,
     warn_of_meeting_documents,
