@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .. import bounds as _bounds
-from .documents import are_of_tokens
+from .documents import positions_tell_documents
+from .layer_types import layer_types_have_key_ranges
 from .name import logger
 from .reading import may_be_read
 
 __all__ = [
     "refuse_bounds_of_encoder",
+    "refuse_bounds_shared_by_layer_types",
+    "refuse_mask_as_array",
     "refuse_mask_of_flex_attention",
     "warn_of_meeting_documents",
 ]
@@ -23,7 +28,7 @@ __all__ = [
 _MOST_STARTS = 64
 """Documents that are looked at in a call. All of them leak, or none does, if bounds and positions do not match."""
 
-_seen: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_looked_at: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Configurations of models whose calls were looked at: reading a value from a GPU in every step would slow it down."""
 
 
@@ -52,6 +57,29 @@ def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention:
         )
 
 
+def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether one tensor of final bounds for full and windowed layers would silently widen the windows."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1 and layer_types_have_key_ranges(config, bounds)
+
+
+def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
+    if _layers_see_different_keys(config, bounds):
+        raise ValueError(
+            "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
+            f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
+            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches, if "
+            "the model hands them to its mask functions"
+        )
+
+
+def refuse_mask_as_array(mask: Any) -> None:
+    if isinstance(mask, (numpy.ndarray, list, tuple)):
+        raise TypeError(
+            f"`attention_mask` is a {type(mask).__name__}, not a tensor: pass torch.as_tensor(mask); bounds "
+            "[B or 1, H or 1, C, S_k] are int32"
+        )
+
+
 def refuse_mask_of_flex_attention(mask: Any) -> None:
     if callable(mask) or isinstance(mask, BlockMask):
         raise TypeError(
@@ -73,11 +101,14 @@ def warn_of_meeting_documents(config: Any, bounds: Tensor, position_ids: Tensor 
     length = bounds.shape[-1]
     if bounds.dtype != torch.int32 or bounds.ndim != 4 or not may_be_read(bounds) or position_ids is None:
         return
-    if not are_of_tokens(position_ids, position_ids.shape[0], length) or position_ids.device != bounds.device:
+    if (
+        not positions_tell_documents(position_ids, position_ids.shape[0], length)
+        or position_ids.device != bounds.device
+    ):
         return
-    if bounds.is_cuda and id(config) in _seen:
+    if bounds.is_cuda and id(config) in _looked_at:
         return
-    _seen[id(config)] = config
+    _looked_at[id(config)] = config
     row = _first_row_that_sees_another_document(bounds, position_ids)
     if row is not None:
         logger.warning_once(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..integration import NAME
 from ..integration.adapters import adapters_that_see_rows
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.layer_types import KEY_RANGE_OF_LAYER_TYPE
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}
 _LOOK_AT_LARGEST_POSITION = {"dynamic", "longrope"}
