@@ -123,16 +123,18 @@ def _all() -> list[Message | Unreadable]:
     functions = {
         node.name: node for module in modules.values() for node in module.body if isinstance(node, ast.FunctionDef)
     }
-    found = (_Source(path, module, functions).messages() for path, module in modules.items())
-    return list(dict.fromkeys(message for of_file in found for message in of_file))
+    sources: list[_Source] = []
+    sources.extend(_Source(path, module, functions, sources) for path, module in modules.items())
+    return list(dict.fromkeys(message for source in sources for message in source.messages()))
 
 
 class _Source(NamedTuple):
-    """A file, and the functions of all files by name."""
+    """A file, the functions of all files by name, and all files."""
 
     path: Path
     module: ast.Module
     functions: dict[str, ast.FunctionDef]
+    files: list[_Source]
 
     def messages(self) -> Iterator[Message | Unreadable]:
         place = self.path.relative_to(ROOT).as_posix()
@@ -176,14 +178,15 @@ class _Source(NamedTuple):
                 yield VALUE
 
     def handed_over(self, name: str, scopes: list[ast.FunctionDef]) -> Iterator[str]:
-        """What the callers in this file say for an argument of the functions around."""
+        """What callers say for an argument of the functions around: of private ones those in this file."""
         for scope in scopes:
             names = [argument.arg for argument in scope.args.args]
             if name in names:
-                for node in ast.walk(self.module):
-                    if isinstance(node, ast.Call) and ast.unparse(node.func) == scope.name:
-                        for value in node.args[names.index(name) : names.index(name) + 1]:
-                            yield from self.texts(value, [])
+                for file in [self] if scope.name.startswith("_") else self.files:
+                    for node in ast.walk(file.module):
+                        if isinstance(node, ast.Call) and ast.unparse(node.func) == scope.name:
+                            for value in node.args[names.index(name) : names.index(name) + 1]:
+                                yield from file.texts(value, [])
 
 
 def _tidy(text: str) -> str:

@@ -465,7 +465,7 @@ def test_prefix_trees_whose_values_the_host_does_not_know(drawn, padding):
     parents = torch.tensor([p + [-1] * (nodes - len(p)) for p, _ in drawn], dtype=torch.long).reshape(len(drawn), nodes)
     lengths = torch.tensor([n + [0] * (nodes - len(n)) for _, n in drawn], dtype=torch.long).reshape(len(drawn), nodes)
     expected = np.stack([dense_of_tree(*tree, size)[None] for tree in drawn])
-    assert_mask(trees._on_the_device(parents, lengths, size), expected, size)
+    assert_mask(trees._from_prefix_tree_on_device(parents, lengths, size), expected, size)
 
 
 @few
@@ -476,9 +476,9 @@ def test_wrong_trees_are_refused_wherever_they_are(parents, length):
         expected = from_prefix_tree(parents, lengths)
     except ValueError:
         with pytest.raises(ValueError, match="are not in depth-first order, or `lengths` are negative"):
-            trees._on_the_device(torch.tensor(parents), torch.tensor(lengths), 9)
+            trees._from_prefix_tree_on_device(torch.tensor(parents), torch.tensor(lengths), 9)
     else:
-        result = trees._on_the_device(torch.tensor(parents), torch.tensor(lengths), expected.shape[3])
+        result = trees._from_prefix_tree_on_device(torch.tensor(parents), torch.tensor(lengths), expected.shape[3])
         assert torch.equal(result, expected)
 
 

@@ -25,7 +25,9 @@ from transformers.models.t5gemma2 import modeling_t5gemma2
 import hf_flashmask  # noqa: F401  (registers the implementation)
 from hf_flashmask import bounds
 from hf_flashmask.integration import Mask, closures, conversion, flashmask_mask
-from hf_flashmask.integration.conversion import Tree, from_dense_mask, from_mask_function, in_tree, knows_whole_rows
+from hf_flashmask.integration.closures import closure_holds_whole_rows
+from hf_flashmask.integration.conversion import from_dense_mask, from_mask_function, from_mask_function_in_tree
+from hf_flashmask.integration.mask import Tree
 
 SINCE_5_13 = Version(transformers.__version__) >= Version("5.13")
 HAS_BLOCKS = hasattr(masking_utils, "blockwise_overlay")  # since Transformers 5.9
@@ -642,15 +644,15 @@ def test_compiled_overlays() -> None:
 
 def test_what_a_prefix_tree_cannot_hold_is_named() -> None:
     tree = Tree(bounds.from_prefix_tree([-1, 0], [2, 2]), torch.arange(4)[None])
-    assert torch.equal(in_tree(masking_utils.causal_mask_function, tree), tree.bounds)
+    assert torch.equal(from_mask_function_in_tree(masking_utils.causal_mask_function, tree), tree.bounds)
     with pytest.raises(NotImplementedError, match=r"bidirectional_mask_function.*must be causal"):
-        in_tree(masking_utils.bidirectional_mask_function, tree)
+        from_mask_function_in_tree(masking_utils.bidirectional_mask_function, tree)
     for factory in ["packed_sequence_mask_function"] + ["blockwise_overlay"] * HAS_BLOCKS:
         overlay = getattr(masking_utils, factory)(torch.zeros(1, 4, dtype=torch.long))
         with pytest.raises(NotImplementedError, match=r"or_mask.*must be causal"):
-            in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, overlay), tree)
+            from_mask_function_in_tree(masking_utils.or_masks(masking_utils.causal_mask_function, overlay), tree)
         with pytest.raises(NotImplementedError, match=rf"{factory}.*windows and chunks only"):
-            in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, overlay), tree)
+            from_mask_function_in_tree(masking_utils.and_masks(masking_utils.causal_mask_function, overlay), tree)
 
 
 # Another version of Transformers
@@ -748,7 +750,7 @@ def test_prefix_trees_refuse_a_window_that_counts_otherwise(monkeypatch: pytest.
     count_otherwise("sliding_window_overlay", monkeypatch)
     tree = Tree(bounds.causal(6), torch.arange(6)[None])
     with pytest.raises(NotImplementedError, match=r"sliding_window_overlay.*prefix trees hold windows and chunks only"):
-        in_tree(masking_utils.sliding_window_causal_mask_function(3), tree)
+        from_mask_function_in_tree(masking_utils.sliding_window_causal_mask_function(3), tree)
 
 
 def test_what_counts_otherwise_is_searched_for_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -776,8 +778,14 @@ def test_what_mask_functions_look_up() -> None:
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     window, causal = masking_utils.sliding_window_overlay(WINDOW), masking_utils.causal_mask_function
     packed = masking_utils.packed_sequence_mask_function(ids)
-    assert knows_whole_rows(masking_utils.and_masks(window, causal), None)
+    assert closure_holds_whole_rows(masking_utils.and_masks(window, causal), None)
     in_window = masking_utils.or_masks(masking_utils.and_masks(packed, window), causal)
-    assert [knows_whole_rows(in_window, length) for length in (LENGTH, LENGTH + 1, None)] == [True, False, False]
-    assert not knows_whole_rows(masking_utils.or_masks(causal, lambda b, h, q, k: ids[b, q] == ids[b, k]), LENGTH)
-    assert not knows_whole_rows(masking_utils.or_masks(causal, functools.partial(causal)), LENGTH)
+    assert [closure_holds_whole_rows(in_window, length) for length in (LENGTH, LENGTH + 1, None)] == [
+        True,
+        False,
+        False,
+    ]
+    assert not closure_holds_whole_rows(
+        masking_utils.or_masks(causal, lambda b, h, q, k: ids[b, q] == ids[b, k]), LENGTH
+    )
+    assert not closure_holds_whole_rows(masking_utils.or_masks(causal, functools.partial(causal)), LENGTH)

@@ -47,7 +47,7 @@ def test_a_plain_call_has_a_causal_mask_and_nothing_stays_behind() -> None:
     assert torch.equal(to_dense(mask)[0, 0], torch.ones(5, 5, dtype=torch.bool).tril())
     with pytest.raises(AttributeError):
         hf_flashmask.masks_of(model, {"inputs_embeds": 3})
-    assert hf_flashmask.integration.inspection._seen.get() is None
+    assert hf_flashmask.integration.inspection._inspected.get() is None
 
 
 def test_a_model_without_flashmask_is_refused() -> None:

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache, masking_utils
 
 from hf_flashmask import bounds
+from hf_flashmask.bounds.trees import depth_in_prefix_trees
 from hf_flashmask.integration import Mask, flashmask_attention_forward, flashmask_mask
-from hf_flashmask.integration.final_bounds import depth_in_prefix_trees
 from hf_flashmask.integration.mask import Hints, Place, register_tree
 from hf_flashmask.sharing.prefix_tree import from_sequences
 
@@ -219,7 +219,7 @@ def test_a_tree_keeps_its_windows_through_a_copy() -> None:
     branches = [input_ids[:, :9], torch.cat([input_ids[:, :5], input_ids[:, 9:]], 1)]
     alone = [eager_twin(model)(branch).logits for branch in branches]
     torch.testing.assert_close(expected, torch.cat([alone[0], alone[1][:, 5:]], 1), **TOLERANCE)
-    from hf_flashmask.integration.conversion import Tree
+    from hf_flashmask.integration.mask import Tree
 
     tree = pickle.loads(pickle.dumps(register_tree(Tree(mask, depth))))
     torch.testing.assert_close(

@@ -149,9 +149,9 @@ def test_bounds_and_schedules_are_made_once_per_pass(
 ) -> None:
     interpreted()
     built, made = [], []
-    build_schedule, complete = schedules.build_schedule, layer_mask._complete
+    build_schedule, complete = schedules.build_schedule, layer_mask._complete_layer_mask
     monkeypatch.setattr(schedules, "build_schedule", lambda *args: built.append(args) or build_schedule(*args))
-    monkeypatch.setattr(layer_mask, "_complete", lambda *args: made.append(args) or complete(*args))
+    monkeypatch.setattr(layer_mask, "_complete_layer_mask", lambda *args: made.append(args) or complete(*args))
     layer_types = ["sliding_attention", "full_attention"] * 2 if kinds == 2 else None
     model = build(name, num_hidden_layers=4, **({"layer_types": layer_types} if kinds == 2 else {}))
     documents = random_documents([5, 8])

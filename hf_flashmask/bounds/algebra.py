@@ -16,13 +16,11 @@ from .form import (
     TooManyIntervalsError,
     broadcast_masks,
     check_bounds,
-    check_intervals,
-    check_operands,
+    check_max_intervals,
     hidden_intervals,
     lower_and_upper,
-    refuse,
-    rows_of_keys,
-    shift_down,
+    own_rows_of_keys,
+    refuse_without_waiting,
 )
 
 
@@ -50,7 +48,7 @@ def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     >>> intersect(from_position_ids(torch.tensor([0, 1, 2, 0, 1])), sliding_window(2, 5)).tolist()
     [[[[2, 3, 3, 5, 5]]]]
     """
-    check_operands("intersect", bounds)
+    _check_operands("intersect", bounds)
     planes = {mask.shape[2] for mask in bounds}
     if planes == {1}:
         return reduce(torch.minimum, bounds).contiguous()
@@ -64,7 +62,7 @@ def intersect(*bounds: Tensor, q_len: int | None = None) -> Tensor:
         if not others:
             return torch.stack([lts, ute], dim=2)
         others.append(torch.stack([lts, torch.full_like(lts, NO_END), torch.zeros_like(ute), ute], dim=2))
-    check_intervals("intersect", sum(mask.shape[2] // 2 for mask in others))
+    check_max_intervals("intersect", sum(mask.shape[2] // 2 for mask in others))
     result = torch.cat(broadcast_masks(others), dim=2).contiguous()
     _suggest_simplify("intersect", result, q_len)
     return result
@@ -96,7 +94,7 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
     >>> mask.shape[2], simplify(mask, 5).shape[2]
     (6, 2)
     """
-    check_operands("union", bounds)
+    _check_operands("union", bounds)
     causal = [mask for mask in bounds if mask.shape[2] == 1]
     if causal:
         bounds = (reduce(torch.maximum, causal), *(mask for mask in bounds if mask.shape[2] > 1))
@@ -104,7 +102,7 @@ def union(*bounds: Tensor, q_len: int | None = None) -> Tensor:
         return bounds[0].contiguous()
     families = [torch.stack(disjoint(*hidden_intervals(mask, q_len)), dim=0) for mask in bounds]
     count = sum(family.shape[3] for family in families)
-    check_intervals("union", count - len(bounds) + 1)
+    check_max_intervals("union", count - len(bounds) + 1)
     batch, heads = torch.broadcast_shapes(*(family.shape[1:3] for family in families))
     start, end = torch.cat([family.expand(-1, batch, heads, -1, -1) for family in families], dim=3).unbind(0)
     # Intervals of one mask are disjoint, so a row is hidden by all m masks where it lies in m intervals at once: from
@@ -179,7 +177,16 @@ def simplify(bounds: Tensor, q_len: int | None = None, *, planes: int | None = N
         return fewest_planes(*hidden_intervals(bounds, q_len), q_len)
     if planes != 1 and (planes % 2 or not 2 <= planes <= 2 * MAX_INTERVALS):
         raise ValueError(f"`planes` must be 1 or an even number up to {2 * MAX_INTERVALS}, got {planes}")
-    return _given_planes(*hidden_intervals(bounds, q_len), q_len, planes)
+    return _simplify_to_planes(*hidden_intervals(bounds, q_len), q_len, planes)
+
+
+def _check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:
+    if not bounds:
+        raise ValueError(f"{operation}() needs at least one mask")
+    for mask in bounds:
+        check_bounds(mask)
+    if any(mask.shape[3] != bounds[0].shape[3] for mask in bounds):
+        raise ValueError(f"{operation}() needs masks of one key length, got {[mask.shape[3] for mask in bounds]}")
 
 
 _suggested: set[int] = set()
@@ -207,11 +214,16 @@ def _suggest_simplify(operation: str, bounds: Tensor, q_len: int | None) -> None
         )
 
 
+def _shift_planes_down(planes: Tensor, fill: int) -> Tensor:
+    """Plane k becomes plane k + 1, the first one `fill`."""
+    return torch.cat([torch.full_like(planes[:, :, :1], fill), planes[:, :, :-1]], dim=2)
+
+
 def disjoint(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """As many intervals that hide the same rows, sorted and without overlap; empty ones have start = end."""
     start, order = start.sort(dim=2)
     end = end.gather(2, order)
-    reached = shift_down(end.cummax(dim=2).values, fill=torch.iinfo(torch.int32).min)
+    reached = _shift_planes_down(end.cummax(dim=2).values, fill=torch.iinfo(torch.int32).min)
     start = torch.maximum(start, reached)
     return start, torch.maximum(start, end)
 
@@ -223,7 +235,7 @@ def fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | Non
     """
     if start.numel() == 0:
         return torch.empty_like(start[:, :, :1])
-    merged = _merge(start, end, q_len, triangle)
+    merged = _simplify_intervals(start, end, q_len, triangle)
     intervals, has_inner, is_not_causal = torch.stack(
         [merged.counts.amax(), merged.has_inner.any().long(), merged.is_not_causal.any().long()]
     ).tolist()
@@ -232,23 +244,23 @@ def fewest_planes(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | Non
     return merged.lower_and_upper() if is_not_causal else merged.lts.unsqueeze(2).contiguous()
 
 
-def _given_planes(start: Tensor, end: Tensor, q_len: int, planes: int) -> Tensor:
+def _simplify_to_planes(start: Tensor, end: Tensor, q_len: int, planes: int) -> Tensor:
     """`fewest_planes`, which reads their number, when it is known."""
     if start.numel() == 0:
         return start.new_empty((*start.shape[:2], planes, start.shape[3]))
-    merged = _merge(start, end, q_len, None)
+    merged = _simplify_intervals(start, end, q_len, None)
     if planes <= 2:
         refused = merged.has_inner | merged.is_not_causal if planes == 1 else merged.has_inner
     else:
         refused = merged.counts > planes // 2
     message = f"simplify() was told that {planes} planes are enough, but a key needs more"
-    refuse(refused, TooManyIntervalsError(message))
+    refuse_without_waiting(refused, TooManyIntervalsError(message))
     if planes == 1:
         return merged.lts.unsqueeze(2).contiguous()
     return merged.lower_and_upper() if planes == 2 else merged.pairs(planes // 2)
 
 
-class _Merged(NamedTuple):
+class _SimplifiedIntervals(NamedTuple):
     """Hidden intervals of each key, merged: `[B, H, n, S_k]`, sorted and apart, an empty one being (q_len, 0)."""
 
     start: Tensor
@@ -276,13 +288,13 @@ class _Merged(NamedTuple):
         return torch.stack([start, end], dim=3).flatten(2, 3)
 
 
-def _merge(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None) -> _Merged:
+def _simplify_intervals(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None) -> _SimplifiedIntervals:
     start, end = start.clamp(0, q_len), end.clamp(0, q_len)
     empty = start >= end
     start, end = start.masked_fill(empty, q_len), end.masked_fill(empty, 0)
     start, order = start.sort(dim=2)
     end = end.gather(2, order)
-    reached = shift_down(end.cummax(dim=2).values, fill=-1)
+    reached = _shift_planes_down(end.cummax(dim=2).values, fill=-1)
     merged = (((start > reached) & (start < end)).cumsum(2) - 1).clamp(min=0)
     start = torch.full_like(start, q_len).scatter_reduce(2, merged, start, "amin")
     end = torch.zeros_like(end).scatter_reduce(2, merged, end, "amax")
@@ -291,7 +303,7 @@ def _merge(start: Tensor, end: Tensor, q_len: int, triangle: Tensor | None) -> _
     lts = torch.where(end == q_len, start, q_len).amin(2)
     ute = torch.where(start == 0, end, 0).amax(2)
     if triangle is None:
-        triangle = rows_of_keys(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
+        triangle = own_rows_of_keys(q_len, start.shape[3], None, 0, start.device).clamp(0, q_len)
     has_inner = (some & (start > 0) & (end < q_len)).any(2)
     is_not_causal = (ute != triangle) & (ute != q_len)
-    return _Merged(start, end, lts, ute, triangle, some.sum(2), has_inner, is_not_causal)
+    return _SimplifiedIntervals(start, end, lts, ute, triangle, some.sum(2), has_inner, is_not_causal)

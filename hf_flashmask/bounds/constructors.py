@@ -15,20 +15,20 @@ from .form import (
     NO_END,
     Offset,
     TooManyIntervalsError,
-    at_keys,
     check_int_tensor,
     check_integer,
-    check_lengths,
+    check_integer_lists,
     check_per_position,
+    check_q_len_and_kv_len,
     check_size,
+    default_kv_len,
+    default_lengths_and_offsets,
     dtype_or_type,
-    from_blocks,
-    host_lists,
-    is_bottom_right,
-    length_of_rows,
-    previous,
-    resolve_call,
-    rows_of_keys,
+    is_triangle_at_bottom_right,
+    own_rows_of_keys,
+    planes_from_blocks,
+    previous_values,
+    run_edges_at_keys,
     run_ends,
     run_numbers,
     stack_planes,
@@ -55,10 +55,10 @@ def causal(
     [[[[2, 2, 2, 2]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
-    check_lengths(q_len, kv_len)
-    if is_bottom_right(q_len, kv_len, q_offset, kv_offset):
+    check_q_len_and_kv_len(q_len, kv_len)
+    if is_triangle_at_bottom_right(q_len, kv_len, q_offset, kv_offset):
         return torch.full((1, 1, 1, kv_len), q_len, dtype=torch.int32, device=device)
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     return stack_planes(torch.full_like(diagonal, q_len), diagonal, q_len)
 
 
@@ -110,9 +110,9 @@ def sliding_window(
     """
     kv_len = q_len if kv_len is None else kv_len
     left, right = _left_and_right(window, is_causal)
-    if right == 0 and is_bottom_right(q_len, kv_len, q_offset, kv_offset):
-        return stack_planes(rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=left + 1), None, q_len)
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    if right == 0 and is_triangle_at_bottom_right(q_len, kv_len, q_offset, kv_offset):
+        return stack_planes(own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device, below=left + 1), None, q_len)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     return stack_planes(diagonal + (left + 1), diagonal - right, q_len)
 
 
@@ -152,14 +152,14 @@ def chunked(
         if left_padding.ndim == 2 and left_padding.shape[1] != kv_len:
             raise ValueError(f"`left_padding` must be [B] or [B, {kv_len}], got shape {list(left_padding.shape)}")
         device = left_padding.device if device is None else device
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
-    position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    position = own_rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
     if left_padding is not None:
         position = position - (left_padding[:, None] if left_padding.ndim == 1 else left_padding)
     chunk_start = diagonal - position.remainder(chunk_size).to(torch.int32)
     if not is_causal:
         return stack_planes(chunk_start + chunk_size, chunk_start, q_len)
-    aligned = is_bottom_right(q_len, kv_len, q_offset, kv_offset)
+    aligned = is_triangle_at_bottom_right(q_len, kv_len, q_offset, kv_offset)
     return stack_planes(chunk_start + chunk_size, None if aligned else diagonal, q_len)
 
 
@@ -194,8 +194,8 @@ def prefix_lm(
         prefix_lengths = prefix_lengths[:, None]
     else:
         prefix_lengths = check_size("prefix_lengths", prefix_lengths, least=0)
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
-    position = rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    position = own_rows_of_keys(q_len, kv_len, 0, kv_offset, diagonal.device)
     ute = diagonal.masked_fill(position < prefix_lengths, 0)
     return stack_planes(torch.full_like(ute, q_len), ute, q_len)
 
@@ -269,18 +269,20 @@ def causal_with_blocks(
         raise ValueError("`window_limits_blocks` needs a `window`")
     window = None if window is None else _checked_window(window, is_causal=True)
     block_ids = check_per_position("block_ids", block_ids)
-    ends = run_ends(run_numbers(torch.ne, block_ids, previous(block_ids)))
-    q_len, kv_len, q_offset, kv_offset = resolve_call(block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
+    ends = run_ends(run_numbers(torch.ne, block_ids, previous_values(block_ids)))
+    q_len, kv_len, q_offset, kv_offset = default_lengths_and_offsets(
+        block_ids.shape[-1], q_len, kv_len, q_offset, kv_offset
+    )
     is_text = block_ids < 0
-    start = at_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, FAR, kv_len, kv_offset)
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, block_ids.device)
+    start = run_edges_at_keys(torch.searchsorted(ends, ends, out_int32=True), is_text, FAR, kv_len, kv_offset)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, block_ids.device)
     ute = torch.minimum(diagonal, start - q_offset)
     if window is None:
         return stack_planes(torch.full_like(ute, q_len), ute, q_len)
     lts, _ = _band(diagonal, window, is_causal=True)
     if window_limits_blocks:
         return stack_planes(lts, ute, q_len)
-    end = at_keys(ends, is_text, -FAR, kv_len, kv_offset)
+    end = run_edges_at_keys(ends, is_text, -FAR, kv_len, kv_offset)
     return stack_planes(torch.maximum(lts, end - q_offset), ute, q_len)
 
 
@@ -317,13 +319,13 @@ def global_and_sliding_window(
     kv_len = q_len if kv_len is None else kv_len
     window = _checked_window(window, is_causal)
     num_global = check_size("num_global", num_global, least=0)
-    diagonal = rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
+    diagonal = own_rows_of_keys(q_len, kv_len, q_offset, kv_offset, device)
     lts, ute = _band(diagonal, window, is_causal)
     # The rows before this one are those of global tokens.
     first_local_row = num_global - (kv_offset + kv_len - q_len if q_offset is None else q_offset)
     is_global = diagonal < first_local_row
     if is_causal:
-        aligned = is_bottom_right(q_len, kv_len, q_offset, kv_offset)
+        aligned = is_triangle_at_bottom_right(q_len, kv_len, q_offset, kv_offset)
         return stack_planes(lts.masked_fill(is_global, q_len), None if aligned else ute, q_len)
     lts = lts.clamp(min=first_local_row).masked_fill(is_global, q_len)
     ute = ute.masked_fill(is_global, 0)
@@ -412,13 +414,13 @@ def from_block_mask(
         raise ValueError(f"`mask` must be [n, n] or [B or 1, H or 1, n, n], got shape {list(mask.shape)}")
     device = mask.device if device is None else device
     mask = mask.cpu() if mask.ndim == 4 else mask.cpu()[None, None]
-    length_rows = host_lists("lengths", lengths)
+    length_rows = check_integer_lists("lengths", lengths)
     for row in length_rows:
         if len(row) != mask.shape[3] or min(row, default=0) < 0:
             raise ValueError(f"`lengths` must hold a length of 0 or more for each of {mask.shape[3]} blocks, got {row}")
     if 1 not in (mask.shape[0], len(length_rows)) and mask.shape[0] != len(length_rows):
         raise ValueError(f"`mask` has a batch of {mask.shape[0]}, but `lengths` has {len(length_rows)} rows")
-    kv_len = length_of_rows(length_rows, kv_len)
+    kv_len = default_kv_len(length_rows, kv_len)
 
     # Padding is one more block, and so is key 0, the only key without rows before it. Within a block, all keys have
     # then as many hidden intervals, which differ by the triangle alone.
@@ -434,7 +436,7 @@ def from_block_mask(
     start, end = torch.where(visible, 0, first_key.mT), torch.where(visible, 0, end_key.mT)
     planes = fewest_planes(start, end, kv_len, (first_key if is_causal else end_key - 1)[:, 0])
     _check_block_intervals(planes.shape[2] // 2)
-    bounds = from_blocks(planes, edges[:, 1:-1].contiguous(), kv_len, device)
+    bounds = planes_from_blocks(planes, edges[:, 1:-1].contiguous(), kv_len, device)
     if is_causal and planes.shape[2] > 1:
         # What hides row 0 ends with the triangle of each key, or further down if its block does not see itself.
         upper_end = bounds[:, :, 3 if planes.shape[2] == 4 else 1]
@@ -483,7 +485,7 @@ def from_startend_row_indices(
     planes = planes.to(torch.int32)
     if is_causal and channels == 2:
         q_len = kv_len if q_len is None else q_len
-        ute = rows_of_keys(q_len, kv_len, None, 0, planes.device).clamp(0, q_len).expand(batch, heads, 1, kv_len)
+        ute = own_rows_of_keys(q_len, kv_len, None, 0, planes.device).clamp(0, q_len).expand(batch, heads, 1, kv_len)
         planes = torch.cat([planes, torch.zeros_like(ute), ute], dim=2)
     if num_heads is not None and heads not in (1, num_heads):
         if num_heads % heads:

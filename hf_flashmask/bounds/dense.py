@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .algebra import fewest_planes
-from .form import MAX_INTERVALS, TooManyIntervalsError, check_lengths, dtype_or_type
+from .form import MAX_INTERVALS, TooManyIntervalsError, check_q_len_and_kv_len, dtype_or_type
 
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -148,11 +148,11 @@ def from_mask_mod(
             f"`mask_mod` must be a function or a `BlockMask`, got {type(function).__name__}; bounds.from_dense takes a "
             "dense mask"
         )
-    _check_arguments_of(function)
+    _check_arguments_of_mask_mod(function)
     if q_len is None:
         raise TypeError("`q_len` must be given with a `mask_mod`")
     kv_len = q_len if kv_len is None else kv_len
-    check_lengths(q_len, kv_len)
+    check_q_len_and_kv_len(q_len, kv_len)
     own_sizes = (1, 1) if block_mask is None else block_mask.kv_num_blocks.shape[:2]
     sizes = [own if given is None else given for given, own in zip((batch_size, num_heads), own_sizes)]
     if block_mask is not None and any(own not in (1, size) for own, size in zip(own_sizes, sizes)):
@@ -163,17 +163,17 @@ def from_mask_mod(
     if q_len == 0 or kv_len == 0:
         return torch.zeros(*sizes, 1, kv_len, dtype=torch.int32, device=device)
     are_known = [given is not None or own > 1 for given, own in zip((batch_size, num_heads), own_sizes)]
-    visible = _watched(function, *are_known)
+    visible = _watch_mask_mod(function, *are_known)
     if block_mask is not None:
         visible = _as_flex_attention_reads(block_mask, visible, *sizes)
     batch, head, query, key = (torch.arange(count, device=device) for count in (*sizes, q_len, kv_len))
-    return from_tiles(evaluate_in_tiles(_with_clear_errors(visible, q_len, kv_len), batch, head, query, key))
+    return from_tiles(evaluate_in_tiles(_mask_mod_with_clear_errors(visible, q_len, kv_len), batch, head, query, key))
 
 
 _OF_ALL_VALUES = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "ndim", "shape")}
 
 
-class _Watch(TorchFunctionMode):
+class _WatchMaskMod(TorchFunctionMode):
     """Refuse to compute with some arguments: `refused` are these, their names, and the name of what says how many."""
 
     def __init__(self, refused: Sequence[tuple[Tensor, str, str]]) -> None:
@@ -195,7 +195,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _watched(mask_mod: MaskMod, is_batch_known: bool, is_heads_known: bool) -> MaskMod:
+def _watch_mask_mod(mask_mod: MaskMod, is_batch_known: bool, is_heads_known: bool) -> MaskMod:
     """The function, which raises where it computes with `batch` or `head` and their number is not known."""
     if is_batch_known and is_heads_known:
         return mask_mod
@@ -204,13 +204,13 @@ def _watched(mask_mod: MaskMod, is_batch_known: bool, is_heads_known: bool) -> M
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         refused = [] if is_batch_known else [(batch, "batch", "batch_size")]
         refused += [] if is_heads_known else [(head, "head", "num_heads")]
-        with _Watch(refused):
+        with _WatchMaskMod(refused):
             return mask_mod(batch, head, query, key)
 
     return visible
 
 
-def _check_arguments_of(mask_mod: Callable) -> None:
+def _check_arguments_of_mask_mod(mask_mod: Callable) -> None:
     try:
         signature = inspect.signature(mask_mod)
     except ValueError:  # of a builtin
@@ -224,7 +224,7 @@ def _check_arguments_of(mask_mod: Callable) -> None:
         ) from None
 
 
-def _with_clear_errors(mask_mod: MaskMod, q_len: int, kv_len: int) -> MaskMod:
+def _mask_mod_with_clear_errors(mask_mod: MaskMod, q_len: int, kv_len: int) -> MaskMod:
     @functools.wraps(mask_mod)
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         try:
@@ -272,10 +272,10 @@ def _as_flex_attention_reads(block_mask: BlockMask, function: MaskMod, batch_siz
     """Full blocks are visible, and the function is asked in partial blocks. One row or head serves all."""
     rows, columns = block_mask.BLOCK_SIZE
     blocks = -(-block_mask.seq_lengths[1] // columns)
-    partial = _listed(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
+    partial = _listed_blocks(block_mask.kv_num_blocks, block_mask.kv_indices, blocks)
     full = torch.zeros_like(partial)
     if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
-        full = _listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
+        full = _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, blocks)
     partial, full = (blocks.expand(batch_size, num_heads, -1, -1) for blocks in (partial, full))
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ def _as_flex_attention_reads(block_mask: BlockMask, function: MaskMod, batch_siz
     return visible
 
 
-def _listed(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
+def _listed_blocks(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     """bool `[B, H, n, blocks]`: whether the first `counts` of `indices`, int32 `[B, H, n, m]`, name a block of keys."""
     is_listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     named = torch.zeros(*indices.shape[:3], max(blocks, indices.shape[3]), dtype=torch.int32, device=indices.device)

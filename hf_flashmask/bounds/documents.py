@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from .form import (
     FAR,
     Offset,
-    check_cumulative,
     check_int_tensor,
-    check_lengths,
     check_per_position,
-    from_runs,
-    previous,
-    resolve_call,
+    check_q_len_and_kv_len,
+    default_lengths_and_offsets,
+    is_triangle_at_bottom_right,
+    own_rows_of_keys,
+    previous_values,
+    run_edges_at_keys,
     run_ends,
     run_numbers,
     stack_planes,
@@ -50,9 +53,9 @@ def from_document_ids(
     [[[[3, 3, 3, 5, 5, 0]]]]
     """
     document_ids = check_per_position("document_ids", document_ids)
-    ends = run_ends(run_numbers(torch.ne, document_ids, previous(document_ids)))
-    call = resolve_call(document_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    return from_runs(ends, document_ids < 0, call, is_causal)
+    ends = run_ends(run_numbers(torch.ne, document_ids, previous_values(document_ids)))
+    call = default_lengths_and_offsets(document_ids.shape[-1], q_len, kv_len, q_offset, kv_offset)
+    return _from_runs(ends, document_ids < 0, call, is_causal)
 
 
 def from_position_ids(
@@ -85,8 +88,8 @@ def from_position_ids(
     [[[[3, 3, 3, 5, 5]]]]
     """
     ends = document_ends(position_ids)
-    call = resolve_call(ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
-    return from_runs(ends, None, call, is_causal)
+    call = default_lengths_and_offsets(ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
+    return _from_runs(ends, None, call, is_causal)
 
 
 def document_ends(position_ids: Tensor, is_token: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
@@ -134,11 +137,11 @@ def document_ends(position_ids: Tensor, is_token: Tensor | None = None, document
             if position_ids.element_size() < 4:  # too small for such numbers
                 position_ids = position_ids.to(torch.int32)
             position_ids = torch.add(position_ids, is_token, alpha=-FAR)
-        last = _last_tokens(is_token)
+        last = _last_token_up_to_each(is_token)
         of_token = position_ids.gather(1, last.expand_as(position_ids))
         if document_ids is not None:
             ids = document_ids.gather(1, last)
-    runs = run_numbers(torch.lt, of_token, previous(of_token))
+    runs = run_numbers(torch.lt, of_token, previous_values(of_token))
     first_of_run = of_token.gather(1, torch.searchsorted(runs, runs))
 
     def is_start(positions: Tensor, first: Tensor, out: Tensor) -> Tensor:
@@ -172,15 +175,15 @@ def document_ends_of_mask(attention_mask: Tensor, is_token: Tensor | None = None
     [[3, 3, 3, 6, 6, 6, 8, 8]]
     """
     check_int_tensor("attention_mask", attention_mask, (2,), "[B, S]", allow_bool=True, allow_float=True)
-    ids = attention_mask.gather(1, _last_tokens(attention_mask != 0 if is_token is None else is_token))
+    ids = attention_mask.gather(1, _last_token_up_to_each(attention_mask != 0 if is_token is None else is_token))
 
     def is_start(ids: Tensor, before: Tensor, out: Tensor) -> Tensor:
         return torch.ne(ids, before, out=out).logical_and_(before)  # before the first token ids are 0
 
-    return run_ends(run_numbers(is_start, ids, previous(ids)))
+    return run_ends(run_numbers(is_start, ids, previous_values(ids)))
 
 
-def _last_tokens(is_token: Tensor) -> Tensor:
+def _last_token_up_to_each(is_token: Tensor) -> Tensor:
     """The place of the last token up to each position, 0 where there is none, `[B, S]`."""
     tokens = is_token.cumsum(-1, dtype=torch.int32).contiguous()
     return torch.searchsorted(tokens, tokens)
@@ -223,8 +226,8 @@ def from_document_ends(
     """
     is_whole = q_len is None and kv_len is None and q_offset is None and isinstance(kv_offset, int) and kv_offset == 0
     if not is_whole:
-        call = resolve_call(document_ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
-        return from_runs(document_ends, None, call, is_causal)
+        call = default_lengths_and_offsets(document_ends.shape[-1], q_len, kv_len, q_offset, kv_offset)
+        return _from_runs(document_ends, None, call, is_causal)
     if is_causal:
         return document_ends[:, None, None].contiguous()
     return torch.stack([document_ends, document_starts(document_ends)], dim=1)[:, None]
@@ -261,7 +264,7 @@ def from_cu_seqlens(
     [[[[3, 3, 3, 5, 5]]]]
     """
     kv_len = q_len if kv_len is None else kv_len
-    check_lengths(q_len, kv_len)
+    check_q_len_and_kv_len(q_len, kv_len)
     check_int_tensor("cu_seqlens_q", cu_seqlens_q, (1,), "[n + 1]")
     if cu_seqlens_q.shape[0] < 1:
         raise ValueError("`cu_seqlens_q` must hold at least the leading 0, got an empty tensor")
@@ -272,9 +275,9 @@ def from_cu_seqlens(
                 "`cu_seqlens_q` and `cu_seqlens_k` must describe the same number of documents, got "
                 f"{cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
             )
-    check_cumulative("cu_seqlens_q", cu_seqlens_q)
+    check_cumulative_lengths("cu_seqlens_q", cu_seqlens_q)
     if cu_seqlens_k is not None:
-        check_cumulative("cu_seqlens_k", cu_seqlens_k)
+        check_cumulative_lengths("cu_seqlens_k", cu_seqlens_k)
     rows = cu_seqlens_q.to(torch.int32)
     keys = rows if cu_seqlens_k is None else cu_seqlens_k.to(torch.int32)
     key = torch.arange(kv_len, dtype=torch.int32, device=rows.device)
@@ -287,3 +290,32 @@ def from_cu_seqlens(
     if is_causal:
         ute = torch.maximum(ute, key + torch.cat([rows - keys, rows[:1]])[document_end])
     return stack_planes(lts, ute, q_len)
+
+
+def _from_runs(ends: Tensor, hidden: Tensor | None, call: tuple[int, int, Offset, Offset], is_causal: bool) -> Tensor:
+    q_len, kv_len, q_offset, kv_offset = call
+    lts = run_edges_at_keys(ends, hidden, -FAR, kv_len, kv_offset) - q_offset
+    if not is_causal:
+        starts = torch.searchsorted(ends, ends, out_int32=True)
+        return stack_planes(lts, run_edges_at_keys(starts, hidden, FAR, kv_len, kv_offset) - q_offset, q_len)
+    if is_triangle_at_bottom_right(*call):
+        return stack_planes(lts, None, q_len)
+    return stack_planes(lts, own_rows_of_keys(*call, ends.device), q_len)
+
+
+def check_cumulative_lengths(name: str, cumulative: Tensor) -> None:
+    """Check that cumulative lengths start at 0 and do not decrease, where that can be seen without a wait.
+
+    Raises:
+        ValueError: when lengths on the CPU do not.
+    """
+    if not cumulative.is_cpu or type(cumulative) is not Tensor or torch.compiler.is_compiling():
+        return
+    values = cumulative.tolist()
+    if values[0] != 0 or any(end < start for start, end in itertools.pairwise(values)):
+        got = f"[{', '.join(map(str, values[:8]))}{', ...' if len(values) > 8 else ''}]"
+        raise ValueError(
+            f"`{name}` (of a model: `{name.replace('seqlens', 'seq_lens')}`) must hold cumulative lengths: a leading "
+            f"0, then where each document ends, not decreasing, got {got}. Lengths become such by "
+            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+        )

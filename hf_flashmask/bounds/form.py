@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from operator import index
@@ -72,7 +71,7 @@ def check_bounds(
         raise ValueError(f"`{name}` is on {bounds.device}, the queries are on {device}; move it there with .to()")
 
 
-def refuse(refused: Tensor, error: Exception) -> None:
+def refuse_without_waiting(refused: Tensor, error: Exception) -> None:
     """Raise `error` where `refused` is true anywhere. Off the CPU nothing waits: the device asserts it."""
     if refused.is_cpu and type(refused) is Tensor and not torch.compiler.is_compiling():
         if bool(refused.any()):
@@ -81,7 +80,7 @@ def refuse(refused: Tensor, error: Exception) -> None:
         torch._assert_async(~refused.any(), str(error))
 
 
-def rows_of_keys(
+def own_rows_of_keys(
     q_len: int,
     kv_len: int,
     q_offset: Offset | None,
@@ -90,8 +89,8 @@ def rows_of_keys(
     below: int = 0,
 ) -> Tensor:
     """The row of each key's own position, plus `below`: int32 `[S_k]`. May lie outside of `[0, q_len)`."""
-    check_lengths(q_len, kv_len)
-    check_offsets(q_offset, kv_offset)
+    check_q_len_and_kv_len(q_len, kv_len)
+    check_q_offset_and_kv_offset(q_offset, kv_offset)
     if device is None:
         device = next((offset.device for offset in (q_offset, kv_offset) if isinstance(offset, Tensor)), None)
     shift = below + (q_len - kv_len if q_offset is None else kv_offset - q_offset)
@@ -100,7 +99,7 @@ def rows_of_keys(
     return torch.arange(shift, shift + kv_len, dtype=torch.int32, device=device)
 
 
-def is_bottom_right(q_len: int, kv_len: int, q_offset: Offset | None, kv_offset: Offset) -> bool:
+def is_triangle_at_bottom_right(q_len: int, kv_len: int, q_offset: Offset | None, kv_offset: Offset) -> bool:
     """Whether the causal triangle is the implied one of C = 1. Offsets on a device are never read to find out."""
     if q_offset is None:
         return True
@@ -116,16 +115,16 @@ def stack_planes(lts: Tensor, ute: Tensor | None, q_len: int) -> Tensor:
     return planes[None, None] if planes.ndim == 2 else planes[:, None]
 
 
-def resolve_call(
+def default_lengths_and_offsets(
     positions: int, q_len: int | None, kv_len: int | None, q_offset: Offset | None, kv_offset: Offset
 ) -> tuple[int, int, Offset, Offset]:
-    check_offsets(q_offset, kv_offset)
+    check_q_offset_and_kv_offset(q_offset, kv_offset)
     q_len = positions if q_len is None else q_len
     kv_len = positions if kv_len is None else kv_len
     return q_len, kv_len, positions - q_len if q_offset is None else q_offset, kv_offset
 
 
-def previous(values: Tensor) -> Tensor:
+def previous_values(values: Tensor) -> Tensor:
     """The value before each one, and the first one before itself: `[B, S]`."""
     return torch.cat([values[:, :1], values], dim=1)[:, :-1]
 
@@ -142,7 +141,7 @@ def run_ends(runs: Tensor) -> Tensor:
     return torch.searchsorted(runs, runs, right=True, out_int32=True)
 
 
-def at_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_offset: Offset) -> Tensor:
+def run_edges_at_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_offset: Offset) -> Tensor:
     """The edge of each key's run, `[B, S_k]`, from the edge of each position's run; `nowhere` for keys in no run."""
     if outside is not None:
         edge = edge.masked_fill(outside, nowhere)
@@ -155,23 +154,12 @@ def at_keys(edge: Tensor, outside: Tensor | None, nowhere: int, kv_len: int, kv_
     return edge[:, torch.where((key < 0) | (key > positions), positions, key)]
 
 
-def from_runs(ends: Tensor, hidden: Tensor | None, call: tuple[int, int, Offset, Offset], is_causal: bool) -> Tensor:
-    q_len, kv_len, q_offset, kv_offset = call
-    lts = at_keys(ends, hidden, -FAR, kv_len, kv_offset) - q_offset
-    if not is_causal:
-        starts = torch.searchsorted(ends, ends, out_int32=True)
-        return stack_planes(lts, at_keys(starts, hidden, FAR, kv_len, kv_offset) - q_offset, q_len)
-    if is_bottom_right(*call):
-        return stack_planes(lts, None, q_len)
-    return stack_planes(lts, rows_of_keys(*call, ends.device), q_len)
-
-
 def lower_and_upper(bounds: Tensor, q_len: int | None) -> tuple[Tensor, Tensor]:
     """LTS and UTE of bounds with C = 1 or 2, each `[B or 1, H or 1, S_k]`."""
     if bounds.shape[2] == 2:
         return bounds[:, :, 0], bounds[:, :, 1]
     kv_len = bounds.shape[3]
-    diagonal = rows_of_keys(kv_len if q_len is None else q_len, kv_len, None, 0, bounds.device)
+    diagonal = own_rows_of_keys(kv_len if q_len is None else q_len, kv_len, None, 0, bounds.device)
     return bounds[:, :, 0], diagonal.clamp(min=0)[None, None]
 
 
@@ -185,17 +173,12 @@ def hidden_intervals(bounds: Tensor, q_len: int | None) -> tuple[Tensor, Tensor]
     return start, end
 
 
-def shift_down(planes: Tensor, fill: int) -> Tensor:
-    """Plane k becomes plane k + 1, the first one `fill`."""
-    return torch.cat([torch.full_like(planes[:, :, :1], fill), planes[:, :, :-1]], dim=2)
-
-
 def broadcast_masks(bounds: Sequence[Tensor]) -> list[Tensor]:
     batch, heads = torch.broadcast_shapes(*(mask.shape[:2] for mask in bounds))
     return [mask.expand(batch, heads, -1, -1) for mask in bounds]
 
 
-def host_lists(name: str, values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
+def check_integer_lists(name: str, values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> list[list[int]]:
     rows = list(values.tolist() if isinstance(values, Tensor) else values)
     is_batch = bool(rows) and isinstance(rows[0], (Sequence, Tensor))
     try:
@@ -204,7 +187,7 @@ def host_lists(name: str, values: Sequence[int] | Sequence[Sequence[int]] | Tens
         raise TypeError(f"`{name}` must hold integers, or lists of integers for a batch, got {values!r:.200}") from None
 
 
-def length_of_rows(lengths: list[list[int]], kv_len: int | None) -> int:
+def default_kv_len(lengths: list[list[int]], kv_len: int | None) -> int:
     """`kv_len`, by default the sum of the lengths in the longest row."""
     longest = max([0, *map(sum, lengths)])
     if kv_len is not None and kv_len < longest:
@@ -212,12 +195,12 @@ def length_of_rows(lengths: list[list[int]], kv_len: int | None) -> int:
     return longest if kv_len is None else kv_len
 
 
-def check_lengths(q_len: int, kv_len: int) -> None:
+def check_q_len_and_kv_len(q_len: int, kv_len: int) -> None:
     if q_len < 0 or kv_len < 0:
         raise ValueError(f"`q_len` and `kv_len` must not be negative, got {q_len} and {kv_len}")
 
 
-def check_offsets(q_offset: Offset | None, kv_offset: Offset) -> None:
+def check_q_offset_and_kv_offset(q_offset: Offset | None, kv_offset: Offset) -> None:
     for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
         if isinstance(offset, Tensor):
             check_int_tensor(name, offset, (0, 1), "[]")
@@ -270,24 +253,6 @@ def check_int_tensor(
         raise ValueError(f"`{name}` must be {shape}, got shape {list(value.shape)}")
 
 
-def check_cumulative(name: str, cumulative: Tensor) -> None:
-    """Check that cumulative lengths start at 0 and do not decrease, where that can be seen without a wait.
-
-    Raises:
-        ValueError: when lengths on the CPU do not.
-    """
-    if not cumulative.is_cpu or type(cumulative) is not Tensor or torch.compiler.is_compiling():
-        return
-    values = cumulative.tolist()
-    if values[0] != 0 or any(end < start for start, end in itertools.pairwise(values)):
-        got = f"[{', '.join(map(str, values[:8]))}{', ...' if len(values) > 8 else ''}]"
-        raise ValueError(
-            f"`{name}` (of a model: `{name.replace('seqlens', 'seq_lens')}`) must hold cumulative lengths: a leading "
-            f"0, then where each document ends, not decreasing, got {got}. Lengths become such by "
-            "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
-        )
-
-
 def check_per_position(name: str, value: Tensor) -> Tensor:
     check_int_tensor(
         name,
@@ -306,16 +271,7 @@ def check_flags(name: str, flags: object, ids: Tensor) -> None:
         raise ValueError(f"`{name}` must be a bool tensor {list(ids.shape)}, got {dtype_or_type(flags)} {shape}")
 
 
-def check_operands(operation: str, bounds: tuple[Tensor, ...]) -> None:
-    if not bounds:
-        raise ValueError(f"{operation}() needs at least one mask")
-    for mask in bounds:
-        check_bounds(mask)
-    if any(mask.shape[3] != bounds[0].shape[3] for mask in bounds):
-        raise ValueError(f"{operation}() needs masks of one key length, got {[mask.shape[3] for mask in bounds]}")
-
-
-def check_intervals(operation: str, intervals: int) -> None:
+def check_max_intervals(operation: str, intervals: int) -> None:
     if intervals > MAX_INTERVALS:
         raise TooManyIntervalsError(
             f"{operation}() of these masks needs {intervals} hidden intervals per key, bounds hold at most "
@@ -323,7 +279,7 @@ def check_intervals(operation: str, intervals: int) -> None:
         )
 
 
-def from_blocks(planes: Tensor, ends: Tensor, kv_len: int, device: torch.device | str | None) -> Tensor:
+def planes_from_blocks(planes: Tensor, ends: Tensor, kv_len: int, device: torch.device | str | None) -> Tensor:
     """Bounds of each key, `[B, H, C, S_k]`, on `device`, without waiting for it.
 
     Args:

@@ -13,11 +13,11 @@ from .form import (
     NO_END,
     check_bounds,
     check_int_tensor,
-    check_intervals,
-    from_blocks,
-    host_lists,
-    length_of_rows,
-    refuse,
+    check_integer_lists,
+    check_max_intervals,
+    default_kv_len,
+    planes_from_blocks,
+    refuse_without_waiting,
 )
 
 
@@ -58,15 +58,15 @@ def from_prefix_tree(
         device = parents.device if device is None else device
         is_value_known = parents.is_cpu and type(parents) is Tensor and not torch.compiler.is_compiling()
         if kv_len is not None and not is_value_known:
-            return _on_the_device(parents, lengths, kv_len).to(device)
-    parent_rows = host_lists("parents", parents)
-    length_rows = host_lists("lengths", lengths)
+            return _from_prefix_tree_on_device(parents, lengths, kv_len).to(device)
+    parent_rows = check_integer_lists("parents", parents)
+    length_rows = check_integer_lists("lengths", lengths)
     if len(parent_rows) != len(length_rows):
         raise ValueError(
             f"`parents` and `lengths` must have as many rows, got {len(parent_rows)} and {len(length_rows)}"
         )
     ends = [_subtree_ends(parent_row, length_row) for parent_row, length_row in zip(parent_rows, length_rows)]
-    kv_len = length_of_rows(length_rows, kv_len)
+    kv_len = default_kv_len(length_rows, kv_len)
     # Padding follows the last token, and stands for the nodes that only other rows have.
     lts = pad_sequence([torch.tensor([*row, 0], dtype=torch.int32) for row in ends], batch_first=True)
     token_ends = pad_sequence(
@@ -74,7 +74,7 @@ def from_prefix_tree(
         batch_first=True,
         padding_value=kv_len,
     )
-    return from_blocks(lts[:, None, None], token_ends, kv_len, device)
+    return planes_from_blocks(lts[:, None, None], token_ends, kv_len, device)
 
 
 def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branches: int | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         run = begins_run.cumsum(1)
         last_row = torch.maximum(subtree_end - 1, row).clamp(max=length - 1).long()
         max_branches = int((run.gather(1, last_row) - run).max()) + 1
-    check_intervals("limit_depth", max_branches + 1)
+    check_max_intervals("limit_depth", max_branches + 1)
 
     # In every run of the subtree the rows before `end_depth` see the key. The hidden rows after the last of these are
     # joined with the rows below the subtree, so that neighbouring keys have them in the same plane.
@@ -135,13 +135,48 @@ def limit_depth(bounds: Tensor, depth: Tensor, end_depth: Tensor, *, max_branche
         start = end
         end = torch.minimum(run_end.gather(1, start.clamp(max=length - 1).long()), subtree_end)
     is_left = start < subtree_end.clamp(max=length)
-    refuse(is_left, ValueError("`max_branches` is less than the number of leaves in a tree of `bounds`"))
+    refuse_without_waiting(
+        is_left, ValueError("`max_branches` is less than the number of leaves in a tree of `bounds`")
+    )
     planes = [lower_start, torch.full_like(row, NO_END), torch.zeros_like(row), row]
     planes += [plane for branch in branches[:-1] for plane in branch]
     return torch.stack(planes, dim=1)[:, None]
 
 
-def _on_the_device(parents: Tensor, lengths: Tensor, kv_len: int) -> Tensor:
+def depth_in_prefix_trees(bounds: Tensor, position_ids: Tensor) -> Tensor | None:
+    """How many tokens are before each one on its path from the root, if bounds and positions are those of prefix trees.
+
+    They are where the tokens that each token sees are a path from a root, along which its positions count from any
+    number on. There a layer with a window or chunks counts along the path, as it would in the sequence alone. Packed
+    documents are trees without branches. Other bounds of one plane, such as windows with sinks, are final.
+
+    Args:
+        bounds: int32 `[B or 1, 1, 1, S]`, causal.
+        position_ids: `[B or 1, S]`.
+
+    Returns:
+        int64 `[B or 1, S]`, of padding any numbers; None for other bounds.
+    """
+    end = bounds[:, 0, 0].clamp(0, bounds.shape[-1])
+    key = torch.arange(end.shape[1], dtype=torch.int32, device=end.device)
+    is_token = end > key  # padding does not even see itself
+    # What padding sees does not matter: a key ends at the token after it.
+    token_from = torch.where(is_token, key, end.shape[1]).flip(1).cummin(1).values.flip(1)
+    end = torch.nn.functional.pad(token_from, (0, 1), value=end.shape[1]).gather(1, end.long())
+    begun = is_token.cumsum(1, dtype=torch.int32)
+    ended = torch.zeros_like(torch.nn.functional.pad(end, (0, 1)))
+    ended.scatter_add_(1, end.long(), is_token.int())
+    num_seen = begun - is_token.int() - ended[:, :-1].cumsum(1, dtype=torch.int32)
+    # Paths: of the keys that are seen, those end first that began last, and each takes all that began after it along.
+    seen_at_end = torch.nn.functional.pad(num_seen, (0, 1)).gather(1, end.long())
+    root = torch.where(is_token & (num_seen == 0), key, 0).cummax(1).values.long()
+    position_ids, root = torch.broadcast_tensors(position_ids, root)
+    depth = position_ids - position_ids.gather(1, root)
+    is_path = (seen_at_end <= num_seen) & (depth == num_seen)
+    return depth.long() if bool((is_path | ~is_token).all()) else None
+
+
+def _from_prefix_tree_on_device(parents: Tensor, lengths: Tensor, kv_len: int) -> Tensor:
     """`from_prefix_tree` of tensors whose values the host does not know. O(n log n) for n nodes."""
     for name, values in (("parents", parents), ("lengths", lengths)):
         check_int_tensor(name, values, (1, 2), "[B, n] or [n]")
@@ -150,19 +185,19 @@ def _on_the_device(parents: Tensor, lengths: Tensor, kv_len: int) -> Tensor:
             f"`parents` and `lengths` must have the same shape, got {list(parents.shape)} and {list(lengths.shape)}"
         )
     parents, lengths = (values.long() if values.ndim == 2 else values[None].long() for values in (parents, lengths))
-    last_node, is_refused = _last_nodes(parents)
+    last_node, is_refused = _last_nodes_of_subtrees(parents)
     ends = lengths.cumsum(1)
     is_refused = is_refused | (lengths < 0).any(1) | (ends[:, -1:] > kv_len).any(1)
     # Without numbers: a length in the text would be a constant of the graph.
     reason = "`parents` are not in depth-first order, or `lengths` are negative or add up to more than `kv_len`"
-    refuse(is_refused, ValueError(reason))
+    refuse_without_waiting(is_refused, ValueError(reason))
     subtree_end = torch.nn.functional.pad(ends.gather(1, last_node), (0, 1), value=0)
     key = torch.arange(kv_len, device=parents.device).expand(len(parents), -1).contiguous()
     node = torch.searchsorted(ends, key, right=True)
     return subtree_end.gather(1, node).to(torch.int32)[:, None, None]
 
 
-def _last_nodes(parents: Tensor) -> tuple[Tensor, Tensor]:
+def _last_nodes_of_subtrees(parents: Tensor) -> tuple[Tensor, Tensor]:
     """The last node of each node's subtree, `[B, n]`, and for which rows the order is not depth-first, `[B]`.
 
     Each round doubles the number of levels below a node that it has seen. Node 0 of the tables stands above all roots.

@@ -157,10 +157,10 @@ def explain(bounds: Tensor, query: int, key: int, q_len: int | None = None, *, b
     names, start, end = named_intervals(one_mask, q_len)
     column = zip(start[0, 0, :, key].tolist(), end[0, 0, :, key].tolist(), names)
     hidden = [interval for interval in column if interval[0] < interval[1]]
-    hiding = [_rows(*interval, q_len) for interval in hidden if interval[0] <= query < interval[1]]
+    hiding = [_hidden_rows_in_words(*interval, q_len) for interval in hidden if interval[0] <= query < interval[1]]
     if hiding:
         return f"query {query} does not see key {key}: it is hidden from {', and from '.join(hiding)}"
-    others = ", and from ".join(_rows(*interval, q_len) for interval in hidden)
+    others = ", and from ".join(_hidden_rows_in_words(*interval, q_len) for interval in hidden)
     return f"query {query} sees key {key}, which is hidden from {others or 'no row'}"
 
 
@@ -181,7 +181,7 @@ def named_intervals(bounds: Tensor, q_len: int) -> tuple[list[str], Tensor, Tens
     return names, start, end
 
 
-def _rows(start: int, end: int, name: str, q_len: int) -> str:
+def _hidden_rows_in_words(start: int, end: int, name: str, q_len: int) -> str:
     if start == 0 and end == q_len:
         return f"all rows ({name})"
     if start == 0:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from .documents import Documents, refuse_documents_under
+from .documents import Documents, first_columns_of_documents
 from .mask import Mask
 from .memo import recent
+from .reading import read_and_refuse
 
 __all__ = ["adapters_that_see_rows", "refuse_adapters_that_see_rows"]
 
@@ -47,9 +48,26 @@ def refuse_adapters_that_see_rows(
     found = adapters_that_see_rows(module._modules.values())
     if not found:
         return
-    check = functools.partial(refuse_documents_under, ", ".join(sorted(found)), mask, documents, query.shape[2])
+    check = functools.partial(
+        _refuse_documents_under_adapters, ", ".join(sorted(found)), mask, documents, query.shape[2]
+    )
     sources = () if documents is None else documents.tensors
     if isinstance(mask, Mask):
         mask.memo.get("adapters", sources, module, check, query.device)
     else:
         recent.get(("adapters", query.shape[2]), sources, module, check, query.device)
+
+
+def _refuse_documents_under_adapters(
+    adapters: str, mask: Mask | Tensor | None, documents: Documents | None, q_len: int
+) -> None:
+    """Refuse rows of several documents under adapters that see whole rows."""
+    first = first_columns_of_documents(mask, documents, q_len)
+    if first is not None and q_len > 1:
+        read_and_refuse(
+            first[:, 1:] != first[:, :-1],
+            f"this call packs documents into a row under {adapters}, and what it makes of a token depends on other "
+            "tokens of the call: aLoRA begins at the last invocation sequence of a row, Lily averages its routing over "
+            "all tokens. Give each document a row of the batch, for Lily a call of its own; or use another adapter, "
+            "such as LoRA without `alora_invocation_tokens`",
+        )

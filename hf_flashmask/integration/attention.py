@@ -18,14 +18,15 @@ from flashmask_kernels import flashmask_attention
 from .adapters import refuse_adapters_that_see_rows
 from .decoding import are_few_rows, attend_few_rows
 from .dense_rows import attend_dense_rows, sees_most_keys
-from .documents import documents_of_cross_attention, documents_of_layer, is_cross_attention, refuse_ids_as_weights
-from .engines import refuse_cut_call, refuse_dropped_mask, refuse_other_tokens, refuse_ring
-from .inspection import note_layer
+from .documents import documents_of_cross_attention, documents_of_layer
+from .engines import refuse_cut_call, refuse_dropped_mask, refuse_gathered_tokens, refuse_ring
+from .inspection import note_mask_of_layer
 from .layer_mask import layer_mask
 from .mask import Mask
 from .name import NAME, logger
 from .query_scale import scale_by_document, scales_by_column
-from .whole_sequence import check_tokens, refuse_part_alone, stand_in_for
+from .refused_documents import refuse_ids_as_weights
+from .whole_sequence import check_tokens_of_rank, refuse_part_alone, stand_in_for_whole_sequence
 
 __all__ = ["RANGE_OF_SDPA", "flashmask_attention_forward"]
 
@@ -91,8 +92,8 @@ def flashmask_attention_forward(
     if exchange is None:
         refuse_part_alone(module)
         if isinstance(attention_mask, Mask):
-            refuse_other_tokens(attention_mask, module, query, key)
-        is_cross = is_cross_attention(module, is_causal, kwargs)
+            refuse_gathered_tokens(attention_mask, module, query, key)
+        is_cross = _is_cross_attention(module, is_causal, kwargs)
         if is_cross:
             documents = documents_of_cross_attention(
                 module, query, key, of_user is not None, cu_seq_lens_q, cu_seq_lens_k
@@ -106,8 +107,12 @@ def flashmask_attention_forward(
         if is_wrapped and not is_cross:
             refuse_dropped_mask(module, query, documents, is_causal=is_causal, sliding_window=sliding_window or None)
     else:  # the mask was made of the documents of the whole sequence; the layer is told about its own tokens
-        check_tokens(exchange, query, key)
-        documents, of_queries, of_keys = None, stand_in_for(query, exchange), stand_in_for(key, exchange)
+        check_tokens_of_rank(exchange, query, key)
+        documents, of_queries, of_keys = (
+            None,
+            stand_in_for_whole_sequence(query, exchange),
+            stand_in_for_whole_sequence(key, exchange),
+        )
     mask = layer_mask(
         attention_mask,
         module,
@@ -120,7 +125,7 @@ def flashmask_attention_forward(
     if exchange is None and scales_by_column(module):
         query = scale_by_document(module, query, attention_mask, documents, mask)
     if not torch.compiler.is_compiling():
-        note_layer(module, of_queries, of_keys, mask)
+        note_mask_of_layer(module, of_queries, of_keys, mask)
     target_dtype = _target_dtype(module, query)
     if target_dtype != query.dtype:
         query, key, value = query.to(target_dtype), key.to(target_dtype), value.to(target_dtype)
@@ -130,12 +135,12 @@ def flashmask_attention_forward(
     if scaling is not None and scaling < 0:  # the kernels refuse it, and SDPA on the CPU turns what it hides into NaN
         query, scaling = -query, -scaling
     output: Tensor | None = None
-    may_be_sdpa = softcap is None and s_aux is None and dropout == 0 and not _may_have_tangents()
+    may_be_sdpa = softcap is None and s_aux is None and dropout == 0 and not _layer_may_have_tangents()
     if may_be_sdpa and are_few_rows(query, key, value, mask):
-        with _named_for_profilers():
+        with _name_sdpa_for_profilers():
             output = attend_few_rows(query, key, value, mask, scaling)
     elif may_be_sdpa and not module.training and sees_most_keys(query, key, value, mask):
-        with _named_for_profilers():
+        with _name_sdpa_for_profilers():
             output = attend_dense_rows(query, key, value, mask, scaling)
     if output is None:
         output = flashmask_attention(
@@ -163,12 +168,22 @@ def asks_for_determinism(argument: bool | None = None) -> bool:
     return os.getenv("FLASH_ATTENTION_DETERMINISTIC", "0") == "1" if argument is None else argument
 
 
-def _may_have_tangents() -> bool:
+def _is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether keys come from elsewhere. `position_ids` then describe the queries only, even if the lengths agree."""
+    return (
+        kwargs.get("encoder_hidden_states") is not None
+        or bool(getattr(module, "is_cross_attention", False))
+        or "CrossAttention" in type(module).__name__
+        or (bool(getattr(module, "is_decoder", False)) and not is_causal)
+    )
+
+
+def _layer_may_have_tangents() -> bool:
     """Whether this is in forward mode, which SDPA and the kernels refuse: the latter say what to do."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def _named_for_profilers() -> contextlib.AbstractContextManager[Any]:
+def _name_sdpa_for_profilers() -> contextlib.AbstractContextManager[Any]:
     """A name costs microseconds, which only a profiler that runs is to pay. Compiled graphs have none."""
     is_profiled = not torch.compiler.is_compiling() and torch.autograd._profiler_enabled()
     return record_function(RANGE_OF_SDPA) if is_profiled else contextlib.nullcontext()

@@ -16,8 +16,6 @@ position of the key. Overlays are converted outside of the compiled graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,36 +23,22 @@ from transformers import masking_utils
 
 from .. import bounds
 from .closures import (
+    WHY_NOT_IN_A_GRAPH,
     UnknownFunctionError,
     closure_of,
-    convert,
+    convert_closure,
     factory_of,
-    is_plain,
+    has_overlays,
+    is_plain_leaf,
     leaves_of_and,
     name_of,
-    not_understood,
 )
-from .evaluation import Call, evaluate, search
+from .evaluation import EvaluatedCall, evaluate, search_visible_rows
+from .mask import Tree
 from .name import logger
 from .reading import may_be_read
 
-__all__ = ["Tree", "from_dense_mask", "from_mask_function", "in_tree", "knows_whole_rows", "range_of"]
-
-
-class Tree(NamedTuple):
-    """The prefix trees that the rows of a batch hold.
-
-    Attributes:
-        bounds: `[B, 1, 1, S]`, causal and LTS = end of the subtree.
-        depth: `[B, S]`, the number of tokens before each one on its path from the root.
-        end_depth: what no depth reaches, if known.
-        max_branches: the largest number of leaves in one tree, if known.
-    """
-
-    bounds: Tensor
-    depth: Tensor
-    end_depth: int | None = None
-    max_branches: int | None = None
+__all__ = ["from_dense_mask", "from_mask_function", "from_mask_function_in_tree"]
 
 
 def from_mask_function(
@@ -98,7 +82,7 @@ def from_mask_function(
         NotImplementedError: when a key needs more hidden intervals than bounds hold; the message names the function and
             the key.
     """
-    call = Call(
+    call = EvaluatedCall(
         batch_size,
         q_len,
         kv_len,
@@ -110,16 +94,11 @@ def from_mask_function(
         starts_later_by,
         is_token,
     )
-    if not torch.compiler.is_dynamo_compiling() or is_plain(mask_function):
-        return _read(mask_function, call)
-    if _has_overlays(mask_function, has_user_functions):
-        return _read_outside_of_the_graph(mask_function, call)
-    return search(mask_function, call)
-
-
-def _has_overlays(mask_function: Callable, has_user_functions: bool) -> bool:
-    """Whether more than windows and chunks may be in a mask function, as far as a graph can tell."""
-    return has_user_functions or getattr(mask_function, "__name__", "") == "or_mask"
+    if not torch.compiler.is_dynamo_compiling() or is_plain_leaf(mask_function):
+        return _convert_or_evaluate(mask_function, call)
+    if has_overlays(mask_function, has_user_functions):
+        return _convert_outside_of_the_graph(mask_function, call)
+    return search_visible_rows(mask_function, call)
 
 
 _AS_GOOD_AS_HIDDEN = -1e4
@@ -161,19 +140,19 @@ def from_dense_mask(mask: Tensor, q_len: int) -> Tensor:
             ".to(torch.int32) on them"
         )
     if mask.shape[2] == 1:
-        return _same_for_every_row(visible, q_len)
+        return _bounds_of_one_row(visible, q_len)
     try:
         return bounds.from_dense(visible)
     except bounds.TooManyIntervalsError as error:
         raise NotImplementedError(f"`attention_mask` cannot be expressed as bounds: {error}.") from error
 
 
-def _same_for_every_row(visible: Tensor, q_len: int) -> Tensor:
+def _bounds_of_one_row(visible: Tensor, q_len: int) -> Tensor:
     """Bounds from one row of a mask, `[B or 1, H or 1, 1, S_k]`."""
     return torch.cat([visible * q_len, torch.zeros_like(visible)], dim=2).to(torch.int32)
 
 
-def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
+def from_mask_function_in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     """Bounds of a prefix tree: a token sees what `mask_function` shows it in the sequence from the root to the token.
 
     Raises:
@@ -183,11 +162,11 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     """
     leaves = [leaf.function for leaf in leaves_of_and(mask_function, None)]
     if masking_utils.causal_mask_function not in leaves:
-        raise NotImplementedError(not_understood(mask_function, "in a prefix tree attention must be causal"))
+        raise NotImplementedError(_not_understood(mask_function, "in a prefix tree attention must be causal"))
     end_depth = None
     for leaf in leaves:
         factory, arguments = factory_of(leaf), closure_of(leaf)
-        if is_plain(leaf):
+        if is_plain_leaf(leaf):
             continue
         if factory == "sliding_window_overlay":
             size, end = arguments["sliding_window"], tree.depth + arguments["sliding_window"]
@@ -195,7 +174,7 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
             size = arguments["chunk_size"]
             end = (tree.depth // size + 1) * size
         else:
-            raise NotImplementedError(not_understood(leaf, "prefix trees hold windows and chunks only"))
+            raise NotImplementedError(_not_understood(leaf, "prefix trees hold windows and chunks only"))
         if tree.end_depth is None or size < tree.end_depth:
             end_depth = end if end_depth is None else torch.minimum(end_depth, end)
     if end_depth is None:
@@ -203,63 +182,21 @@ def in_tree(mask_function: Callable, tree: Tree) -> Tensor:
     return bounds.limit_depth(tree.bounds, tree.depth, end_depth, max_branches=tree.max_branches)
 
 
-def knows_whole_rows(mask_function: Callable, length: int | None, *, has_user_functions: bool = True) -> bool:
-    """Whether a mask function finds all that it looks up by the index of a token, in rows of this length.
-
-    It may hold numbers, and with a length tensors `[B, length]`. Functions from outside of Transformers may look up
-    what they do not hold, in their module or in an object.
-    """
-    if not torch.compiler.is_dynamo_compiling():
-        return _knows_whole_rows(mask_function, length)
-    is_of_positions = is_plain(mask_function) or not _has_overlays(mask_function, has_user_functions)
-    return is_of_positions or _looks_up_outside_of_the_graph(mask_function, length)
+def _not_understood(mask_function: Callable, reason: str) -> str:
+    return (
+        f'attn_implementation="flashmask" cannot express the mask function {name_of(mask_function)}: {reason}. Pass '
+        'the mask as bounds in `attention_mask` (see hf_flashmask.bounds), or use attn_implementation="sdpa".'
+    )
 
 
-def _knows_whole_rows(mask_function: Callable, length: int | None) -> bool:
-    if is_plain(mask_function) or factory_of(mask_function) in _OF_POSITIONS:
-        return True
-    if not isinstance(mask_function, FunctionType) or not mask_function.__module__.startswith("transformers."):
-        return False
-    return all(_is_of_rows(value, length) for value in closure_of(mask_function).values())
-
-
-_OF_POSITIONS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay"}
-
-
-def _is_of_rows(value: Any, length: int | None) -> bool:
-    if isinstance(value, Tensor):
-        return value.ndim == 2 and value.shape[1] == length
-    if isinstance(value, (tuple, list)):
-        return all(_is_of_rows(part, length) for part in value)
-    return isinstance(value, (int, float)) or (callable(value) and _knows_whole_rows(value, length))
-
-
-def range_of(mask_function: Callable) -> tuple[bool, int | None] | None:
-    """Whether a mask function is causal, and its sliding window, None without one. None for any other function.
-
-    Packed documents may be in it as well.
-    """
-    is_causal, window = False, None
-    for leaf in leaves_of_and(mask_function, None):
-        factory = factory_of(leaf.function)
-        if factory in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
-            # Layers are told of the window on either side as a window with the token itself.
-            size = int(closure_of(leaf.function)["sliding_window"]) + (factory != "sliding_window_overlay")
-            window = size if window is None else min(size, window)
-        elif factory != "packed_sequence_mask_function" and not is_plain(leaf.function):
-            return None
-        is_causal = is_causal or leaf.function is masking_utils.causal_mask_function
-    return is_causal, window
-
-
-def _read(mask_function: Callable, call: Call) -> Tensor:
+def _convert_or_evaluate(mask_function: Callable, call: EvaluatedCall) -> Tensor:
     """By structure if that is known, otherwise by evaluation, which may need fewer intervals."""
     ends = call.document_ends
     try:
-        if ends is not None and is_plain(mask_function):
+        if ends is not None and is_plain_leaf(mask_function):
             is_causal = mask_function is masking_utils.causal_mask_function
             return bounds.from_document_ends(ends, is_causal=is_causal)
-        visible = convert(mask_function, call, None, is_causal=False)
+        visible = convert_closure(mask_function, call, None, is_causal=False)
         if ends is None:
             return visible
         return bounds.intersect(visible, bounds.from_document_ends(ends, is_causal=visible.shape[2] == 1))
@@ -270,7 +207,7 @@ def _read(mask_function: Callable, call: Call) -> Tensor:
     tiles = evaluate(mask_function, call)
     if call.q_len == 1:
         # A single row is hidden or not. A step with a cache reads nothing from the device.
-        return _same_for_every_row(torch.cat(list(tiles), dim=3), 1)
+        return _bounds_of_one_row(torch.cat(list(tiles), dim=3), 1)
     try:
         return bounds.from_tiles(tiles)
     except bounds.TooManyIntervalsError as error:
@@ -279,9 +216,4 @@ def _read(mask_function: Callable, call: Call) -> Tensor:
         ) from error
 
 
-_WHY_NOT_IN_THE_GRAPH = (
-    'attn_implementation="flashmask" cannot read masks with overlays (image blocks, functions of the model or of the '
-    "user) inside the graph: compile without fullgraph=True, or make the mask outside of what is compiled"
-)
-_read_outside_of_the_graph = torch.compiler.disable(_read, reason=_WHY_NOT_IN_THE_GRAPH)
-_looks_up_outside_of_the_graph = torch.compiler.disable(_knows_whole_rows, reason=_WHY_NOT_IN_THE_GRAPH)
+_convert_outside_of_the_graph = torch.compiler.disable(_convert_or_evaluate, reason=WHY_NOT_IN_A_GRAPH)

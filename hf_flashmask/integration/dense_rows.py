@@ -27,7 +27,12 @@ _TIMES_A_PAIR, _KEYS_A_ROW = 1.6, 256
 
 def sees_most_keys(query: Tensor, key: Tensor, value: Tensor, mask: LayerMask) -> bool:
     """Whether `attend_dense_rows` computes this call in less time, unless it has what SDPA has not."""
-    if query.device.type != "cpu" or not may_be_read(query) or _is_for_an_operator() or not _fit(query, key, value):
+    if (
+        query.device.type != "cpu"
+        or not may_be_read(query)
+        or _is_for_an_operator()
+        or not _sdpa_takes(query, key, value)
+    ):
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return False
@@ -52,7 +57,7 @@ def _is_for_an_operator() -> bool:
     return torch._C._are_functorch_transforms_active() or _get_current_dispatch_mode() is not None
 
 
-def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _sdpa_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether SDPA takes them as they are. The kernels take values of another size too, and say what is wrong."""
     batch, heads, _, dim = query.shape
     kv_heads, kv_len = key.shape[1:3]

@@ -13,29 +13,18 @@ from torch import Tensor, nn
 
 from .. import bounds as _bounds
 from .mask import Mask, Place
-from .reading import may_be_read
+from .reading import may_be_read, read_and_refuse
 
 __all__ = [
     "Documents",
     "after_cache",
     "are_ids",
-    "are_of_tokens",
-    "check_lengths_beside_cache",
-    "chunks_of_documents",
-    "document_ids_of",
+    "document_ids_of_call",
     "documents_of_cross_attention",
     "documents_of_layer",
-    "first_columns",
+    "first_columns_of_documents",
     "ids_beside_cache",
-    "is_cross_attention",
-    "refuse_chunks_of_lengths",
-    "refuse_documents_in_generation",
-    "refuse_documents_under",
-    "refuse_dropped_lengths",
-    "refuse_fractions",
-    "refuse_ids_as_factors",
-    "refuse_ids_as_weights",
-    "refuse_ids_in_generation",
+    "positions_tell_documents",
     "starts_of_later_documents",
 ]
 
@@ -79,7 +68,7 @@ class Documents:
         return Documents(None, self.cu_seq_lens_q, self.cu_seq_lens_k)
 
 
-def are_of_tokens(position_ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
+def positions_tell_documents(position_ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
     """Multimodal models have positions in several dimensions, which do not count tokens."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.is_complex():
         return False
@@ -101,10 +90,10 @@ def documents_of_layer(
     patches.
     """
     batch, _, q_len, _ = query.shape
-    position_ids = position_ids if are_of_tokens(position_ids, batch, q_len) else None
+    position_ids = position_ids if positions_tell_documents(position_ids, batch, q_len) else None
     if cu_seq_lens_q is None:
         return None if position_ids is None else Documents(position_ids)
-    _check_one_row(batch)
+    _check_one_row_of_lengths(batch)
     if not isinstance(mask, Mask):
         position_ids = None
     differ = cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q
@@ -134,7 +123,7 @@ def documents_of_cross_attention(
             "attention_mask=bounds.from_cu_seqlens(decoder_lengths, S_q, cu_seqlens_k=encoder_lengths, kv_len=S_k, "
             "is_causal=False)"
         )
-    _check_one_row(query.shape[0])
+    _check_one_row_of_lengths(query.shape[0])
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         reason = (
             "`cu_seq_lens_q` and `cu_seq_lens_k` differ, but a model hands them to encoder and decoder alike: "
@@ -142,26 +131,16 @@ def documents_of_cross_attention(
         )
         if cu_seq_lens_k.shape != cu_seq_lens_q.shape:
             raise NotImplementedError(reason)
-        _refuse(cu_seq_lens_k != cu_seq_lens_q, reason)
+        read_and_refuse(cu_seq_lens_k != cu_seq_lens_q, reason)
     return Documents(cu_seq_lens_q=cu_seq_lens_q)
 
 
-def _check_one_row(batch: int) -> None:
+def _check_one_row_of_lengths(batch: int) -> None:
     if batch != 1:
         raise ValueError(
             f"`cu_seq_lens_q` describes the documents of one packed row, but the batch has {batch} rows; pass "
             "`position_ids` that restart with every document instead"
         )
-
-
-def is_cross_attention(module: nn.Module, is_causal: bool, kwargs: dict[str, Any]) -> bool:
-    """Whether keys come from elsewhere. `position_ids` then describe the queries only, even if the lengths agree."""
-    return (
-        kwargs.get("encoder_hidden_states") is not None
-        or bool(getattr(module, "is_cross_attention", False))
-        or "CrossAttention" in type(module).__name__
-        or (bool(getattr(module, "is_decoder", False)) and not is_causal)
-    )
 
 
 def starts_of_later_documents(position_ids: Tensor, is_token: Tensor | None, place: Place) -> Tensor:
@@ -181,7 +160,7 @@ def starts_of_later_documents(position_ids: Tensor, is_token: Tensor | None, pla
     return torch.where(row_of_key < 0, 0, of_call[:, row_of_key.clamp(0, place.q_len - 1)])
 
 
-def first_columns(mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> Tensor | None:
+def first_columns_of_documents(mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> Tensor | None:
     """The column of the first token of each query's document, by all that the mask and the layer are told.
 
     A document that continues the tokens in a cache starts with them.
@@ -255,13 +234,13 @@ def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, 
     if not isinstance(place.q_offset, int) or place.q_offset > 0:
         continues = starts & ~is_alone & (place.q_offset > 0)
         if has_ranges:
-            _refuse(
+            read_and_refuse(
                 continues,
                 "`position_ids` pack several continuations of the cached tokens into one row, which layers with "
                 "windows or chunks cannot tell apart: give each continuation a row of the batch",
             )
         else:
-            _refuse(
+            read_and_refuse(
                 continues & (row > first_alone),
                 "`position_ids` pack a continuation of the cached tokens behind a document of its own: put the "
                 "continuations first",
@@ -272,7 +251,7 @@ def after_cache(position_ids: Tensor, is_token: Tensor | None, place: Place, *, 
     return torch.stack([lts, torch.zeros_like(lts)], dim=1)[:, None]
 
 
-class _Rows(NamedTuple):
+class _DocumentsAmongRows(NamedTuple):
     """The documents among the queries of a call beside a cache.
 
     Attributes:
@@ -286,14 +265,16 @@ class _Rows(NamedTuple):
     is_token: Tensor | None
 
 
-def _documents_among_rows(position_ids: Tensor, is_token: Tensor | None, place: Place) -> _Rows:
+def _documents_among_rows(position_ids: Tensor, is_token: Tensor | None, place: Place) -> _DocumentsAmongRows:
     if is_token is None:
         first = torch.zeros(1, 1, dtype=torch.int64, device=position_ids.device)
-        return _Rows(_bounds.document_ends(position_ids), first, None)
+        return _DocumentsAmongRows(_bounds.document_ends(position_ids), first, None)
     key_of_row = torch.arange(place.q_len, device=is_token.device) + (place.q_offset - place.kv_offset)
     is_row_token = is_token[:, key_of_row.clamp(0, place.kv_len - 1)]
     first = is_row_token.byte().argmax(1, keepdim=True)
-    return _Rows(_bounds.document_ends(position_ids.expand(len(is_token), -1), is_row_token), first, is_row_token)
+    return _DocumentsAmongRows(
+        _bounds.document_ends(position_ids.expand(len(is_token), -1), is_row_token), first, is_row_token
+    )
 
 
 def _row_of_each_key(place: Place, device: torch.device) -> Tensor:
@@ -301,52 +282,7 @@ def _row_of_each_key(place: Place, device: torch.device) -> Tensor:
     return torch.arange(place.kv_len, device=device) + (place.kv_offset - place.q_offset)
 
 
-def check_lengths_beside_cache(place: Place) -> None:
-    """Refuse `cu_seq_lens_q` alone where keys are in a cache: it does not say whose they are.
-
-    Raises:
-        NotImplementedError: in a graph it is an assertion on the device.
-    """
-    if not isinstance(place.q_offset, int) or place.q_offset > 0:
-        _refuse(
-            torch.as_tensor(place.q_offset) > 0,
-            "`cu_seq_lens_q` does not say which document the keys in the cache belong to: pass `cu_seq_lens_k` with "
-            "the lengths of all keys, or `position_ids` alone",
-        )
-
-
-def chunks_of_documents(bounds: Tensor, by_lengths: Tensor, by_mask: Tensor | None, chunk: int) -> Tensor:
-    """Causal bounds whose chunks start with each document.
-
-    `cu_seq_lens_q` does not reach the mask function, which starts chunks with the documents that it knows, or the row.
-
-    Args:
-        bounds: what it made, `[B or 1, 1, 1, S]`.
-        by_lengths, by_mask: past-the-last token of each one's document, `[B or 1, S]`, by the lengths, and as the mask
-            function knows it.
-        chunk: its tokens.
-    """
-    starts, ends = _bounds.document_starts(by_lengths), by_lengths
-    if by_mask is not None:
-        starts, ends = torch.maximum(starts, _bounds.document_starts(by_mask)), torch.minimum(ends, by_mask)
-    index = torch.arange(ends.shape[1], dtype=ends.dtype, device=ends.device)
-    chunk_ends = torch.minimum(starts + ((index - starts) // chunk + 1) * chunk, ends)[:, None, None]
-    return torch.where(bounds > index, chunk_ends, bounds)  # padding does not even see itself
-
-
-def refuse_chunks_of_lengths(mask: Mask, documents: Documents, q_len: int, chunk: int) -> None:
-    """Refuse lengths beside a cache where the chunks of a document would not start with it, as those of the mask do."""
-    by_lengths, by_mask = first_columns(None, documents, q_len), first_columns(mask, None, q_len)
-    assert by_lengths is not None
-    behind = by_lengths - (0 if by_mask is None else by_mask)
-    _refuse(
-        (behind > 0) & (behind % chunk != 0),
-        "`cu_seq_lens_q` packs documents behind cached tokens, and layers with chunks are not told where they start: "
-        "pass `position_ids` [B, S] that restart with every document as well",
-    )
-
-
-def document_ids_of(attention_mask: Any, device: torch.device) -> Tensor | None:
+def document_ids_of_call(attention_mask: Any, device: torch.device) -> Tensor | None:
     """The 2-D mask, `[B, S]`, where its values may tell documents apart: `(1, 1, 2, 2, 2, 0)` is two and padding.
 
     A mask of bool has none, one of 0 and 1 is one document in each row.
@@ -385,118 +321,20 @@ def ids_beside_cache(
         return is_token, None
     so_far = place.q_offset + place.q_len
     ids, is_token = ids[:, :so_far], is_token[:, :so_far]
-    values = _read(ids)
+    values = _read_least_and_largest_id(ids)
     if values == [1, 1] and place.q_len == 1 and ids.shape[1] == so_far:
         return None, None
     if values is not None and values[0] >= 0 and values[1] <= 1:
         return is_token, None
     ends = _bounds.document_ends_of_mask(ids, is_token)
     starts = (ends[:, 1:] != ends[:, :-1]) & (ids[:, 1:] == 1)
-    _refuse(
+    read_and_refuse(
         starts[:, -place.q_len :],
         "`attention_mask` holds document ids, and a new token beside the cache has id 1 after another id, as generate "
         "appends it: it would see no token before it. Give each prompt a row of the batch, with a mask of 0 and 1; in "
         "a loop of your own append the id of the document that goes on",
     )
     return (is_token & (ends == ends[:, -1:]), None) if place.q_len == 1 else (is_token, ends)
-
-
-def refuse_ids_as_factors(ids: Tensor, model_type: str) -> None:
-    """Refuse ids in a model that computes with the numbers of the 2-D mask."""
-    _refuse(
-        are_ids(ids),
-        f"`attention_mask` holds document ids, and {model_type} computes with the mask (multiplies states by it, or "
-        "adds it up to positions): pass a mask of 0 and 1, and `position_ids` that restart with every document",
-    )
-
-
-def refuse_dropped_lengths(lengths: Tensor, position_ids: Tensor | None, model_type: str) -> None:
-    """Refuse `cu_seq_lens_q` in a model that does not hand it on, unless positions tell the same documents apart."""
-    reason = (
-        f"`cu_seq_lens_q` does not reach the attention of {model_type}, whose documents would see each other: pass "
-        "`position_ids` [B, S] that restart with every document"
-    )
-    if position_ids is None:
-        raise NotImplementedError(reason)
-    by_lengths = _bounds.from_cu_seqlens(lengths, position_ids.shape[-1])[:, 0, 0]
-    _refuse(_bounds.document_ends(position_ids) > by_lengths, reason)
-
-
-def refuse_fractions(attention_mask: Tensor) -> None:
-    """Refuse a 2-D mask of floats that holds more than 0 and 1.
-
-    Prompt learning of PEFT puts ones of floats before the mask, which makes floats of ids: its virtual tokens, which
-    are for all documents, would belong to one of them. Others may mean weights, or what is added to the scores.
-    """
-    if attention_mask.is_floating_point():
-        _refuse(
-            are_ids(attention_mask),
-            "`attention_mask` [B, S] is of floats and holds more than 0 and 1: ids of documents are integers. Prompt "
-            "learning of PEFT (prompt tuning, prefix tuning) makes floats of them, and gives the virtual tokens to one "
-            "document alone: use an adapter of another kind (for example LoRA), or give each document a row of the "
-            "batch, with a mask of 0 and 1",
-        )
-
-
-def refuse_ids_as_weights(ids: Tensor) -> None:
-    """Refuse ids where a model reads the 2-D mask as the weights of tokens in the losses of its routers."""
-    _refuse(
-        are_ids(ids),
-        "`attention_mask` holds document ids, and `output_router_logits=True` would weigh tokens by them in the "
-        "auxiliary loss: set it to False, or pass a mask of 0 and 1, and `position_ids` that restart with every "
-        "document",
-    )
-
-
-def refuse_ids_in_generation(attention_mask: Any) -> None:
-    """Refuse ids in a mask that `generate` appends 1 to, and adds up to count positions."""
-    ids = document_ids_of(attention_mask, attention_mask.device) if isinstance(attention_mask, Tensor) else None
-    if ids is not None:
-        _refuse(
-            are_ids(ids),
-            "`attention_mask` holds document ids, and generate appends 1 to it, and adds it up to count positions: "
-            "give each prompt a row of the batch, with a mask of 0 and 1; in a loop of your own append the id of the "
-            "document that goes on",
-        )
-
-
-def refuse_documents_in_generation(position_ids: Any, attention_mask: Any) -> None:
-    """Refuse positions of several documents: new tokens would see all of them, as nothing tells in a step of one token.
-
-    Args:
-        position_ids: `[B or 1, S]`, or `[4, B or 1, S]`, of which the first plane counts tokens. Others pass.
-        attention_mask: the 2-D mask of all tokens so far. Without it, padding on the left may have the position of the
-            first token.
-    """
-    if isinstance(position_ids, Tensor) and position_ids.ndim == 3 and position_ids.shape[0] == 4:
-        position_ids = position_ids[0]
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        is_token = attention_mask[:, attention_mask.shape[1] - position_ids.shape[1] :].bool()
-        ends, first = _bounds.document_ends(position_ids.to(is_token.device), is_token), is_token.byte().argmax(1, True)
-        row = torch.arange(1, ends.shape[1], device=ends.device)
-        restarts = (ends[:, :-1] == row) & (row > first) & is_token[:, 1:]
-    else:
-        restarts = position_ids[:, 1:] < position_ids[:, :-1]
-    _refuse(
-        restarts,
-        "`position_ids` pack several documents into a row, and the tokens that generate appends would see all of them: "
-        "give each prompt a row of the batch, padded on the left, with an `attention_mask` of 0 and 1",
-    )
-
-
-def refuse_documents_under(adapters: str, mask: Mask | Tensor | None, documents: Documents | None, q_len: int) -> None:
-    """Refuse rows of several documents under adapters that see whole rows."""
-    first = first_columns(mask, documents, q_len)
-    if first is not None and q_len > 1:
-        _refuse(
-            first[:, 1:] != first[:, :-1],
-            f"this call packs documents into a row under {adapters}, and what it makes of a token depends on other "
-            "tokens of the call: aLoRA begins at the last invocation sequence of a row, Lily averages its routing over "
-            "all tokens. Give each document a row of the batch, for Lily a call of its own; or use another adapter, "
-            "such as LoRA without `alora_invocation_tokens`",
-        )
 
 
 def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:
@@ -508,20 +346,12 @@ def _refuse_beside_static_cache(ids: Tensor, place: Place) -> None:
     if place.q_len == 1 and ids.is_cuda:
         torch._assert_async(~are_ids(ids).any(), reason)
     else:
-        _refuse(are_ids(ids), reason)
+        read_and_refuse(are_ids(ids), reason)
 
 
-def _read(ids: Tensor) -> list[float] | None:
+def _read_least_and_largest_id(ids: Tensor) -> list[float] | None:
     """The least and the largest id, where the host may know them."""
     if not may_be_read(ids) or ids.numel() == 0:
         return None
     values: list[float] = torch.stack(torch.aminmax(ids)).tolist()
     return values
-
-
-def _refuse(refused: Tensor, reason: str) -> None:
-    """One value is read, in a call that takes more than that."""
-    if not may_be_read(refused):
-        torch._assert_async(~refused.any(), reason)
-    elif bool(refused.any()):
-        raise NotImplementedError(reason)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.overrides import _get_current_function_mode_stack as _function_modes
 
-from .conversion import range_of
+from .closures import causality_and_window_of
 from .documents import Documents, are_ids
 from .mask import Mask
 
@@ -31,7 +31,7 @@ __all__ = [
     "note_made",
     "refuse_cut_call",
     "refuse_dropped_mask",
-    "refuse_other_tokens",
+    "refuse_gathered_tokens",
     "refuse_ring",
 ]
 
@@ -54,16 +54,16 @@ def refuse_ring() -> None:
 
 def _is_mode_of_ring(mode: TorchFunctionMode) -> bool:
     """torch 2.9 has this way to replace the function as well. Guards of graphs watch which modes are entered."""
-    return _is_defined_in(type(mode), "_context_parallel")
+    return _is_defined_in_torch_distributed(type(mode), "_context_parallel")
 
 
 @torch.compiler.assume_constant_result
 def _is_of_ring(function: Callable) -> bool:
     """In a graph the answer is a constant, for this function: where it is another one, a guard fails."""
-    return _is_defined_in(function, "_distribute_function")
+    return _is_defined_in_torch_distributed(function, "_distribute_function")
 
 
-def _is_defined_in(local: Any, function: str) -> bool:
+def _is_defined_in_torch_distributed(local: Any, function: str) -> bool:
     """Whether this function or class is made in that function of torch.distributed."""
     is_local = getattr(local, "__qualname__", "").startswith(f"{function}.<locals>.")
     return is_local and local.__module__.startswith("torch.distributed.")
@@ -139,7 +139,7 @@ def _part_of_heads(module: nn.Module) -> tuple[int, int] | None:
 # Masks that do not arrive
 
 
-class _Made(NamedTuple):
+class _MadeMask(NamedTuple):
     """What is known of a mask when it is made.
 
     Attributes:
@@ -163,10 +163,10 @@ class _AliveMasks(threading.local):
     """The masks of this thread that still exist: those of the running pass, and what is kept for backward."""
 
     def __init__(self) -> None:
-        self.made: WeakKeyDictionary[Mask, _Made] = WeakKeyDictionary()
+        self.made: WeakKeyDictionary[Mask, _MadeMask] = WeakKeyDictionary()
 
 
-_alive = _AliveMasks()
+_alive_masks = _AliveMasks()
 
 
 def note_made(
@@ -179,7 +179,7 @@ def note_made(
 ) -> Mask:
     """Remember, as long as the mask exists, that a model has it. Nothing else reads this than `refuse_dropped_mask`."""
     if config is not None and not torch.compiler.is_compiling():
-        _alive.made[mask] = _Made(config, num_rows, position_ids, mask_function, mask.is_token, document_ids)
+        _alive_masks.made[mask] = _MadeMask(config, num_rows, position_ids, mask_function, mask.is_token, document_ids)
     return mask
 
 
@@ -199,17 +199,17 @@ def refuse_dropped_mask(
     """
     if torch.compiler.is_compiling():
         if is_causal:  # a layer of a vision tower is given no mask by its model
-            _refuse_in_graph(type(module).__name__)
+            _refuse_dropped_mask_in_graph(type(module).__name__)
         return
     config, num_rows = getattr(module, "config", None), query.shape[2]
-    of_model = [(mask, call) for mask, call in _alive.made.items() if call.config is config]
+    of_model = [(mask, call) for mask, call in _alive_masks.made.items() if call.config is config]
     made = [(mask, call) for mask, call in of_model if num_rows > call.num_rows or mask.is_final]
-    lost = _lost(made, documents, is_causal, sliding_window)
+    lost = _dropped_by_engine(made, documents, is_causal, sliding_window)
     has_lengths = documents is not None and documents.cu_seq_lens_q is not None  # vision towers make no masks
     if not of_model and not has_lengths and _takes_dict(config) and torch._C._current_graph_task_id() == -1:
         lost = "the masks for its types of layers in `attention_mask`"
     if lost is not None:
-        _alive.made.clear()  # an error keeps the masks of its pass alive
+        _alive_masks.made.clear()  # an error keeps the masks of its pass alive
         raise NotImplementedError(
             f"{type(module).__name__} attends over {num_rows} rows without a mask: an engine for sequence parallelism "
             f"(DeepSpeed's Ulysses does this) has dropped {lost}, and the result would silently be another one. Under "
@@ -219,7 +219,7 @@ def refuse_dropped_mask(
 
 
 @torch.compiler.assume_constant_result
-def _refuse_in_graph(name: str) -> None:
+def _refuse_dropped_mask_in_graph(name: str) -> None:
     """As a constant, so that the error ends the compilation: an error of traced code would run that code uncompiled."""
     raise NotImplementedError(
         f"{name} is compiled without a mask, under an engine that puts a function of its own in the place of "
@@ -233,8 +233,8 @@ def _takes_dict(config: Any) -> bool:
     return len(set(getattr(config, "layer_types", None) or ())) > 1
 
 
-def _lost(
-    made: list[tuple[Mask, _Made]], documents: Documents | None, is_causal: bool, sliding_window: int | None
+def _dropped_by_engine(
+    made: list[tuple[Mask, _MadeMask]], documents: Documents | None, is_causal: bool, sliding_window: int | None
 ) -> str | None:
     """What a layer does not know of the masks that its model has made."""
     gathered = None if documents is None else documents.position_ids
@@ -245,13 +245,13 @@ def _lost(
         if call.document_ids is not None:
             if bool(are_ids(call.document_ids).any()):
                 return "the documents in `attention_mask`"
-            _alive.made[mask] = call = call._replace(document_ids=None)  # the other layers need not read it again
+            _alive_masks.made[mask] = call = call._replace(document_ids=None)  # the other layers need not read it again
         if call.is_token is not None:
             if _sees_padding(call.is_token, call.position_ids, gathered, is_causal):
                 return "the padding in `attention_mask`"
-            _alive.made[mask] = call._replace(is_token=None)
+            _alive_masks.made[mask] = call._replace(is_token=None)
         assert call.mask_function is not None
-        seen = range_of(call.mask_function)
+        seen = causality_and_window_of(call.mask_function)
         if seen is None:
             return "image blocks, chunks or another overlay of the mask"
         ranges.append(seen)
@@ -279,7 +279,7 @@ def _sees_padding(is_token: Tensor, position_ids: Tensor | None, gathered: Tenso
     return bool(within.any() | starts_empty.any())
 
 
-def refuse_other_tokens(mask: Mask, module: nn.Module, query: Tensor, key: Tensor) -> None:
+def refuse_gathered_tokens(mask: Mask, module: nn.Module, query: Tensor, key: Tensor) -> None:
     """Refuse the mask of one rank's tokens where a layer is given those of several. A user's mask tells keys alone."""
     if mask.bounds is None or torch.compiler.is_compiling():
         return

@@ -15,7 +15,7 @@ from ..bounds.dense import PAIRS_OF_A_TILE, evaluate_in_tiles
 
 
 @dataclass(frozen=True)  # torch 2.9 cannot compile the properties of a named tuple
-class Call:
+class EvaluatedCall:
     """The arguments that describe the rows and keys of one attention call to a mask function."""
 
     batch: int
@@ -35,7 +35,7 @@ class Call:
         return {"q_len": self.q_len, "kv_len": self.kv_len, "q_offset": self.q_offset, "kv_offset": self.kv_offset}
 
 
-class _Documents(NamedTuple):
+class _EvaluatedDocuments(NamedTuple):
     """Packed documents, `[B, S]` each: where the document of every token starts and ends, and its position there."""
 
     starts: Tensor
@@ -44,27 +44,29 @@ class _Documents(NamedTuple):
     is_padding: Tensor
 
     @classmethod
-    def of(cls, document_ends: Tensor, is_token: Tensor | None) -> _Documents:
+    def of(cls, document_ends: Tensor, is_token: Tensor | None) -> _EvaluatedDocuments:
         starts = bounds.document_starts(document_ends)
         index = torch.arange(starts.shape[1], device=starts.device)
         is_padding = torch.zeros_like(starts, dtype=torch.bool) if is_token is None else ~is_token
         return cls(starts, document_ends, index - starts, is_padding)
 
 
-def evaluate(mask_function: Callable, call: Call) -> Iterator[Tensor]:
+def evaluate(mask_function: Callable, call: EvaluatedCall) -> Iterator[Tensor]:
     """The mask in tiles of columns, `[B or 1, 1, S_q, columns]`, evaluated like Transformers' `sdpa_mask`."""
     if call.document_ends is not None:
-        mask_function = _in_documents(mask_function, _Documents.of(call.document_ends, call.is_token), call.batch)
+        mask_function = _evaluated_in_documents(
+            mask_function, _EvaluatedDocuments.of(call.document_ends, call.is_token), call.batch
+        )
     rows = torch.arange(call.q_len, device=call.device) + call.q_offset
     keys = torch.arange(call.kv_len, device=call.device) + call.kv_offset
     batch, head = torch.arange(call.batch, device=call.device), torch.zeros(1, dtype=torch.long, device=call.device)
-    for visible in _tiles(mask_function, batch, head, rows, keys, call):
+    for visible in _evaluate_tiles(mask_function, batch, head, rows, keys, call):
         visible = visible.to(call.device, torch.bool).expand(call.batch, 1, call.q_len, -1)
         yield visible[:1] if visible.stride(0) == 0 else visible
 
 
-def _tiles(
-    mask_function: Callable, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor, call: Call
+def _evaluate_tiles(
+    mask_function: Callable, batch: Tensor, head: Tensor, rows: Tensor, keys: Tensor, call: EvaluatedCall
 ) -> Iterator[Tensor]:
     if call.has_user_functions:
         yield from evaluate_in_tiles(mask_function, batch, head, rows, keys)
@@ -73,7 +75,7 @@ def _tiles(
         yield mask_function(batch[:, None, None, None], head[:, None, None], rows[:, None], columns)
 
 
-def _in_documents(mask_function: Callable, documents: _Documents, batch_size: int) -> Callable:
+def _evaluated_in_documents(mask_function: Callable, documents: _EvaluatedDocuments, batch_size: int) -> Callable:
     starts, ends, position_ids, is_padding = (values.expand(batch_size, -1) for values in documents)
 
     def in_documents(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -129,9 +131,9 @@ class _LookUpByRow(TorchFunctionMode):
 _CANDIDATES, _ROUNDS = 16, 6
 
 
-def search(mask_function: Callable, call: Call) -> Tensor:
+def search_visible_rows(mask_function: Callable, call: EvaluatedCall) -> Tensor:
     """LTS and UTE of every key, by a search from its own row; each round divides the size of the steps by 16."""
-    documents = None if call.document_ends is None else _Documents.of(call.document_ends, call.is_token)
+    documents = None if call.document_ends is None else _EvaluatedDocuments.of(call.document_ends, call.is_token)
     batch = torch.arange(call.batch, device=call.device)[:, None, None]
     head = torch.zeros_like(batch)
     # What the function gets for the keys and for the first and the last row of the search; plus `local` it is the row.

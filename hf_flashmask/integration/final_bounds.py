@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .. import bounds as _bounds
-from .documents import are_of_tokens
+from .documents import positions_tell_documents
+from .layer_types import layer_types_have_key_ranges
 from .name import logger
 from .reading import may_be_read
 
 __all__ = [
-    "depth_in_prefix_trees",
     "refuse_bounds_of_encoder",
+    "refuse_bounds_shared_by_layer_types",
+    "refuse_mask_as_array",
     "refuse_mask_of_flex_attention",
     "warn_of_meeting_documents",
 ]
@@ -24,45 +28,12 @@ __all__ = [
 _MOST_STARTS = 64
 """Documents that are looked at in a call. All of them leak, or none does, if bounds and positions do not match."""
 
-_seen: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_looked_at: WeakValueDictionary[int, Any] = WeakValueDictionary()
 """Configurations of models whose calls were looked at: reading a value from a GPU in every step would slow it down."""
 
 
 _of_self_attention: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """The bounds that models were called with for attention within one sequence, as long as they exist."""
-
-
-def depth_in_prefix_trees(bounds: Tensor, position_ids: Tensor) -> Tensor | None:
-    """How many tokens are before each one on its path from the root, if bounds and positions are those of prefix trees.
-
-    They are where the tokens that each token sees are a path from a root, along which its positions count from any
-    number on. There a layer with a window or chunks counts along the path, as it would in the sequence alone. Packed
-    documents are trees without branches. Other bounds of one plane, such as windows with sinks, are final.
-
-    Args:
-        bounds: int32 `[B or 1, 1, 1, S]`, causal.
-        position_ids: `[B or 1, S]`.
-
-    Returns:
-        int64 `[B or 1, S]`, of padding any numbers; None for other bounds.
-    """
-    end = bounds[:, 0, 0].clamp(0, bounds.shape[-1])
-    key = torch.arange(end.shape[1], dtype=torch.int32, device=end.device)
-    is_token = end > key  # padding does not even see itself
-    # What padding sees does not matter: a key ends at the token after it.
-    token_from = torch.where(is_token, key, end.shape[1]).flip(1).cummin(1).values.flip(1)
-    end = torch.nn.functional.pad(token_from, (0, 1), value=end.shape[1]).gather(1, end.long())
-    begun = is_token.cumsum(1, dtype=torch.int32)
-    ended = torch.zeros_like(torch.nn.functional.pad(end, (0, 1)))
-    ended.scatter_add_(1, end.long(), is_token.int())
-    num_seen = begun - is_token.int() - ended[:, :-1].cumsum(1, dtype=torch.int32)
-    # Paths: of the keys that are seen, those end first that began last, and each takes all that began after it along.
-    seen_at_end = torch.nn.functional.pad(num_seen, (0, 1)).gather(1, end.long())
-    root = torch.where(is_token & (num_seen == 0), key, 0).cummax(1).values.long()
-    position_ids, root = torch.broadcast_tensors(position_ids, root)
-    depth = position_ids - position_ids.gather(1, root)
-    is_path = (seen_at_end <= num_seen) & (depth == num_seen)
-    return depth.long() if bool((is_path | ~is_token).all()) else None
 
 
 def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention: bool) -> None:
@@ -83,6 +54,29 @@ def refuse_bounds_of_encoder(mask: Tensor, num_rows: int, *, is_cross_attention:
             "are the tokens of the decoder: run the encoder by itself with them, and pass `encoder_outputs` and, as "
             "`attention_mask`, bounds [B or 1, 1, C, S_encoder] whose rows are those of the decoder, or a 2-D mask. "
             "Bounds that are right for both are passed as a copy"
+        )
+
+
+def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
+    """Whether one tensor of final bounds for full and windowed layers would silently widen the windows."""
+    return len(set(getattr(config, "layer_types", None) or ())) > 1 and layer_types_have_key_ranges(config, bounds)
+
+
+def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
+    if _layers_see_different_keys(config, bounds):
+        raise ValueError(
+            "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
+            f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
+            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches, if "
+            "the model hands them to its mask functions"
+        )
+
+
+def refuse_mask_as_array(mask: Any) -> None:
+    if isinstance(mask, (numpy.ndarray, list, tuple)):
+        raise TypeError(
+            f"`attention_mask` is a {type(mask).__name__}, not a tensor: pass torch.as_tensor(mask); bounds "
+            "[B or 1, H or 1, C, S_k] are int32"
         )
 
 
@@ -107,11 +101,14 @@ def warn_of_meeting_documents(config: Any, bounds: Tensor, position_ids: Tensor 
     length = bounds.shape[-1]
     if bounds.dtype != torch.int32 or bounds.ndim != 4 or not may_be_read(bounds) or position_ids is None:
         return
-    if not are_of_tokens(position_ids, position_ids.shape[0], length) or position_ids.device != bounds.device:
+    if (
+        not positions_tell_documents(position_ids, position_ids.shape[0], length)
+        or position_ids.device != bounds.device
+    ):
         return
-    if bounds.is_cuda and id(config) in _seen:
+    if bounds.is_cuda and id(config) in _looked_at:
         return
-    _seen[id(config)] = config
+    _looked_at[id(config)] = config
     row = _first_row_that_sees_another_document(bounds, position_ids)
     if row is not None:
         logger.warning_once(

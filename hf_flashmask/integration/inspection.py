@@ -13,25 +13,25 @@ from .. import bounds
 from .layer_mask import LayerMask
 
 
-class _Seen(NamedTuple):
+class _InspectedLayer(NamedTuple):
     module: nn.Module
     bounds: Tensor
 
 
-_seen: ContextVar[list[_Seen] | None] = ContextVar("_seen", default=None)
+_inspected: ContextVar[list[_InspectedLayer] | None] = ContextVar("_inspected", default=None)
 """The layers that the running `masks_of` has seen."""
 
 
-def note_layer(module: nn.Module, query: Tensor, key: Tensor, mask: LayerMask) -> None:
+def note_mask_of_layer(module: nn.Module, query: Tensor, key: Tensor, mask: LayerMask) -> None:
     """Tell a running `masks_of` of this thread what a layer attends under."""
-    seen = _seen.get()
+    seen = _inspected.get()
     if seen is None:
         return
     made = mask.bounds
     if made is None:
         make = bounds.causal if mask.is_causal else bounds.bidirectional
         made = make(query.shape[2], key.shape[2], device=query.device)
-    seen.append(_Seen(module, made.detach()))
+    seen.append(_InspectedLayer(module, made.detach()))
 
 
 def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -59,19 +59,19 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     ```
     """
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    token = _seen.set([])
+    token = _inspected.set([])
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(**batch)
-        seen = _seen.get() or []
+        seen = _inspected.get() or []
     finally:
-        _seen.reset(token)
+        _inspected.reset(token)
     if not seen:
         raise ValueError('no layer of this model attends with flashmask: load it with attn_implementation="flashmask"')
     paths = {id(module): path for path, module in model.named_modules()}
     masks: dict[str, dict[str, Tensor]] = {}
     for module, made in seen:
-        of_type = masks.setdefault(_layer_type(module), {})
+        of_type = masks.setdefault(_inspected_layer_type(module), {})
         if not any(made.shape == other.shape and torch.equal(made, other) for other in of_type.values()):
             of_type[paths.get(id(module), str(len(of_type)))] = made
     return {
@@ -81,7 +81,7 @@ def masks_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _layer_type(module: nn.Module) -> str:
+def _inspected_layer_type(module: nn.Module) -> str:
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
     index = getattr(module, "layer_idx", None)
     if layer_types and isinstance(index, int) and index < len(layer_types):

@@ -21,15 +21,14 @@ from .conversion import from_dense_mask
 from .documents import (
     Documents,
     after_cache,
-    check_lengths_beside_cache,
-    chunks_of_documents,
-    refuse_chunks_of_lengths,
+    first_columns_of_documents,
 )
 from .engines import heads_of_rank
 from .final_bounds import refuse_mask_of_flex_attention, warn_of_meeting_documents
 from .mask import Mask, Place
 from .memo import recent
-from .reading import may_be_read
+from .reading import may_be_read, read_and_refuse
+from .refused_documents import refuse_lengths_beside_cache
 
 __all__ = ["LayerMask", "layer_mask"]
 
@@ -83,17 +82,17 @@ def layer_mask(
             )
         if mask.is_final:
             assert mask.bounds is not None
-            build = functools.partial(_of_user, mask.bounds, module, query, key)
+            build = functools.partial(_layer_mask_of_user, mask.bounds, module, query, key)
             return mask.memo.get("final", (), module, build, query.device)
         if documents is not None:
             documents = documents.beside(mask, query.shape[2])
         if documents is None:
-            return mask.memo.get(None, (), module, lambda: _complete(mask, module, None), query.device)
-        build = functools.partial(_complete, mask, module, documents)
+            return mask.memo.get(None, (), module, lambda: _complete_layer_mask(mask, module, None), query.device)
+        build = functools.partial(_complete_layer_mask, mask, module, documents)
         return mask.memo.get(documents.key, documents.tensors, module, build, query.device)
     if mask is not None:
         refuse_mask_of_flex_attention(mask)
-        return _of_tensor(mask, module, query, key, documents)
+        return _layer_mask_of_tensor(mask, module, query, key, documents)
     place = Place(query.shape[2], key.shape[2])
     if not place.is_square:
         documents = None
@@ -101,11 +100,13 @@ def layer_mask(
         return LayerMask(None, place.q_len, is_causal=is_causal)
     described = (*place.sizes, is_causal, sliding_window, None if documents is None else documents.key, query.device)
     sources = () if documents is None else documents.tensors
-    build = functools.partial(_without_mask, module, documents, place, is_causal, sliding_window, query.device)
+    build = functools.partial(
+        _layer_mask_without_mask, module, documents, place, is_causal, sliding_window, query.device
+    )
     return recent.get(("no mask", *described), sources, module, build, query.device)
 
 
-def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> LayerMask:
+def _complete_layer_mask(mask: Mask, module: nn.Module, documents: Documents | None) -> LayerMask:
     """A mask of the mask function, with the documents that the layer was told about."""
     place = mask.place
     assert place is not None
@@ -114,7 +115,7 @@ def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> Lay
         if mask.bounds is not None:
             return LayerMask(mask.bounds, place.q_len)
         if place.is_square and torch.compiler.is_compiling():  # so that the layers share what a graph makes of it
-            return LayerMask(_plain(is_causal, place, mask.device), place.q_len)
+            return LayerMask(_plain_layer_bounds(is_causal, place, mask.device), place.q_len)
         return LayerMask(None, place.q_len, is_causal=is_causal)
     apart = _document_bounds(documents, module, place, is_causal, mask.is_token, mask.has_ranges)
     if mask.bounds is None:
@@ -124,13 +125,47 @@ def _complete(mask: Mask, module: nn.Module, documents: Documents | None) -> Lay
         # Compiled graphs have two planes, of which the second is the triangle.
         if place.is_square and mask.bounds.shape[2] <= 2 and getattr(module, "is_causal", True):
             lts, *triangle = mask.bounds.split(1, dim=2)
-            lts = chunks_of_documents(lts, apart[:, 0, 0], mask.document_ends, chunk)
+            lts = _chunks_of_documents(lts, apart[:, 0, 0], mask.document_ends, chunk)
             return LayerMask(torch.cat([lts, *triangle], dim=2) if triangle else lts, place.q_len)
-        refuse_chunks_of_lengths(mask, documents, place.q_len, chunk)
+        _refuse_chunks_of_lengths(mask, documents, place.q_len, chunk)
     return LayerMask(_bounds.intersect(mask.bounds, apart, q_len=place.q_len), place.q_len)
 
 
-def _without_mask(
+def _chunks_of_documents(bounds: Tensor, by_lengths: Tensor, by_mask: Tensor | None, chunk: int) -> Tensor:
+    """Causal bounds whose chunks start with each document.
+
+    `cu_seq_lens_q` does not reach the mask function, which starts chunks with the documents that it knows, or the row.
+
+    Args:
+        bounds: what it made, `[B or 1, 1, 1, S]`.
+        by_lengths, by_mask: past-the-last token of each one's document, `[B or 1, S]`, by the lengths, and as the mask
+            function knows it.
+        chunk: its tokens.
+    """
+    starts, ends = _bounds.document_starts(by_lengths), by_lengths
+    if by_mask is not None:
+        starts, ends = torch.maximum(starts, _bounds.document_starts(by_mask)), torch.minimum(ends, by_mask)
+    index = torch.arange(ends.shape[1], dtype=ends.dtype, device=ends.device)
+    chunk_ends = torch.minimum(starts + ((index - starts) // chunk + 1) * chunk, ends)[:, None, None]
+    return torch.where(bounds > index, chunk_ends, bounds)  # padding does not even see itself
+
+
+def _refuse_chunks_of_lengths(mask: Mask, documents: Documents, q_len: int, chunk: int) -> None:
+    """Refuse lengths beside a cache where the chunks of a document would not start with it, as those of the mask do."""
+    by_lengths, by_mask = (
+        first_columns_of_documents(None, documents, q_len),
+        first_columns_of_documents(mask, None, q_len),
+    )
+    assert by_lengths is not None
+    behind = by_lengths - (0 if by_mask is None else by_mask)
+    read_and_refuse(
+        (behind > 0) & (behind % chunk != 0),
+        "`cu_seq_lens_q` packs documents behind cached tokens, and layers with chunks are not told where they start: "
+        "pass `position_ids` [B, S] that restart with every document as well",
+    )
+
+
+def _layer_mask_without_mask(
     module: nn.Module,
     documents: Documents | None,
     place: Place,
@@ -148,7 +183,7 @@ def _without_mask(
     return LayerMask(bounds, place.q_len, is_causal=is_causal)
 
 
-def _plain(is_causal: bool, place: Place, device: torch.device) -> Tensor:
+def _plain_layer_bounds(is_causal: bool, place: Place, device: torch.device) -> Tensor:
     make = _bounds.causal if is_causal else _bounds.bidirectional
     return make(place.q_len, place.kv_len, device=device)
 
@@ -168,7 +203,7 @@ def _document_bounds(
     rows, keys, position_ids = documents.cu_seq_lens_q, documents.cu_seq_lens_k, documents.position_ids
     if rows is not None:
         if keys is None:
-            check_lengths_beside_cache(place)
+            refuse_lengths_beside_cache(place)
         elif place.kv_offset:  # a cache of a window has dropped the first keys
             keys = (keys - place.kv_offset).clamp(min=0)
         build = functools.partial(
@@ -176,7 +211,7 @@ def _document_bounds(
         )
         sources = documents.tensors
         if position_ids is not None:
-            build = functools.partial(_apart_by_both, build, position_ids, is_token, is_causal)
+            build = functools.partial(_bounds_by_lengths_and_positions, build, position_ids, is_token, is_causal)
             sources = sources if is_token is None else (*sources, is_token)
         described = (documents.key, place.q_len, place.kv_len, place.kv_offset, is_causal)
         return recent.get(described, sources, module, build, rows.device)
@@ -191,7 +226,7 @@ def _document_bounds(
     return _bounds.from_document_ends(ends, is_causal=is_causal)
 
 
-def _apart_by_both(
+def _bounds_by_lengths_and_positions(
     by_lengths: Callable[[], Tensor], position_ids: Tensor, is_token: Tensor | None, is_causal: bool
 ) -> Tensor:
     by_positions = _bounds.from_document_ends(_bounds.document_ends(position_ids, is_token), is_causal=is_causal)
@@ -200,18 +235,20 @@ def _apart_by_both(
     return torch.minimum(*parts) if is_one_plane else _bounds.intersect(*parts)
 
 
-def _of_tensor(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor, documents: Documents | None) -> LayerMask:
+def _layer_mask_of_tensor(
+    mask: Tensor, module: nn.Module, query: Tensor, key: Tensor, documents: Documents | None
+) -> LayerMask:
     """A tensor that reached the layer past the mask function: a user's dict of bounds, or a model's own dense mask."""
 
     def build() -> LayerMask:
         if documents is not None and query.shape[2] == key.shape[2]:
             warn_of_meeting_documents(getattr(module, "config", module), mask, documents.position_ids)
-        return _of_user(mask, module, query, key)
+        return _layer_mask_of_user(mask, module, query, key)
 
     return recent.get(("tensor", query.shape[2]), (mask,), module, build, query.device)
 
 
-def _of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> LayerMask:
+def _layer_mask_of_user(mask: Tensor, module: nn.Module, query: Tensor, key: Tensor) -> LayerMask:
     if mask.dtype == torch.bool or mask.is_floating_point():
         _check_dense_mask(mask, query, key)
         convert = functools.partial(from_dense_mask, mask, query.shape[2])

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from .conversion import Tree
 from .memo import Memo
 from .whole_sequence import Exchange
 
-__all__ = ["Hints", "Mask", "Place", "register_tree"]
+__all__ = ["Hints", "Mask", "Place", "Tree", "register_tree"]
 
 
 @dataclass
@@ -46,6 +45,22 @@ class Place:
     def is_square(self) -> bool:
         """Whether queries and keys are the same tokens. The offset of a static cache is not read to find out."""
         return self.q_len == self.kv_len and isinstance(self.q_offset, int) and self.q_offset == self.kv_offset == 0
+
+
+class Tree(NamedTuple):
+    """The prefix trees that the rows of a batch hold.
+
+    Attributes:
+        bounds: `[B, 1, 1, S]`, causal and LTS = end of the subtree.
+        depth: `[B, S]`, the number of tokens before each one on its path from the root.
+        end_depth: what no depth reaches, if known.
+        max_branches: the largest number of leaves in one tree, if known.
+    """
+
+    bounds: Tensor
+    depth: Tensor
+    end_depth: int | None = None
+    max_branches: int | None = None
 
 
 class Mask:

@@ -11,28 +11,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
 
 from .. import bounds as _bounds
-from .closures import is_plain
-from .conversion import Tree, from_mask_function, in_tree, knows_whole_rows
+from ..bounds.trees import depth_in_prefix_trees
+from .call_checks import computes_with_mask
+from .closures import closure_holds_whole_rows, is_plain_leaf
+from .conversion import from_mask_function, from_mask_function_in_tree
 from .documents import (
     after_cache,
-    are_of_tokens,
-    document_ids_of,
+    document_ids_of_call,
     ids_beside_cache,
-    refuse_fractions,
-    refuse_ids_as_factors,
+    positions_tell_documents,
     starts_of_later_documents,
 )
 from .engines import note_made
 from .final_bounds import (
-    depth_in_prefix_trees,
     refuse_bounds_of_encoder,
+    refuse_bounds_shared_by_layer_types,
     refuse_mask_of_flex_attention,
     warn_of_meeting_documents,
 )
-from .mask import Hints, Mask, Place
+from .layer_types import layer_types_have_key_ranges
+from .mask import Hints, Mask, Place, Tree
 from .memo import recent
 from .reading import may_be_read
-from .support import computes_with_mask, has_key_ranges, refuse_bounds_shared_by_layer_types
+from .refused_documents import refuse_fractions_as_ids, refuse_ids_as_factors
 from .whole_sequence import WholeSequence
 
 __all__ = ["flashmask_mask", "prepare"]
@@ -101,14 +102,14 @@ def prepare(
     place = Place(*sizes)
     if is_token is not None and place.is_square:
         _check_padding_mask(is_token, batch, length, may_be_longer=has_static_cache)
-    ids = document_ids_of(attention_mask, inputs_embeds.device)
+    ids = document_ids_of_call(attention_mask, inputs_embeds.device)
     if ids is not None and computes_with_mask(config) and (length > 1 or is_cross_attention):
         refuse_ids_as_factors(ids, config.model_type)
     if is_cross_attention:
         ids = None
     if ids is not None and length > 1:
-        refuse_fractions(ids)
-    positions = position_ids if are_of_tokens(position_ids, batch, length) else None
+        refuse_fractions_as_ids(ids)
+    positions = position_ids if positions_tell_documents(position_ids, batch, length) else None
 
     def once(what: str, build: Callable[[], T]) -> T:
         """What is the same for all types of layers. Another model makes it anew."""
@@ -125,7 +126,7 @@ def prepare(
     known = functools.partial(Hints, shape, inputs_embeds.device, is_token=is_token, position_ids=positions)
     if not place.is_square:
         return early_exit, known(ends_of_ids=ends_of_ids), None, *sizes
-    of_keys, ids = _of_keys(is_token, place), _of_keys(ids, place)
+    of_keys, ids = _padding_mask_of_keys(is_token, place), _padding_mask_of_keys(ids, place)
     known = functools.partial(known, document_ids=ids)
     if positions is None:
         assert ids is not None
@@ -150,7 +151,7 @@ def _final_mask(creator: object, config: Any, mask: Mask | Tensor, position_ids:
     assert tree is not None
     if not torch.compiler.is_compiling():
         return Mask.of_user(tree.bounds, tree)
-    if has_key_ranges(config, tree.bounds):
+    if layer_types_have_key_ranges(config, tree.bounds):
         raise NotImplementedError(
             "windows and chunks inside prefix trees, bounds of one plane, do not work in torch.compile: run this model "
             "without it, or pass bounds that hold the windows, which have more than one plane"
@@ -160,7 +161,7 @@ def _final_mask(creator: object, config: Any, mask: Mask | Tensor, position_ids:
 
 def _tree_of_user(creator: object, config: Any, mask: Tensor, position_ids: Tensor | None) -> Tree | None:
     """Bounds that layers may have to narrow along the branches of a prefix tree; other bounds are final."""
-    if position_ids is None or not has_key_ranges(config, mask):
+    if position_ids is None or not layer_types_have_key_ranges(config, mask):
         return None
     _, heads, num_planes, length = mask.shape
     may_be_tree = mask.dtype == torch.int32 and heads == num_planes == 1
@@ -221,7 +222,7 @@ def flashmask_mask(
                 "windows and chunks inside prefix trees depend on the number of branches, which a CUDA graph cannot "
                 "read: pass bounds that hold the windows, which have more than one plane"
             )
-        bounds = in_tree(mask_function, hints.tree)
+        bounds = from_mask_function_in_tree(mask_function, hints.tree)
         return note(
             Mask(bounds, kv_len=kv_length, device=device, is_final=True, is_users=True, exchange=hints.exchange)
         )
@@ -230,7 +231,7 @@ def flashmask_mask(
     place = Place(q_length, kv_length, q_offset, kv_offset)
     if hints.exchange is not None:
         _check_whole_sequence(hints, mask_function, place, has_user_functions=use_vmap)
-    is_token = _of_keys(hints.is_token, place)
+    is_token = _padding_mask_of_keys(hints.is_token, place)
     is_last_row = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_offset + kv_length
     if (place.is_square or is_last_row) and hints.document_ends is None:
         # In a decoding step windows and chunks hide nothing until they are full.
@@ -254,7 +255,7 @@ def flashmask_mask(
     of_cache = None if is_apart else hints.position_ids
     document_ends, ends_of_ids = hints.document_ends, hints.ends_of_ids
     has_later_documents = of_cache is not None or ends_of_ids is not None
-    if place.is_square and is_plain(mask_function) and ends_of_ids is not None:  # fewer launches than to intersect
+    if place.is_square and is_plain_leaf(mask_function) and ends_of_ids is not None:  # fewer launches than to intersect
         document_ends, ends_of_ids = ends_of_ids, None
     bounds = from_mask_function(
         mask_function,
@@ -274,7 +275,7 @@ def flashmask_mask(
         apart = after_cache(of_cache, is_token, place, has_ranges=has_ranges)
         bounds = _bounds.intersect(bounds, apart, q_len=q_length)
     if ends_of_ids is not None:
-        apart = _apart_by_ids(ends_of_ids, place, is_causal=bounds.shape[2] == 1)
+        apart = _bounds_by_ids(ends_of_ids, place, is_causal=bounds.shape[2] == 1)
         bounds = _bounds.intersect(bounds, apart, q_len=q_length)
     if is_token is not None:
         bounds = _hide_padding(bounds, is_token)
@@ -294,7 +295,7 @@ def flashmask_mask(
     return note(mask)
 
 
-def _apart_by_ids(ends_of_ids: Tensor, place: Place, *, is_causal: bool) -> Tensor:
+def _bounds_by_ids(ends_of_ids: Tensor, place: Place, *, is_causal: bool) -> Tensor:
     if place.is_square:
         return _bounds.from_document_ends(ends_of_ids, is_causal=is_causal)
     return _bounds.from_document_ends(
@@ -311,9 +312,9 @@ def _starts_later_by(hints: Hints, place: Place) -> Tensor:
     """How far behind the first token of its row each key's document starts, `[B or 1, S_k]`."""
     starts = torch.zeros(1, 1, dtype=torch.int64, device=hints.device)
     if hints.position_ids is not None:
-        starts = starts_of_later_documents(hints.position_ids, _of_keys(hints.is_token, place), place)
+        starts = starts_of_later_documents(hints.position_ids, _padding_mask_of_keys(hints.is_token, place), place)
     if hints.ends_of_ids is not None:
-        of_ids = _of_keys(_bounds.document_starts(hints.ends_of_ids), place)
+        of_ids = _padding_mask_of_keys(_bounds.document_starts(hints.ends_of_ids), place)
         assert of_ids is not None
         starts = torch.maximum(starts, of_ids)
     if hints.is_token is None:
@@ -332,7 +333,7 @@ def _check_whole_sequence(hints: Hints, mask_function: Callable, place: Place, *
         )
     # The length of blocks alone does not tell: Transformers pads blocks of fewer tokens.
     length = exchange.length if hints.has_token_types else None
-    if not knows_whole_rows(mask_function, length, has_user_functions=has_user_functions):
+    if not closure_holds_whole_rows(mask_function, length, has_user_functions=has_user_functions):
         raise NotImplementedError(
             "this model adds to its mask a function that looks tokens up (blocks that it finds among the tokens of a "
             "call, a function of the user), but a rank of sequence_parallel holds only a part of them: pass bounds of "
@@ -353,7 +354,7 @@ def _has_no_padding(is_token: Tensor) -> bool:
     return may_be_read(is_token) and bool(is_token.all())
 
 
-def _of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:
+def _padding_mask_of_keys(is_token: Tensor | None, place: Place) -> Tensor | None:
     """The part of the 2-D mask that belongs to the keys, `[B, kv_len]`; slots not yet filled are padding."""
     if is_token is None:
         return None

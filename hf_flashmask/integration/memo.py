@@ -59,7 +59,7 @@ class Memo:
             return self._get_in_graph(key, sources, module, build)
         home = _home(device)
         known_sources, entry = self._entries.get(key, ((), None))
-        if entry is None or not _are_same(known_sources, sources) or not entry.serves(module, home):
+        if entry is None or not _are_same_sources(known_sources, sources) or not entry.serves(module, home):
             entry = _Entry(home, build())
             self._entries[key] = sources, entry
         entry.note(module)
@@ -72,7 +72,7 @@ class Memo:
         if not self._is_of_graph or module.training or torch.is_grad_enabled():
             return build()
         for known_key, known_sources, value in self._made_in_graph:
-            if known_key == key and _are_same(known_sources, sources):
+            if known_key == key and _are_same_sources(known_sources, sources):
                 return value
         value = build()
         self._made_in_graph.append((key, sources, value))
@@ -90,11 +90,11 @@ class _Entry:
     def serves(self, caller: object, home: Hashable) -> bool:
         if home != self.home:
             return False
-        return _is_recomputing() or not (id(caller) in self._callers or 0 <= _layer_of(caller) <= self._last_layer)
+        return _is_recomputing() or not (id(caller) in self._callers or 0 <= _layer_number(caller) <= self._last_layer)
 
     def note(self, caller: object) -> None:
         self._callers.add(id(caller))
-        self._last_layer = max(self._last_layer, _layer_of(caller))
+        self._last_layer = max(self._last_layer, _layer_number(caller))
 
 
 class _RecentEntry(NamedTuple):
@@ -122,31 +122,35 @@ class _Recent(threading.local):
         return value
 
     def _get(self, key: Hashable, sources: Sources, caller: object, build: Callable[[], T], device: torch.device) -> T:
-        if isinstance(caller, nn.Module) and _layer_of(caller) < 0 and not all(map(_tells_changes, sources)):
+        if isinstance(caller, nn.Module) and _layer_number(caller) < 0 and not all(map(_tells_changes, sources)):
             return build()
         # A recomputation shares with itself alone: the forward pass may have run in another thread.
         home = _home(device), torch._C._current_graph_task_id()
         versions = tuple(0 if source.is_inference() else source._version for source in sources)
         for known in self._entries:
-            if known.key == key and known.versions == versions and _are_same(_alive(known.sources), sources):
+            if (
+                known.key == key
+                and known.versions == versions
+                and _are_same_sources(_alive_sources(known.sources), sources)
+            ):
                 if known.entry.serves(caller, home):
                     known.entry.note(caller)
                     return known.entry.value
-                _remove(self._entries, known)
+                _remove_entry(self._entries, known)
                 break
         entry = _Entry(home, build())
         entry.note(caller)
-        forget = functools.partial(_forget, self._entries)
+        forget = functools.partial(_forget_source, self._entries)
         self._entries[: -self._MOST + 1] = []
         self._entries.append(_RecentEntry(key, tuple(ref(source, forget) for source in sources), versions, entry))
         return entry.value
 
 
-def _remove(entries: list[_RecentEntry], gone: _RecentEntry) -> None:
+def _remove_entry(entries: list[_RecentEntry], gone: _RecentEntry) -> None:
     entries[:] = [entry for entry in entries if entry is not gone]
 
 
-def _forget(entries: list[_RecentEntry], dead: ref[Tensor]) -> None:
+def _forget_source(entries: list[_RecentEntry], dead: ref[Tensor]) -> None:
     """Called when a tensor goes, in whatever thread."""
     entries[:] = [entry for entry in entries if all(source is not dead for source in entry.sources)]
 
@@ -154,15 +158,15 @@ def _forget(entries: list[_RecentEntry], dead: ref[Tensor]) -> None:
 recent = _Recent()
 
 
-def _alive(sources: tuple[ref[Tensor], ...]) -> tuple[Tensor | None, ...]:
+def _alive_sources(sources: tuple[ref[Tensor], ...]) -> tuple[Tensor | None, ...]:
     return tuple(source() for source in sources)
 
 
-def _are_same(known: tuple[Tensor | None, ...], sources: Sources) -> bool:
+def _are_same_sources(known: tuple[Tensor | None, ...], sources: Sources) -> bool:
     return len(known) == len(sources) and all(a is b for a, b in zip(known, sources))
 
 
-def _layer_of(caller: object) -> int:
+def _layer_number(caller: object) -> int:
     index = getattr(caller, "layer_idx", None)
     return index if isinstance(index, int) else -1
 
@@ -174,7 +178,7 @@ def _tells_changes(source: Tensor) -> bool:
 
 def _is_last_layer(caller: object) -> bool:
     number = getattr(getattr(caller, "config", None), "num_hidden_layers", None)
-    return isinstance(number, int) and 0 <= _layer_of(caller) == number - 1
+    return isinstance(number, int) and 0 <= _layer_number(caller) == number - 1
 
 
 def _is_recomputing() -> bool:

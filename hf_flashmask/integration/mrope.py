@@ -20,10 +20,10 @@ from .hooks import set_hook
 from .mask import Mask
 from .name import NAME
 
-__all__ = ["keep_documents", "takes_text_positions", "with_text_positions"]
+__all__ = ["keep_documents_under_mrope", "takes_text_positions", "with_text_positions"]
 
 
-def keep_documents(model: PreTrainedModel, implementation: str) -> None:
+def keep_documents_under_mrope(model: PreTrainedModel, implementation: str) -> None:
     """Add the hook to a model that needs it and uses flashmask now, or remove it."""
     set_hook(model, _add_text_positions, is_needed=implementation == NAME and takes_text_positions(model))
 
@@ -62,7 +62,7 @@ def with_text_positions(position_ids: Tensor, is_token: Tensor | None) -> Tensor
     """`[3, B or 1, S]` -> `[4, B or 1, S]`, the first plane counting tokens; `is_token` is bool `[B, S]`."""
     if is_token is not None:
         position_ids = position_ids.expand(3, max(position_ids.shape[1], is_token.shape[0]), -1)
-    return torch.cat([_count_in_documents(position_ids, is_token)[None], position_ids])
+    return torch.cat([_text_positions_of_documents(position_ids, is_token)[None], position_ids])
 
 
 def _tokens_of_call(length: int, kwargs: dict[str, Any]) -> Tensor | None:
@@ -81,7 +81,7 @@ def _tokens_of_call(length: int, kwargs: dict[str, Any]) -> Tensor | None:
     return is_token[:, column.clamp(0, is_token.shape[1] - 1)]
 
 
-def _count_in_documents(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
+def _text_positions_of_documents(position_ids: Tensor, is_token: Tensor | None) -> Tensor:
     """The place of each token in its document, `[B, S]`.
 
     A document starts where all three positions are 0, or those of the row's first token. Time alone does not tell: it

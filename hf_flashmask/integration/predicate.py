@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from .name import NAME, is_misspelled
 
 _IS_FLASH = {
@@ -126,16 +124,3 @@ def wrap_is_flash(original: Callable, module: str) -> Callable:
         return original(config, name, version)
 
     return is_flash_attention_requested
-
-
-def wrap_max_seqlen(original: Callable, _: str) -> Callable:
-    """For `get_max_seqlen` of `transformers.utils.generic`, which asks the predicate on behalf of models."""
-
-    def get_max_seqlen(
-        cu_seqlens: Tensor, config: Any, kwargs: dict | None = None, kwarg_name: str = "max_seqlen"
-    ) -> int | None:
-        if config._attn_implementation != NAME:
-            return original(cu_seqlens, config, kwargs, kwarg_name)
-        return None if kwargs is None else kwargs.pop(kwarg_name, None)
-
-    return get_max_seqlen

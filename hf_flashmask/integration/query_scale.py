@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .documents import Documents, first_columns
+from .documents import Documents, first_columns_of_documents
 from .layer_mask import LayerMask
 from .mask import Mask
 
@@ -48,7 +48,7 @@ def scale_by_document(
         return torch.log1p(torch.floor((column.float() + 1) / floor)) * strength + 1
 
     def factor() -> Tensor | None:
-        first = first_columns(mask, documents, place.q_len)
+        first = first_columns_of_documents(mask, documents, place.q_len)
         if first is None:
             return None
         column = torch.arange(place.q_len, device=query.device) + place.q_offset

@@ -17,12 +17,13 @@ from transformers.utils import generic
 from .attention import flashmask_attention_forward
 from .call_checks import check_calls
 from .closures import check_factories
-from .documents import refuse_documents_in_generation, refuse_ids_in_generation
+from .final_bounds import refuse_mask_as_array
 from .mask_function import flashmask_mask, prepare
-from .mrope import keep_documents
+from .mrope import keep_documents_under_mrope
 from .name import NAME, is_misspelled, logger
-from .predicate import wrap_is_flash, wrap_max_seqlen
-from .support import check_support, keeps_eager, refuse_arrays
+from .predicate import wrap_is_flash
+from .refused_documents import refuse_documents_in_generation, refuse_ids_in_generation
+from .support import check_support, keeps_eager
 from .versions import warn_of_untested
 
 
@@ -82,7 +83,7 @@ def _wrap_dispatch(original: Callable, _: str) -> Callable:
                 return "eager"
         implementation = original(self, requested_attention, *args, **kwargs)
         _import_when_unpickled(self, implementation)
-        keep_documents(self, implementation)
+        keep_documents_under_mrope(self, implementation)
         check_calls(self, implementation)
         return implementation
 
@@ -110,7 +111,7 @@ def _wrap_preprocess(original: Callable, _: str) -> Callable:
     ) -> tuple:
         if config._attn_implementation != NAME:
             return original(config, inputs_embeds, attention_mask, *args, **kwargs)
-        refuse_arrays(attention_mask)
+        refuse_mask_as_array(attention_mask)
         # The argument after the cache, whose name differs between versions. Transformers shall not read it.
         if len(args) > 1:
             cache, position_ids, *others = args
@@ -154,6 +155,19 @@ def _wrap_generation(original: Callable, _: str) -> Callable:
     return validate
 
 
+def _wrap_max_seqlen(original: Callable, _: str) -> Callable:
+    """For `get_max_seqlen` of `transformers.utils.generic`, which asks the predicate on behalf of models."""
+
+    def get_max_seqlen(
+        cu_seqlens: Tensor, config: Any, kwargs: dict | None = None, kwarg_name: str = "max_seqlen"
+    ) -> int | None:
+        if config._attn_implementation != NAME:
+            return original(cu_seqlens, config, kwargs, kwarg_name)
+        return None if kwargs is None else kwargs.pop(kwarg_name, None)
+
+    return get_max_seqlen
+
+
 _OURS = "_knows_flashmask"
 
 
@@ -165,7 +179,7 @@ _WRAPPERS = (
     (masking_utils, "is_flash_attention_requested", wrap_is_flash),
     (generation_utils, "is_flash_attention_requested", wrap_is_flash),
     (generic, "is_flash_attention_requested", wrap_is_flash),
-    (generic, "get_max_seqlen", wrap_max_seqlen),
+    (generic, "get_max_seqlen", _wrap_max_seqlen),
 )
 
 

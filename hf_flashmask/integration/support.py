@@ -1,4 +1,4 @@
-"""Which models and which calls are refused, and why."""
+"""Which models are refused, and why."""
 
 from __future__ import annotations
 
@@ -8,58 +8,7 @@ import re
 import sys
 from typing import Any
 
-import numpy
-import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
-
-# What a model is called with
-
-
-KEY_RANGE_OF_LAYER_TYPE = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Layer types that do not see all keys -> the setting with the number of keys that they see."""
-
-
-def has_key_ranges(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
-    """Whether some layers do not see all keys of a row of this length."""
-    layer_types = set(getattr(config, "layer_types", None) or KEY_RANGE_OF_LAYER_TYPE)
-    limits = [getattr(config, limit, None) for name, limit in KEY_RANGE_OF_LAYER_TYPE.items() if name in layer_types]
-    return any(limit is not None and limit < bounds.shape[-1] for limit in limits)
-
-
-def _layers_see_different_keys(config: transformers.PreTrainedConfig, bounds: Tensor) -> bool:
-    """Whether one tensor of final bounds for full and windowed layers would silently widen the windows."""
-    return len(set(getattr(config, "layer_types", None) or ())) > 1 and has_key_ranges(config, bounds)
-
-
-def refuse_bounds_shared_by_layer_types(config: transformers.PreTrainedConfig, bounds: Tensor) -> None:
-    if _layers_see_different_keys(config, bounds):
-        raise ValueError(
-            "`attention_mask` is one tensor of bounds, but this model has layers that see different keys: pass a dict "
-            f"with bounds for each of its layer types, {sorted(set(config.layer_types))}, or, for prefix trees (bounds "
-            "[B, 1, 1, S_k]) outside of torch.compile, `position_ids` [B or 1, S] that count along the branches, if "
-            "the model hands them to its mask functions"
-        )
-
-
-def computes_with_mask(config: transformers.PreTrainedConfig) -> bool:
-    """Whether a model computes with the numbers of the 2-D mask: recurrent and convolutional layers multiply states by
-    it, embeddings multiply by it, or add it up to count positions, the encoder of Pegasus-X takes 1 alone for a token.
-    """
-    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    return config.model_type in _COMPUTE_WITH_MASK or any(hasattr(module, name) for name in _OF_RECURRENT_LAYERS)
-
-
-_COMPUTE_WITH_MASK = {"esm", "opt", "biogpt", "pegasus_x"}
-_OF_RECURRENT_LAYERS = ("apply_mask_to_padding_states", "create_recurrent_attention_mask")
-
-
-def refuse_arrays(mask: Any) -> None:
-    if isinstance(mask, (numpy.ndarray, list, tuple)):
-        raise TypeError(
-            f"`attention_mask` is a {type(mask).__name__}, not a tensor: pass torch.as_tensor(mask); bounds "
-            "[B or 1, H or 1, C, S_k] are int32"
-        )
 
 
 def check_support(model: PreTrainedModel) -> None:
@@ -76,7 +25,9 @@ def check_support(model: PreTrainedModel) -> None:
 
 def keeps_eager(model: PreTrainedModel) -> bool:
     """Whether a part of a model, such as the audio encoder of Gemma 4, has its own eager attention and no other."""
-    supports_less = _supports_more_than_eager(_family_of(type(model))) and not _supports_more_than_eager(type(model))
+    supports_less = _supports_more_than_eager(_model_family_of(type(model))) and not _supports_more_than_eager(
+        type(model)
+    )
     return supports_less or model.config.model_type in _PARTS_THAT_KEEP_EAGER
 
 
@@ -153,7 +104,7 @@ def _reason_against_class(model_class: type) -> str | None:
         if re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE):
             if "ALL_ATTENTION_FUNCTIONS" not in source:
                 return "it computes attention itself, not through the attention interface"
-            if not _supports_more_than_eager(_family_of(base)):
+            if not _supports_more_than_eager(_model_family_of(base)):
                 # They may use dense masks of their own (BigBird-Pegasus, Splinter). They refuse sdpa as well.
                 return "Transformers supports only eager attention for it"
             return None
@@ -181,6 +132,6 @@ def _supports_more_than_eager(model_class: type) -> bool:
     return any(getattr(model_class, flag, False) for flag in flags)
 
 
-def _family_of(model_class: type) -> type:
+def _model_family_of(model_class: type) -> type:
     """The direct subclass of `PreTrainedModel` among the bases, from which all models of a modeling file inherit."""
     return next(base for base in model_class.__mro__ if PreTrainedModel in base.__bases__)

@@ -127,14 +127,14 @@ def refuse_part_alone(module: nn.Module) -> None:
         )
 
 
-def stand_in_for(heads_and_tokens: Tensor, exchange: Exchange) -> Tensor:
+def stand_in_for_whole_sequence(heads_and_tokens: Tensor, exchange: Exchange) -> Tensor:
     """`[B, H, S, D]` with all heads and the whole sequence, from those of a layer; only its sizes are read."""
     batch, heads, _, dim = heads_and_tokens.shape
     one = heads_and_tokens.detach()[:, :1, :1]
     return one.expand(batch, heads * exchange.head_parts, exchange.length, dim)
 
 
-def check_tokens(exchange: Exchange, query: Tensor, key: Tensor) -> None:
+def check_tokens_of_rank(exchange: Exchange, query: Tensor, key: Tensor) -> None:
     expected = exchange.layer_length
     if query.shape[2] != expected or key.shape[2] != expected:
         raise ValueError(

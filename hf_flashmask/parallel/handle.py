@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import bounds as _bounds
+from ..integration.layer_types import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.name import logger
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
 from ..integration.whole_sequence import Exchange, PartMarker, is_part, mark_part, unmark_part
 from ..training.labels import IGNORED
 from .agreement import check_agreement

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import bounds as _bounds
-from ..bounds.form import check_cumulative
+from ..bounds.documents import check_cumulative_lengths
 from ..integration import Mask
 from ..integration.mrope import with_text_positions
 from ..integration.whole_sequence import Exchange, WholeSequence
@@ -236,7 +236,7 @@ def _read_cu_seq_lens_of_batch(
         )
     if of_keys is not None and not torch.equal(of_keys, cu_seq_lens):
         raise ValueError("`cu_seq_lens_k` must be `cu_seq_lens_q`: queries and keys are the same tokens")
-    check_cumulative("cu_seq_lens_q", cu_seq_lens)
+    check_cumulative_lengths("cu_seq_lens_q", cu_seq_lens)
     starts = cu_seq_lens.to(index).clamp(max=length)
     document = torch.searchsorted(starts, index, right=True) - 1
     return (index - starts[document])[None]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..integration import NAME
 from ..integration.adapters import adapters_that_see_rows
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.layer_types import KEY_RANGE_OF_LAYER_TYPE
 from .layer_source import source_of_layer
 
 _ATTENTION_LAYER_TYPES = {"full_attention", *KEY_RANGE_OF_LAYER_TYPE}

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput, logging
 from ..bounds import MAX_INTERVALS
 from ..integration import register_tree
 from ..integration.arguments import by_name
-from ..integration.conversion import Tree
+from ..integration.mask import Tree
 from .backbone import check_backbone, find_backbone
 from .call import call_has_cache, check_call, is_padded_batch, positions_of_call
 from .prefix_tree import PrefixTree, merge_prefixes

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.layer_types import KEY_RANGE_OF_LAYER_TYPE
 from .layer_source import source_of_layer
 
 _ROPE_TYPES_BY_LARGEST_POSITION = {"dynamic", "longrope"}

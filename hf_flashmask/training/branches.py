@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..integration import NAME, register_tree
-from ..integration.conversion import Tree
-from ..integration.support import has_key_ranges
+from ..integration.layer_types import layer_types_have_key_ranges
+from ..integration.mask import Tree
 from ..sharing.backbone import check_backbone, find_backbone, refuse_prompt_learning
 from ..sharing.traits import Traits
 
@@ -81,7 +81,7 @@ def _narrow_trees_along_branches(
 
 @torch.compiler.disable  # the compiler would catch the error and go on without the window
 def _refuse_windows_along_branches(backbone: PreTrainedModel, bounds: Tensor) -> None:
-    if has_key_ranges(backbone.config.get_text_config(), bounds):
+    if layer_types_have_key_ranges(backbone.config.get_text_config(), bounds):
         raise NotImplementedError(
             "rows with shared prompts do not work under torch.compile for models with sliding windows or chunks that "
             f"are shorter than a row, here {bounds.shape[-1]} tokens: train without it"

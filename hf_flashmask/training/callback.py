@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from .. import bounds
-from ..integration.documents import document_ids_of
+from ..integration.documents import document_ids_of_call
 from ..sharing import share_prefixes
 from ..sharing.call import call_has_cache
 from .labels import AnswerLabels
@@ -189,7 +189,7 @@ def _padding_to_log(batch: Mapping[str, Any], input_ids: Tensor) -> Tensor:
 
 
 def _num_documents_to_log(batch: Mapping[str, Any], is_token: Tensor) -> Tensor | int:
-    positions, ids = batch.get("position_ids"), document_ids_of(batch.get("attention_mask"), is_token.device)
+    positions, ids = batch.get("position_ids"), document_ids_of_call(batch.get("attention_mask"), is_token.device)
     if not isinstance(positions, Tensor) or positions.shape != is_token.shape:
         positions = None
     if ids is None:

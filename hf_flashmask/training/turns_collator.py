@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .. import bounds
-from ..integration.support import KEY_RANGE_OF_LAYER_TYPE
+from ..integration.layer_types import KEY_RANGE_OF_LAYER_TYPE
 from ..sharing.backbone import check_backbone, find_backbone
 from ..sharing.prefix_tree import PrefixTree, from_sequences
 from ..sharing.traits import Traits

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_int_tensor, check_integer, check_lengths, check_per_position, check_size, refuse
+from ..form import (
+    check_int_tensor,
+    check_integer,
+    check_per_position,
+    check_q_len_and_kv_len,
+    check_size,
+    refuse_without_waiting,
+)
 from ..intervals import concatenate_keys, from_ordered_intervals
-from .runs import Documents, Runs, documents_beside, documents_of, runs_of
+from .runs import DocumentRuns, Runs, document_runs_beside, document_runs_of, runs_of
 
 
 def block_diffusion(
@@ -71,7 +78,7 @@ def block_diffusion(
 
 
 def beside_clean(
-    documents: Documents,
+    documents: DocumentRuns,
     blocks: Runs,
     reach: Tensor,
     *,
@@ -92,18 +99,20 @@ def beside_clean(
     clean_row = 0 if clean_first else num_noisy * length
     noisy_rows = [(copy + clean_first) * length for copy in range(num_noisy)]
     own_start = documents.position if noisy_causal else blocks.start
-    own_ends = [_at(row, blocks.end) for row in noisy_rows]
-    noisy = [from_ordered_intervals([(_at(row, own_start), end)], q_len) for row, end in zip(noisy_rows, own_ends)]
+    own_ends = [_rows_of_copy(row, blocks.end) for row in noisy_rows]
+    noisy = [
+        from_ordered_intervals([(_rows_of_copy(row, own_start), end)], q_len) for row, end in zip(noisy_rows, own_ends)
+    ]
     own_start = documents.position if clean_causal else blocks.start
-    by_clean = [(_at(clean_row, own_start), _at(clean_row, reach))]
-    by_noisy = [(end, _at(row, reach)) for row, end in zip(noisy_rows, own_ends)]
+    by_clean = [(_rows_of_copy(clean_row, own_start), _rows_of_copy(clean_row, reach))]
+    by_noisy = [(end, _rows_of_copy(row, reach)) for row, end in zip(noisy_rows, own_ends)]
     visible = by_clean + by_noisy if clean_first else by_noisy + by_clean
     clean = from_ordered_intervals(visible, q_len, to_the_last=is_seen_to_the_last)
     result = concatenate_keys(*([clean, *noisy] if clean_first else [*noisy, clean]), q_len=q_len)
     return documents.hide_padding(result, copies=num_noisy + 1)
 
 
-def _at(row: int, positions: Tensor) -> Tensor:
+def _rows_of_copy(row: int, positions: Tensor) -> Tensor:
     """Rows of positions of a copy that begins at `row`."""
     return positions if row == 0 else positions + row
 
@@ -148,11 +157,11 @@ def block_diffusion_decoder(
     block_size = check_size("block_size", block_size)
     check_integer("response_len", response_len)
     check_integer("encoder_len", encoder_len)
-    check_lengths(response_len, encoder_len)
+    check_q_len_and_kv_len(response_len, encoder_len)
     if isinstance(prompt_lengths, Tensor):
         check_int_tensor("prompt_lengths", prompt_lengths, (1,), "[B]")
         device, prompt_lengths = prompt_lengths.device, prompt_lengths.long()[:, None]
-        refuse(
+        refuse_without_waiting(
             (prompt_lengths < 0) | (prompt_lengths + response_len > encoder_len),
             ValueError("`prompt_lengths` must not be negative, and with `response_len` at most `encoder_len`"),
         )
@@ -184,17 +193,17 @@ def _blocks(
     document_ids: Tensor | None,
     length: int | None,
     device: torch.device | str | None,
-) -> tuple[Documents, Runs]:
+) -> tuple[DocumentRuns, Runs]:
     if block_ids is not None and block_size is None:
         block_ids = check_per_position("block_ids", block_ids)
         if length is not None and length != block_ids.shape[1]:
             raise ValueError(f"`block_ids` have {block_ids.shape[1]} positions, `length` says {length}")
-        documents = documents_beside(block_ids, document_ids)
+        documents = document_runs_beside(block_ids, document_ids)
         return documents, runs_of(block_ids, *documents.ids)
     if block_size is None or block_ids is not None:
         raise ValueError("pass one of `block_size` and `block_ids`")
     block_size = check_size("block_size", block_size)
-    documents = documents_of(document_ids, length, device)
+    documents = document_runs_of(document_ids, length, device)
     place = documents.position - documents.runs.start
     start = documents.position - place % block_size
     return documents, Runs(start, torch.minimum(start + block_size, documents.runs.end))

@@ -18,10 +18,10 @@ from ..form import (
     check_int_tensor,
     check_per_position,
     check_size,
-    refuse,
+    refuse_without_waiting,
 )
 from ..intervals import concatenate_keys, from_ordered_intervals
-from .runs import check_rows, documents_of
+from .runs import check_rows_of_runs, document_runs_of
 
 
 def anchored_blocks(
@@ -83,11 +83,11 @@ def anchored_blocks(
     if block_keep_mask is not None:
         check_flags("block_keep_mask", block_keep_mask, anchors)
         anchors, is_outside = anchors.masked_fill(~block_keep_mask, FAR), is_outside & block_keep_mask
-    refuse(
+    refuse_without_waiting(
         anchors[:, 1:] < anchors[:, :-1],
         ValueError("`anchor_positions` must ascend in each row, and blocks that are not kept must be the last ones"),
     )
-    refuse(
+    refuse_without_waiting(
         is_outside,
         ValueError(
             "`anchor_positions` of blocks that are kept must be 0 or more, and at most `ctx_len`, with `document_ids` "
@@ -101,8 +101,8 @@ def anchored_blocks(
     if block_keep_mask is not None:
         own = hide_keys(own, ~block_keep_mask.repeat_interleave(block_size, dim=1))
 
-    documents = documents_of(document_ids, ctx_len, anchors.device)
-    check_rows(documents, len(anchors))
+    documents = document_runs_of(document_ids, ctx_len, anchors.device)
+    check_rows_of_runs(documents, len(anchors))
     batch = max(len(anchors), len(documents.runs.end) if documents.are_packed else 1)
     anchors = anchors.expand(batch, -1).contiguous()
     key = documents.position.expand(batch, -1).contiguous()
@@ -114,11 +114,11 @@ def anchored_blocks(
         end_row = torch.searchsorted(anchors, past, out_int32=True) * block_size
         context = from_ordered_intervals([(first_row, end_row)], q_len)
     else:
-        context = _window_from_each_query(anchors, block_size, key, end, key + sliding_window, first_row)
+        context = _window_of_drafter(anchors, block_size, key, end, key + sliding_window, first_row)
     return concatenate_keys(documents.hide_padding(context), own, q_len=q_len)
 
 
-def _window_from_each_query(
+def _window_of_drafter(
     anchors: Tensor, block_size: int, key: Tensor, end: Tensor, limit: Tensor, first_row: Tensor
 ) -> Tensor:
     """Blocks see a key until the position of their queries reaches `limit`: the last blocks see it with a part of them.
@@ -131,7 +131,7 @@ def _window_from_each_query(
             f"a window from the query needs `block_size` ({block_size}) hidden intervals, bounds hold at most "
             f"{MAX_INTERVALS}: use window_from='anchor', or bounds.from_mask_mod, which finds out how many it needs"
         )
-    refuse(
+    refuse_without_waiting(
         (anchors[:, 1:] == anchors[:, :-1]) & (anchors[:, 1:] < FAR),
         ValueError("`anchor_positions` must differ from each other under a window from the query"),
     )
@@ -189,7 +189,7 @@ def training_time_test(
             [1, 1, 1, 0, 0, 1]], dtype=torch.int32)
     """
     check_size("step", step, least=0)
-    documents = documents_of(document_ids, length, device)
+    documents = document_runs_of(document_ids, length, device)
     length, device = documents.position.shape[0], documents.position.device
     is_packed = documents.are_packed
     base = documents.hide_padding(documents.runs.end[:, None, None]) if is_packed else causal(length, device=device)
@@ -240,16 +240,16 @@ def parallel_eagle(anchors: Tensor, depths: Tensor, *, document_ids: Tensor | No
     is_padding = depths < 0
     sorted_by = anchors.to(torch.int32).masked_fill(is_padding, FAR).contiguous()
     same = (sorted_by[:, 1:] == sorted_by[:, :-1]) & ~is_padding[:, 1:]
-    refuse(
+    refuse_without_waiting(
         (sorted_by[:, 1:] < sorted_by[:, :-1]) | (same & (depths[:, 1:] <= depths[:, :-1])),
         ValueError("elements must be sorted by `anchors`, then by `depths`, and padding must be last"),
     )
     past = torch.full_like(sorted_by, FAR)
     if document_ids is not None:
-        documents = documents_of(document_ids)
-        check_rows(documents, len(sorted_by))
+        documents = document_runs_of(document_ids)
+        check_rows_of_runs(documents, len(sorted_by))
         (document_ids,) = documents.ids
-        refuse(
+        refuse_without_waiting(
             ((anchors < 0) | (anchors >= document_ids.shape[1])) & ~is_padding,
             ValueError("`anchors` must be positions of `document_ids`: 0 or more, and less than their length"),
         )

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..form import from_blocks, host_lists, length_of_rows
+from ..form import check_integer_lists, default_kv_len, planes_from_blocks
 
 Rows: TypeAlias = "Sequence[int] | Sequence[Sequence[int]] | Tensor"
 
@@ -52,30 +52,32 @@ def from_splits(
             [1, 1, 1, 1, 0],
             [1, 1, 0, 0, 1]], dtype=torch.int32)
     """
-    length_rows = host_lists("split_lens", split_lens)
+    length_rows = check_integer_lists("split_lens", split_lens)
     is_batch = any(not isinstance(modes, str) for modes in attn_modes)
     mode_rows = [[str(mode) for mode in modes] for modes in (attn_modes if is_batch else [attn_modes])]
     document_rows = (
-        [[sum(row)] for row in length_rows] if document_lens is None else host_lists("document_lens", document_lens)
+        [[sum(row)] for row in length_rows]
+        if document_lens is None
+        else check_integer_lists("document_lens", document_lens)
     )
     if not len(length_rows) == len(mode_rows) == len(document_rows):
         raise ValueError(
             "`split_lens`, `attn_modes` and `document_lens` must have as many rows, got "
             f"{len(length_rows)}, {len(mode_rows)} and {len(document_rows)}"
         )
-    kv_len = length_of_rows(length_rows, kv_len)
+    kv_len = default_kv_len(length_rows, kv_len)
     splits = max([0, *(len(row) for row in length_rows)])
     planes = torch.tensor(
-        [_planes(*row, splits, kv_len) for row in zip(length_rows, mode_rows, document_rows)],
+        [_planes_of_splits(*row, splits, kv_len) for row in zip(length_rows, mode_rows, document_rows)],
         dtype=torch.int32,
     ).transpose(1, 2)[:, None]
     ends = torch.tensor([[*accumulate(row), *[kv_len] * (splits - len(row))] for row in length_rows], dtype=torch.int32)
-    lts, ute, causal_up_to = from_blocks(planes.contiguous(), ends, kv_len, device).unbind(2)
+    lts, ute, causal_up_to = planes_from_blocks(planes.contiguous(), ends, kv_len, device).unbind(2)
     key = torch.arange(kv_len, dtype=torch.int32, device=lts.device)
     return torch.stack([lts, torch.maximum(ute, torch.minimum(key, causal_up_to))], dim=2)
 
 
-def _planes(
+def _planes_of_splits(
     lengths: list[int], modes: list[str], documents: list[int], splits: int, kv_len: int
 ) -> list[tuple[int, int, int]]:
     """LTS, UTE and up to which key the triangle hides rows, for each split and for padding."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algebra import hide_keys
-from ..form import check_integer, check_lengths, check_per_position, previous, run_numbers
+from ..form import check_integer, check_per_position, check_q_len_and_kv_len, previous_values, run_numbers
 
 
 class Runs(NamedTuple):
@@ -20,7 +20,7 @@ class Runs(NamedTuple):
 
 
 @dataclass
-class Documents:
+class DocumentRuns:
     """The documents of a row, and each position.
 
     Attributes:
@@ -48,39 +48,39 @@ class Documents:
 
 def runs_of(*ids: Tensor) -> Runs:
     """A run ends where any of the ids, `[B or 1, S]`, changes."""
-    numbers = run_numbers(torch.ne, ids[0], previous(ids[0]))
+    numbers = run_numbers(torch.ne, ids[0], previous_values(ids[0]))
     for others in ids[1:]:
-        numbers = numbers + run_numbers(torch.ne, others, previous(others))
+        numbers = numbers + run_numbers(torch.ne, others, previous_values(others))
     start = torch.searchsorted(numbers, numbers, out_int32=True)
     return Runs(start, torch.searchsorted(numbers, numbers, right=True, out_int32=True))
 
 
-def documents_of(
+def document_runs_of(
     document_ids: Tensor | None, length: int | None = None, device: torch.device | str | None = None
-) -> Documents:
+) -> DocumentRuns:
     """From ids, or else one document of `length` positions."""
     if document_ids is None:
         if length is None:
             raise ValueError("pass `document_ids` or `length`: nothing says how many positions there are")
         check_integer("length", length)
-        check_lengths(length, length)
+        check_q_len_and_kv_len(length, length)
         position = torch.arange(length, dtype=torch.int32, device=device)
-        return Documents(position, Runs(torch.zeros_like(position), torch.full_like(position, length)), (), None)
+        return DocumentRuns(position, Runs(torch.zeros_like(position), torch.full_like(position, length)), (), None)
     document_ids = check_per_position("document_ids", document_ids)
     if length is not None and length != document_ids.shape[1]:
         raise ValueError(f"`document_ids` have {document_ids.shape[1]} positions, the other arguments say {length}")
     position = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
-    return Documents(position, runs_of(document_ids), (document_ids,), document_ids < 0)
+    return DocumentRuns(position, runs_of(document_ids), (document_ids,), document_ids < 0)
 
 
-def documents_beside(ids: Tensor, document_ids: Tensor | None) -> Documents:
+def document_runs_beside(ids: Tensor, document_ids: Tensor | None) -> DocumentRuns:
     """The documents of positions that other ids, `[B, S]`, describe as well."""
-    documents = documents_of(document_ids, ids.shape[1], ids.device)
-    check_rows(documents, len(ids))
+    documents = document_runs_of(document_ids, ids.shape[1], ids.device)
+    check_rows_of_runs(documents, len(ids))
     return documents
 
 
-def check_rows(documents: Documents, rows: int) -> None:
+def check_rows_of_runs(documents: DocumentRuns, rows: int) -> None:
     """Raise when they are those of another number of rows than the other arguments, and neither of one row."""
     if documents.are_packed and len(documents.ids[0]) != rows and 1 not in (len(documents.ids[0]), rows):
         raise ValueError(

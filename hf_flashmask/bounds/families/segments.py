@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_flags, check_int_tensor, check_per_position, check_size, refuse, stack_planes
+from ..form import check_flags, check_int_tensor, check_per_position, check_size, refuse_without_waiting, stack_planes
 from ..intervals import from_ordered_intervals
-from .runs import documents_beside, documents_of, runs_of
+from .runs import document_runs_beside, document_runs_of, runs_of
 
 
 def independent_chunks(chunk_ids: Tensor, *, document_ids: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def independent_chunks(chunk_ids: Tensor, *, document_ids: Tensor | None = None)
             [1, 1, 1, 1, 1]], dtype=torch.int32)
     """
     chunk_ids = check_per_position("chunk_ids", chunk_ids)
-    documents = documents_beside(chunk_ids, document_ids)
+    documents = document_runs_beside(chunk_ids, document_ids)
     chunk_ids, document_end = torch.broadcast_tensors(chunk_ids, documents.runs.end)
     chunk_end = runs_of(chunk_ids, *documents.ids).end
     is_outside = chunk_ids < 0
@@ -76,7 +76,7 @@ def isolated_items(item_ids: Tensor, *, document_ids: Tensor | None = None, is_c
             [1, 1, 0, 1]], dtype=torch.int32)
     """
     item_ids = check_per_position("item_ids", item_ids)
-    documents = documents_beside(item_ids, document_ids)
+    documents = document_runs_beside(item_ids, document_ids)
     items, is_context = runs_of(item_ids, *documents.ids), item_ids < 0
     lts = torch.where(is_context, documents.runs.end, items.end)
     if is_causal:
@@ -108,7 +108,7 @@ def gist_tokens(chunk_ids: Tensor, is_gist: Tensor, *, document_ids: Tensor | No
     """
     check_flags("is_gist", is_gist, chunk_ids)
     chunk_ids = check_per_position("chunk_ids", chunk_ids)
-    documents = documents_beside(chunk_ids, document_ids)
+    documents = document_runs_beside(chunk_ids, document_ids)
     chunks = runs_of(chunk_ids, *documents.ids)
     lts = torch.where(is_gist.view_as(chunk_ids) | (chunk_ids < 0), documents.runs.end, chunks.end)
     return documents.hide_padding(lts[:, None, None])
@@ -140,7 +140,7 @@ def sinks_and_window(
     [[[[4, 3, 4, 4, 6, 6]]]]
     """
     num_sinks, window = check_size("num_sinks", num_sinks, least=0), check_size("window", window)
-    documents = documents_of(document_ids, length, device)
+    documents = document_runs_of(document_ids, length, device)
     position, (start, end) = documents.position, documents.runs
     is_sink = position - start < num_sinks
     lts = torch.where(is_sink, end, torch.minimum(position + window, end))
@@ -197,11 +197,11 @@ def hstu(
             check_int_tensor(name, counts, (1,), "[n]")
             if counts.shape[0] != unused.shape[0]:
                 raise ValueError(f"`{name}` must have {unused.shape[0]} values, got {counts.shape[0]}")
-            refuse(counts < 0, ValueError(f"`{name}` must not be negative"))
+            refuse_without_waiting(counts < 0, ValueError(f"`{name}` must not be negative"))
             unused = unused - counts
-    refuse(borders[:1] != 0, ValueError("`cu_seqlens` must begin with 0"))
-    refuse(borders[-1:] > length, ValueError("`cu_seqlens` must not end past `length`"))
-    refuse(
+    refuse_without_waiting(borders[:1] != 0, ValueError("`cu_seqlens` must begin with 0"))
+    refuse_without_waiting(borders[-1:] > length, ValueError("`cu_seqlens` must not end past `length`"))
+    refuse_without_waiting(
         unused < 0,
         ValueError(
             "`cu_seqlens` must not decrease, and must leave each sequence as many tokens as `num_contexts` and "
@@ -260,7 +260,7 @@ def fork_and_join(branch_ids: Tensor, *, document_ids: Tensor | None = None) -> 
     if branch_ids.ndim == 3 and branch_ids.shape[1] == 0:
         raise ValueError(f"`branch_ids` must hold at least one level, got shape {list(branch_ids.shape)}")
     branch_ids = branch_ids if branch_ids.ndim == 3 else check_per_position("branch_ids", branch_ids)[:, None]
-    documents = documents_beside(branch_ids[:, 0], document_ids)
+    documents = document_runs_beside(branch_ids[:, 0], document_ids)
     branch_ids, _ = torch.broadcast_tensors(branch_ids, documents.runs.end.unsqueeze(-2))
     # All that is outside of branches has one id.
     levels = branch_ids.long().clamp(min=-1).unbind(1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..form import FAR, check_size
 from ..intervals import from_ordered_intervals
-from .runs import documents_of
+from .runs import document_runs_of
 
 
 def streaming_chunks(
@@ -48,7 +48,7 @@ def streaming_chunks(
     """
     chunk_size = check_size("chunk_size", chunk_size)
     look_ahead = check_size("look_ahead_chunks", look_ahead_chunks, least=0) * chunk_size
-    documents = documents_of(document_ids, length, device)
+    documents = document_runs_of(document_ids, length, device)
     position, (first, end) = documents.position, documents.runs
     chunk_start = position - (position - first) % chunk_size
     start = torch.maximum(chunk_start - min(look_ahead, FAR), first)

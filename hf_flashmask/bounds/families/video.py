@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..form import check_per_position, check_size, previous, refuse
+from ..form import check_per_position, check_size, previous_values, refuse_without_waiting
 from ..intervals import from_ordered_intervals
 from .diffusion import beside_clean
-from .runs import Documents, Runs, documents_beside, runs_of
+from .runs import DocumentRuns, Runs, document_runs_beside, runs_of
 
 
 def frame_causal(
@@ -49,7 +49,7 @@ def frame_causal(
             [0, 0, 1, 1, 1, 1],
             [0, 0, 1, 1, 1, 1]], dtype=torch.int32)
     """
-    documents, chunks, reach = _chunks(
+    documents, chunks, reach = _chunks_of_frames(
         frame_ids, num_frame_per_block, independent_first_frame, local_attn_size, sink_size, document_ids
     )
     mask = from_ordered_intervals([(chunks.start, reach)], documents.position.shape[0])
@@ -90,21 +90,21 @@ def teacher_forcing(
             [1, 0, 0, 0, 1, 0],
             [1, 1, 0, 0, 0, 1]], dtype=torch.int32)
     """
-    documents, chunks, reach = _chunks(
+    documents, chunks, reach = _chunks_of_frames(
         frame_ids, num_frame_per_block, independent_first_frame, local_attn_size, sink_size, document_ids
     )
     is_seen_to_the_last = document_ids is None and local_attn_size is None
     return beside_clean(documents, chunks, reach, clean_first=True, is_seen_to_the_last=is_seen_to_the_last)
 
 
-def _chunks(
+def _chunks_of_frames(
     frame_ids: Tensor,
     frames: int,
     is_first_alone: bool,
     window: int | None,
     sinks: int,
     document_ids: Tensor | None,
-) -> tuple[Documents, Runs, Tensor]:
+) -> tuple[DocumentRuns, Runs, Tensor]:
     """The clips, the chunk of each position, and past-the-last position that sees it, `[B, S]`."""
     frames, sinks = check_size("num_frame_per_block", frames), check_size("sink_size", sinks, least=0)
     if window is not None:
@@ -115,12 +115,12 @@ def _chunks(
                 "(`num_frame_per_block`), which would hide frames of a chunk from itself"
             )
     frame_ids = check_per_position("frame_ids", frame_ids).to(torch.int32).contiguous()
-    documents = documents_beside(frame_ids, document_ids)
+    documents = document_runs_beside(frame_ids, document_ids)
     clips = documents.runs
     if documents.is_padding is not None:
         frame_ids = frame_ids.masked_fill(documents.is_padding, 0)
-    refuse(
-        (frame_ids < 0) | ((frame_ids < previous(frame_ids)) & (documents.position > clips.start)),
+    refuse_without_waiting(
+        (frame_ids < 0) | ((frame_ids < previous_values(frame_ids)) & (documents.position > clips.start)),
         ValueError(
             "`frame_ids` must not be negative, and not decrease inside of a clip: pass `document_ids` for packed clips"
         ),
