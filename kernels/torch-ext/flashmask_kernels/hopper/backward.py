@@ -16,11 +16,11 @@ from ..common.row_statistics import RowStatistics, padded_rows
 from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import gradient_layouts
-from ..launch.tile_sources import TileSources
+from ..launch.tile_sources import TileSources, addressable_by_tma
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .key_value_gradient import key_value_gradient_kernel
 from .query_gradient import query_gradient_kernel
-from .tiles import TileWidths, addressable_by_tma, tma_source
+from .tiles import TileWidths, tma_source
 from .work import LAUNCH_OPTIONS, heads_at_a_time, new_counters, num_programs
 
 

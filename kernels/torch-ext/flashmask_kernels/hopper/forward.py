@@ -14,14 +14,13 @@ from ..common.tiles import LN_2, LOG2_E
 from ..configs import Config
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout
-from ..launch.tile_sources import TileSources
+from ..launch.tile_sources import TileSources, addressable_by_tma
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import gl, gluon, hopper, mbarrier
 from .masks import hide_by_mask, make_mask_ring, make_masks
 from .tiles import (
     Ring,
     TileWidths,
-    addressable_by_tma,
     held_dims,
     hidden_from_compiler,
     make_barriers,

@@ -19,13 +19,12 @@ from ..common.tiles import store_rows as store_tile
 from ..configs import Configs
 from ..launch.launcher import Launcher
 from ..launch.layout import Layout, gradient_layouts
-from ..launch.tile_sources import TileSources
+from ..launch.tile_sources import TileSources, addressable_by_tma
 from ..schedule import mask_strides, max_runs_of, tiles_in
 from .gluon_api import async_load, gl, gluon, hopper, mbarrier
 from .masks import hide, load_planes
 from .tiles import (
     Ring,
-    addressable_by_tma,
     held_dims,
     load_scalar,
     make_barriers,

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch.tile_sources import descriptors_can_address
 from .gluon_api import TensorDescriptor, aggregate, async_load, gl, gluon, hopper, mbarrier
 
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -37,11 +36,6 @@ class TileWidths(NamedTuple):
 
 def _padded(dim: int) -> int:
     return 64 if dim <= 64 else 128 if dim <= 128 else 256
-
-
-def addressable_by_tma(tensor: Tensor) -> Tensor:
-    """``tensor``, copied if TMA cannot read it where it is: expanded, or at an odd address."""
-    return tensor if descriptors_can_address(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def tma_source(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,8 @@ def descriptors_can_address(*tensors: Tensor) -> bool:
         and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
+
+
+def addressable_by_tma(tensor: Tensor) -> Tensor:
+    """``tensor``, copied if TMA cannot read it where it is: expanded, or at an odd address."""
+    return tensor if descriptors_can_address(tensor) else tensor.clone(memory_format=torch.contiguous_format)
