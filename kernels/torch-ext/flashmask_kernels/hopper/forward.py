@@ -165,8 +165,7 @@ def _consume(
                 phase = step // STAGES & 1
                 own = hidden_from_compiler(buffer) if PARTS == 2 else buffer
                 k_ring.wait(stage, phase)
-                scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores, PARTS, held=held_q)
+                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS, held_q)
                 v_ring.wait(stage, phase)
                 v_tile = tile_of(v_ring.tiles, stage * PARTS + own_part)
                 probabilities = _unpack(pairs, dtype, p_layout)

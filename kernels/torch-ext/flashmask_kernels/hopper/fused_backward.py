@@ -183,7 +183,7 @@ def _make_query_gradients(
     while column_tile >= 0:
         k_ring.wait(0, number & 1)
         # dQ transposed, for the same reason: K^T is the operand that can stay in registers.
-        k_transposed = k_tile.permute([1, 0]).load(gl.DotOperandLayout(0, layout, 2))
+        k_transposed = held_dims(k_tile.permute([1, 0]), 128, layout)
         k_ring.release(0)
         for head in range(HEADS_PER_KV_HEAD):
             first_tile = (batch_kv_head * HEADS_PER_KV_HEAD + head) * num_row_tiles

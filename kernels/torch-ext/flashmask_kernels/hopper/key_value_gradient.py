@@ -124,11 +124,13 @@ def _consume_rows(
                 scores = times_statistic(_statistics(lse_tiles, stage), of_lse, scores_layout)
                 d_p = times_statistic(_statistics(delta_tiles, stage), -1.0, scores_layout)
                 scores = product_over_dims(
-                    k_ring.tiles, consumer, q_ring.tiles, stage, scores, PARTS=1, ADD=True, held=held_k
+                    k_ring.tiles, consumer, q_ring.tiles, stage, scores_layout, PARTS=1, held=held_k, sums=scores
                 )
                 d_out_ring.wait(stage, phase)
                 d_out_tile = tile_of(d_out_ring.tiles, stage)
-                d_p = product_over_dims(v_tiles, consumer, d_out_ring.tiles, stage, d_p, PARTS=1, ADD=True, held=held_v)
+                d_p = product_over_dims(
+                    v_tiles, consumer, d_out_ring.tiles, stage, scores_layout, PARTS=1, held=held_v, sums=d_p
+                )
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor)
                 if IS_CUT:
@@ -189,8 +191,7 @@ def _consume_for_values(
                 phase = step // STAGES & 1
                 own = hidden_from_compiler(0)
                 q_ring.wait(stage, phase)
-                scores = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-                scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores, PARTS, held=held_k)
+                scores = product_over_dims(k_ring.tiles, own, q_ring.tiles, stage, scores_layout, PARTS, held_k)
                 row_lse_2 = _statistics(lse_tiles, stage).load(scores_layout)
                 scores = hopper.warpgroup_mma_wait(0, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2)
@@ -243,8 +244,7 @@ def _consume_for_keys(
             phase = step // STAGES & 1
             own = hidden_from_compiler(0)
             d_out_ring.wait(stage, phase)
-            d_p = gl.zeros([64, BLOCK_M], gl.float32, scores_layout)
-            d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, d_p, PARTS, held=held_v)
+            d_p = product_over_dims(v_tiles, own, d_out_ring.tiles, stage, scores_layout, PARTS, held_v)
             q_ring.wait(stage, phase)
             row_delta = _statistics(delta_tiles, stage).load(scores_layout)
             d_p = hopper.warpgroup_mma_wait(0, [d_p])

@@ -87,12 +87,10 @@ def _consume_columns(
                 v_phase = step // V_STAGES & 1
                 k_ring.wait(stage, step // STAGES & 1)
                 step += 1
-                scores = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores, PARTS)
+                scores = product_over_dims(q_ring.tiles, own, k_ring.tiles, stage, scores_layout, PARTS)
                 v_ring.wait(v_stage, v_phase)
                 v_own = hidden_from_compiler(v_stage) if PARTS == 2 else v_stage
-                d_p = gl.zeros([64, BLOCK_N], gl.float32, scores_layout)
-                d_p = product_over_dims(d_out_tiles, own, v_ring.tiles, v_own, d_p, PARTS)
+                d_p = product_over_dims(d_out_tiles, own, v_ring.tiles, v_own, scores_layout, PARTS)
                 scores = hopper.warpgroup_mma_wait(1, [scores])
                 probabilities = gl.exp2(scores * factor - row_lse_2[:, None])
                 if IS_CUT:

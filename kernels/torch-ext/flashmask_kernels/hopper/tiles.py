@@ -101,7 +101,7 @@ def tile_of(tiles, index):
 
 @gluon.jit
 def held_dims(tile, MOST: gl.constexpr, layout: gl.constexpr):
-    """The first dims of a tile in registers, for products with that layout in which its rows are on the left.
+    """The first dims of a tile, at most ``MOST``, in registers: for products with that layout, its rows on the left.
 
     Two operands of 64 x 64 in shared memory take as long to read as to multiply.
     """
@@ -116,11 +116,16 @@ def _doublings(number, end):
 
 @gluon.jit
 def product_over_dims(
-    left, left_index, right, right_index, sums, PARTS: gl.constexpr, ADD: gl.constexpr = False, held=None
+    left, left_index, right, right_index, layout: gl.constexpr, PARTS: gl.constexpr, held=None, sums=None
 ):  # fmt: skip
-    """``left @ right.T`` of two buffers of ``PARTS`` tiles, issued; with ``ADD`` it is added to ``sums``. ``held`` has
-    the first dims of ``left``.
+    """``left @ right.T`` of two buffers of ``PARTS`` tiles, issued; added to ``sums``, if given. ``held`` has the first
+    dims of ``left``.
     """
+    ROWS: gl.constexpr = left.shape[3]
+    COLUMNS: gl.constexpr = right.shape[3]
+    ADD: gl.constexpr = sums is not None
+    if sums is None:
+        sums = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
     for part in gl.static_range(PARTS):
         rows = tile_of(left, left_index * PARTS + part)
         columns = tile_of(right, right_index * PARTS + part)
